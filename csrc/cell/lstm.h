@@ -1,0 +1,49 @@
+// Owns: the equations of the LSTM cell, forward and backward, for one unit of one row.
+// Must not know: pointers into tensors, indices, batches, dtypes of storage.
+#pragma once
+
+#include "activations.h"
+
+namespace rnnfast {
+
+// i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)      a = igates + hgates
+// c' = f c + i g     h' = o tanh(c')
+// Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9 (1997), with the forget gate of
+// Gers, Schmidhuber and Cummins, "Learning to Forget", Neural Computation 12 (2000). Gate order as torch.nn.LSTM.
+struct LstmCell {
+  static constexpr int kGates = 4;            // i f g o
+  static constexpr int kStates = 2;           // h c
+  static constexpr int kSaved = 4;            // i f g o, after their nonlinearities
+  static constexpr bool kSplitGates = false;  // igates and hgates have the same gradient
+
+  // igates [kGates], hgates [kGates], prev [kStates] -> state [kStates], saved [kSaved]
+  template <class V>
+  static RNNFAST_HOST_DEVICE void forward(const V* igates, const V* hgates, const V* prev, V* state, V* saved) {
+    saved[0] = sigmoid(igates[0] + hgates[0]);
+    saved[1] = sigmoid(igates[1] + hgates[1]);
+    saved[2] = tanh(igates[2] + hgates[2]);
+    saved[3] = sigmoid(igates[3] + hgates[3]);
+    state[1] = saved[1] * prev[1] + saved[0] * saved[2];
+    state[0] = saved[3] * tanh(state[1]);
+  }
+
+  // saved [kSaved], prev [kStates], state [kStates], grad_state [kStates]
+  //   -> grad_igates [kGates], grad_hgates [kGates], grad_prev [kStates] (without the path through W_hh)
+  // Reads prev[1] and state[1] (the cell state) only.
+  template <class V>
+  static RNNFAST_HOST_DEVICE void backward(const V* saved, const V* prev, const V* state, const V* grad_state,
+                                           V* grad_igates, V* grad_hgates, V* grad_prev) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = tanh(state[1]);
+    const V grad_c = grad_state[1] + grad_state[0] * o * Tanh::derivative(tanh_c);
+    grad_igates[0] = grad_c * g * Sigmoid::derivative(i);
+    grad_igates[1] = grad_c * prev[1] * Sigmoid::derivative(f);
+    grad_igates[2] = grad_c * i * Tanh::derivative(g);
+    grad_igates[3] = grad_state[0] * tanh_c * Sigmoid::derivative(o);
+    for (int k = 0; k < kGates; ++k) grad_hgates[k] = grad_igates[k];
+    grad_prev[0] = V(0);
+    grad_prev[1] = grad_c * f;
+  }
+};
+
+}  // namespace rnnfast

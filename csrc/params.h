@@ -1,0 +1,162 @@
+// Owns: all that crosses from the operators to the engines: plain structs of sizes, strides and pointers, and the
+// prototypes of the engines' launchers.
+// Must not know: torch, CUDA headers, equations.
+//
+// Sizes: T steps, B rows of the batch, I input features, H hidden units, P outputs a direction (H, or proj_size),
+// D directions (1 or 2), G = gates of the cell, S = saved values of the cell, N rows over all steps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cell/cells.h"
+
+namespace rnnfast {
+
+enum class Dtype : int { f64, f32, bf16, f16 };
+
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// What forward leaves for backward.
+enum class Save : int {
+  nothing = 0,  // inference
+  states = 1,   // the states only; backward recomputes the gates with one GEMM over all steps
+  gates = 2,    // the states and the cell's saved values
+};
+
+// Time, described once for every engine. A step t has batch_size(t) living rows, slots 0 .. batch_size(t) - 1.
+//
+//   padded   every row lives for all T steps (or for its length); step t, row b is row (t, b) of the tensors
+//   packed   batch_sizes[t] decreases; step t, slot j is row offsets[t] + j of the tensors (PackedSequence)
+//
+// Engines' own buffers ("compact") hold living rows only: step t, slot j is row offsets[t] + j, N rows in all.
+struct Sequence {
+  int64_t steps = 0;  // T
+  int64_t batch = 0;  // B
+  int64_t rows = 0;   // N: B * T when padded, the sum of batch_sizes otherwise
+  bool packed = false;
+
+  // Host arrays, all null for plain padded input. With padded lengths (CPU engine) they describe the rows sorted by
+  // decreasing length, and batch_index maps a slot to its row in the batch.
+  const int64_t* batch_sizes = nullptr;  // [T]
+  const int64_t* offsets = nullptr;      // [T] sum of batch_sizes before t
+  const int64_t* batch_index = nullptr;  // [B] slot -> row b; null: the identity
+
+  // Device arrays (CUDA engines): never read by the host.
+  const int64_t* lengths = nullptr;  // [B]; null: every row has T steps
+
+  // Where set, the forward direction's state before step t is zero. The backward direction crosses the same boundary
+  // when it goes from step t to step t - 1, so there the state before step t - 1 is zero.
+  const bool* reset = nullptr;  // [T, B], contiguous; packed: [N]
+
+  int64_t batch_size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  int64_t batch_row(int64_t slot) const { return batch_index ? batch_index[slot] : slot; }
+};
+
+// The rows of a tensor over time. The features of a row are contiguous; strides count elements.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride_t = 0;  // step to step; unused when packed
+  int64_t stride_b = 0;  // row to row
+
+  // The first element of step t, slot j, as an offset from data.
+  int64_t at(const Sequence& s, int64_t t, int64_t slot) const {
+    return s.packed ? (s.offsets[t] + slot) * stride_b : t * stride_t + s.batch_row(slot) * stride_b;
+  }
+};
+
+// One direction of a layer. Matrices are row-major and contiguous, in the layer's dtype.
+struct DirectionWeights {
+  const void* w_ih = nullptr;  // [G*H, I]
+  const void* w_hh = nullptr;  // [G*H, P]
+  const void* b_ih = nullptr;  // [G*H] or null
+  const void* b_hh = nullptr;  // [G*H] or null
+  const void* w_hr = nullptr;  // [P, H] or null: LSTM with a projection
+};
+
+struct DirectionForward {
+  DirectionWeights weights;
+  const void* h0 = nullptr;  // [B, P]
+  const void* c0 = nullptr;  // [B, H], cells with two states
+  bool reverse = false;      // from the last step to the first
+
+  void* igates = nullptr;  // [N, G*H] W_ih x + b_ih in the layer's dtype: CUDA engines; null: the engine projects
+  Rows output;             // rows of P; rows past a length are the operator's to zero
+  Rows c;                  // rows of H: the cell state of every step; data null: not wanted
+  void* h_n = nullptr;     // [B, P]
+  void* c_n = nullptr;     // [B, H]
+  void* saved = nullptr;   // compact [N, S*H]; null unless Save::gates
+};
+
+struct LayerForward {
+  CellKind cell{};
+  Dtype dtype{};
+  int64_t input_size = 0, hidden_size = 0, output_size = 0;  // I, H, P
+  int directions = 1;                                        // D
+  Save save = Save::nothing;
+  Sequence sequence;
+  Rows input;  // rows of I; data is only read
+  DirectionForward direction[2];
+};
+
+struct DirectionBackward {
+  DirectionWeights weights;
+  const void* h0 = nullptr;  // [B, P]
+  const void* c0 = nullptr;  // [B, H]
+  bool reverse = false;
+
+  Rows output;                  // rows of P, as forward left them
+  Rows c;                       // rows of H
+  const void* saved = nullptr;  // compact [N, S*H]; null: recompute
+
+  Rows grad_output;                // rows of P; data null: zero
+  Rows grad_c;                     // rows of H: gradient of every step's cell state; data null: zero
+  const void* grad_h_n = nullptr;  // [B, P]; null: zero
+  const void* grad_c_n = nullptr;  // [B, H]; null: zero
+
+  void* grad_h0 = nullptr;  // [B, P]
+  void* grad_c0 = nullptr;  // [B, H]
+
+  // The loop's product. For a cell without split gates grad_hgates equals grad_igates.
+  void* grad_igates = nullptr;  // compact [N, G*H]
+  void* grad_hgates = nullptr;  // compact [N, G*H]
+
+  // CPU engine only: the weight gradients, in the layer's dtype; null: not wanted.
+  void* grad_w_ih = nullptr;  // [G*H, I]
+  void* grad_w_hh = nullptr;  // [G*H, P]
+  void* grad_b_ih = nullptr;  // [G*H]
+  void* grad_b_hh = nullptr;  // [G*H]
+  void* grad_w_hr = nullptr;  // [P, H]
+};
+
+struct LayerBackward {
+  CellKind cell{};
+  Dtype dtype{};
+  int64_t input_size = 0, hidden_size = 0, output_size = 0;
+  int directions = 1;
+  Sequence sequence;
+  Rows input;
+  Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
+  DirectionBackward direction[2];
+};
+
+// ---------------------------------------------------------------------------------------------------- CPU engine
+// The engine allocates nothing: the caller hands it a workspace of at least the size it asks for, 64-byte aligned.
+// threads is the most it may use; it uses fewer where more do not pay.
+namespace cpu {
+
+size_t forward_workspace_bytes(const LayerForward& layer, int threads);
+void forward(const LayerForward& layer, void* workspace, int threads);
+
+size_t backward_workspace_bytes(const LayerBackward& layer, int threads);
+void backward(const LayerBackward& layer, void* workspace, int threads);
+
+// The instruction set in use: "generic", "avx2", "avx512" or "avx512_bf16".
+const char* instruction_set();
+// Forces one; returns false, and changes nothing, where this CPU lacks it or the name is unknown.
+bool set_instruction_set(const char* name);
+
+}  // namespace cpu
+
+}  // namespace rnnfast

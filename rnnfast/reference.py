@@ -1,0 +1,216 @@
+"""The specification: what one recurrent layer computes, in plain differentiable PyTorch.
+
+Owns the equations of every cell and the one loop over time, with the meaning of packing, lengths and resets. It runs
+on every device, in every dtype, under every transform of ``torch.func`` and to any order of derivative: the fused
+operators are tested against it, it stands in where they were not built, and it supplies the derivatives that have no
+kernel. Must not know the rest of the package.
+
+Sizes: T steps, B rows, I input features, H hidden units, P outputs a direction (H, or the projection's), D directions,
+G gates of the cell, N rows over all steps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+# A step maps (igates [B, G*H], hgates [B, G*H], *state) to the new state: (h,) or (h, c), each [B, H].
+# igates = W_ih x + b_ih, hgates = W_hh h + b_hh.
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def elman_step(nonlinearity: Callable[[Tensor], Tensor]) -> Step:
+    """h' = f(igates + hgates). Elman, "Finding Structure in Time", Cognitive Science 14 (1990)."""
+
+    def step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (nonlinearity(igates + hgates),)
+
+    return step
+
+
+def lstm_step(igates: Tensor, hgates: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """i, f, o = sigmoid, g = tanh of the four sums; c' = f c + i g; h' = o tanh(c').
+
+    Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9 (1997), with the forget gate of Gers,
+    Schmidhuber and Cummins, "Learning to Forget", Neural Computation 12 (2000).
+    """
+    i, f, g, o = (igates + hgates).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
+    """r, z = sigmoid(i + h); n = tanh(i_n + r h_n); h' = (1 - z) n + z h = n + z (h - n).
+
+    Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", EMNLP 2014, with the reset gate applied
+    after the matrix product, as torch.nn.GRU does.
+    """
+    (i_r, i_z, i_n), (h_r, h_z, h_n) = igates.chunk(3, -1), hgates.chunk(3, -1)
+    r, z = (i_r + h_r).sigmoid(), (i_z + h_z).sigmoid()
+    n = (i_n + r * h_n).tanh()
+    return (n + z * (h - n),)
+
+
+class Cell(NamedTuple):
+    """What a layer needs to know of its cell."""
+
+    gates: int  # G
+    states: int  # 1: h; 2: h and c
+    step: Step
+
+
+CELLS: dict[str, Cell] = {
+    "rnn_tanh": Cell(1, 1, elman_step(torch.tanh)),
+    "rnn_relu": Cell(1, 1, elman_step(torch.relu)),
+    "rnn_sigmoid": Cell(1, 1, elman_step(torch.sigmoid)),
+    "lstm": Cell(4, 2, lstm_step),
+    "gru": Cell(3, 1, gru_step),
+}
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer, in one or two directions, over a whole sequence.
+
+    Args:
+        cell: a name in ``CELLS``.
+        input: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``.
+        h0, c0: ``[D, B, P]`` and ``[D, B, H]``; ``c0`` is None for a cell with one state. D comes from here.
+        weights: for each direction ``w_ih [G*H, I]``, ``w_hh [G*H, P]``, then ``b_ih`` and ``b_hh [G*H]`` (both or
+            neither), then ``w_hr [P, H]`` with a projection.
+        batch_sizes: ``[T]`` int64 on the CPU, decreasing: the input is packed as in ``PackedSequence``. Rows beyond
+            ``batch_sizes[0]`` have no steps.
+        lengths: ``[B]`` int64: row b of a padded input has ``lengths[b]`` steps. What the input holds past them,
+            NaN included, has no effect and no gradient.
+        reset: ``[T, B]`` (packed: ``[N]``) bool. Set at step t, it says that a new episode begins there: the forward
+            direction enters step t, and the backward direction step t - 1, with a zero state.
+
+    Returns:
+        ``(output, h_n, c_n, c)``. ``output`` is ``[T, B, D*P]`` or ``[N, D*P]``, zero past a row's length; ``h_n`` and
+        ``c_n`` are as ``h0`` and ``c0``, a row without steps keeps its initial state; ``c`` is the cell state of every
+        step, as ``output`` with H for P. ``c_n`` and ``c`` have no elements for a cell with one state.
+
+    All floating tensors share one dtype. For the 16-bit ones sums, nonlinearities and the cell state are float32, and
+    h is rounded at every step. Under autocast the layer runs in autocast's dtype.
+    """
+    autocast_dtype = _autocast_dtype(input)
+    if autocast_dtype is not None:
+        input, h0, *rest = (_cast(tensor, autocast_dtype) for tensor in (input, h0, *weights))
+        c0 = None if c0 is None else _cast(c0, autocast_dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return layer(cell, input, h0, c0, rest, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+
+    directions, batch = h0.shape[:2]
+    states = (h0,) if c0 is None else (h0, c0)
+
+    # Packed rows are the general form: a padded sequence has B of them at every step.
+    shape = input.shape[:-1]
+    sizes = [batch] * shape[0] if batch_sizes is None else batch_sizes.tolist()
+    alive = None
+    if lengths is not None:
+        alive = torch.arange(shape[0], device=input.device).unsqueeze(1) < lengths  # [T, B]
+        input = input.where(alive.unsqueeze(-1), 0)
+        reset = None if reset is None else reset & alive
+        alive = alive.reshape(-1, 1)
+    input = input.flatten(0, -2)
+    reset = None if reset is None else reset.reshape(-1, 1)
+
+    per_direction = len(weights) // directions
+    results = [
+        _direction(
+            CELLS[cell],
+            input,
+            sizes,
+            tuple(state[d] for state in states),
+            weights[d * per_direction : (d + 1) * per_direction],
+            alive,
+            reset,
+            reverse=d == 1,
+        )
+        for d in range(directions)
+    ]
+    every, last = zip(*results, strict=True)
+    output, *c = (torch.cat(rows, -1).unflatten(0, shape) for rows in zip(*every, strict=True))
+    h_n, *c_n = (torch.stack(state) for state in zip(*last, strict=True))
+    nothing = h0.new_empty(0)
+    return output, h_n, c_n[0] if c_n else nothing, c[0] if c else nothing
+
+
+def _direction(
+    cell: Cell,
+    input: Tensor,  # [N, I]
+    sizes: Sequence[int],  # [T] living rows of each step
+    initial: tuple[Tensor, ...],  # h [B, P] and perhaps c [B, H]
+    weights: Sequence[Tensor],
+    alive: Tensor | None,  # [N, 1] bool
+    reset: Tensor | None,  # [N, 1] bool
+    reverse: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the states of every step, ``[N, P]`` and perhaps ``[N, H]``, and those of every row's last."""
+    dtype = input.dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    weights = [weight.to(wide) for weight in weights]
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
+    w_hr = weights[-1] if len(weights) % 2 else None
+
+    igates = linear(input.to(wide), w_ih, b_ih).split(sizes)
+    alive_at = None if alive is None else alive.split(sizes)
+    reset_at = None if reset is None else reset.split(sizes)
+
+    steps = len(sizes)
+    state = tuple(tensor.to(wide) for tensor in initial)
+    history: list[tuple[Tensor, ...]] = []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        size = sizes[t]
+        previous = tuple(tensor[:size] for tensor in state)
+        entering = previous
+        if reset_at is not None and not (reverse and t + 1 == steps):
+            boundary = _grow(reset_at[t + 1], size) if reverse else reset_at[t]
+            entering = tuple(tensor.where(~boundary, 0) for tensor in previous)
+
+        h, *c = cell.step(igates[t], linear(entering[0], w_hh, b_hh), *entering)
+        if w_hr is not None:
+            h = linear(h, w_hr)
+        current = (h.to(dtype).to(wide), *c)
+
+        if alive_at is None:
+            history.append(current)
+        else:
+            history.append(tuple(tensor.where(alive_at[t], 0) for tensor in current))
+            current = tuple(new.where(alive_at[t], old) for new, old in zip(current, previous, strict=True))
+        # Rows without this step keep their state: the forward direction has finished them, the backward not begun.
+        state = tuple(torch.cat([new, old[size:]]) for new, old in zip(current, state, strict=True))
+
+    in_order = reversed(history) if reverse else history
+    nothing = tuple(tensor[:0] for tensor in state)  # the result where T = 0, and what gives cat the shape
+    every = tuple(torch.cat(rows).to(dtype) for rows in zip(nothing, *in_order, strict=True))
+    return every, tuple(tensor.to(dtype) for tensor in state)
+
+
+def _grow(mask: Tensor, size: int) -> Tensor:
+    """Extend ``mask [n, 1]`` with False to ``[size, 1]``: a row whose last step this is meets no boundary after it."""
+    return pad(mask, (0, 0, 0, size - mask.size(0)))
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast's rule: it leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

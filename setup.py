@@ -1,0 +1,186 @@
+"""Owns: what is compiled, and with which flags. Must not know: what the sources do.
+
+The extension rnnfast._C is built by torch.utils.cpp_extension, against the torch it will run with:
+
+    pip install --no-build-isolation .
+
+Environment: RNNFAST_EXTENSION=0 builds none; RNNFAST_CUDA=0 or 1 overrides the choice of a CUDA build;
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX and CUDA_HOME mean what they mean to torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"rnnfast is built against the torch it runs with, and torch does not import here ({error}). "
+        "Install torch, setuptools and ninja first, then run: pip install --no-build-isolation ."
+    ) from error
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+CXX_FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-O3", "--compiler-options", "-fvisibility=hidden"]
+
+
+def choose_extension(compiler: str | None, env: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether to build the extension, given the C++ compiler's path; if not, why."""
+    choice = _switch("RNNFAST_EXTENSION", env)
+    if choice == "0":
+        return False, "RNNFAST_EXTENSION=0"
+    if compiler is not None:
+        return True, ""
+    reason = f"no C++ compiler was found ({env.get('CXX', 'c++')})"
+    if choice == "1":
+        raise RuntimeError(f"RNNFAST_EXTENSION=1, but {reason}")
+    return False, reason
+
+
+def choose_cuda(torch_cuda: str | None, nvcc: str | None, env: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether to compile the CUDA sources, given the CUDA versions of torch and of nvcc; if not, why."""
+    choice = _switch("RNNFAST_CUDA", env)
+    if choice == "0":
+        return False, "RNNFAST_CUDA=0"
+    if torch_cuda is None:
+        reason = "torch is built without CUDA" + (f" (nvcc {nvcc} is not used)" if nvcc else "")
+    elif nvcc is None:
+        reason = f"no nvcc was found, and torch is built for CUDA {torch_cuda}"
+    elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
+        reason = f"nvcc is of CUDA {nvcc}, and torch is built for CUDA {torch_cuda}"
+    else:
+        return True, ""
+    if choice == "1":
+        raise RuntimeError(f"RNNFAST_CUDA=1, but {reason}")
+    return False, reason
+
+
+def _switch(name: str, env: Mapping[str, str]) -> str:
+    value = env.get(name, "")
+    if value not in ("", "0", "1"):
+        raise RuntimeError(f"{name} must be 0 or 1, got {value!r}")
+    return value
+
+
+def find_compiler(env: Mapping[str, str]) -> str | None:
+    return shutil.which(env.get("CXX", "c++").split()[0])
+
+
+def find_nvcc_version() -> str | None:
+    # A torch without CUDA has no CUDA_HOME; an nvcc on the path is then looked up to be named, not to be used.
+    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc") if cpp_extension.CUDA_HOME else shutil.which("nvcc")
+    if nvcc is None or not os.path.exists(nvcc):
+        return None
+    match = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    return match.group(1) if match else None
+
+
+def package_version() -> str:
+    match = re.search(r'^__version__ = (".+")$', (ROOT / "rnnfast" / "__init__.py").read_text(), re.MULTILINE)
+    assert match is not None, "rnnfast/__init__.py defines no __version__"
+    return str(ast.literal_eval(match.group(1)))
+
+
+def openmp_library() -> list[str]:
+    """Link arguments that make the extension share torch's OpenMP run time: two of them in a process fight for cores."""
+    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
+    def sources(pattern: str) -> list[str]:
+        return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+    cuda_ops = sources("csrc/ops/*_cuda.cpp")
+    cpp = [path for path in sources("csrc/ops/*.cpp") if path not in cuda_ops]
+    cpp += sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    facts = {
+        "RNNFAST_VERSION": package_version(),
+        "RNNFAST_TORCH_VERSION": str(torch.__version__),
+        "RNNFAST_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else "",
+        "RNNFAST_NO_CUDA_REASON": no_cuda_reason,
+    }
+    # Torch's headers are full of what -Wextra warns of; as system headers they are silent.
+    cxx_flags = [*CXX_FLAGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    cxx_flags += [f'-D{name}="{value}"' for name, value in facts.items()]
+    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    return make(
+        "rnnfast._C",
+        cpp + (cuda_ops + sources("csrc/cuda/*.cu") if with_cuda else []),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("RNNFAST_WITH_CUDA", None)] if with_cuda else [],
+        extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
+        extra_link_args=openmp_library(),
+    )
+
+
+class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
+    """Builds the extension or, where that was decided against, leaves the reason beside the package's modules."""
+
+    reason: str | None = None  # why there is no extension
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # An editable install would build in a temporary directory, and so everything anew each time.
+        tag = f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
+        self.build_temp = str(ROOT / "build" / tag)
+        self.force = (
+            True  # ninja knows what is out of date, headers and flags included; setuptools looks at sources only
+        )
+
+    def run(self) -> None:
+        in_source = self.inplace or self.editable_mode
+        record = (ROOT if in_source else Path(self.build_lib)) / "rnnfast" / "not_built.txt"
+        record.unlink(missing_ok=True)
+        if self.reason is None:
+            super().run()
+        else:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(self.reason)
+
+    def get_source_files(self) -> list[str]:
+        return [] if self.reason else super().get_source_files()
+
+
+def main() -> None:
+    with_extension, reason = choose_extension(find_compiler(os.environ), os.environ)
+    if with_extension:
+        with_cuda, no_cuda_reason = choose_cuda(torch.version.cuda, find_nvcc_version(), os.environ)
+        extension = make_extension(with_cuda, no_cuda_reason)
+        print(
+            f"rnnfast: CUDA build for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+            if with_cuda
+            else f"rnnfast: CPU build: {no_cuda_reason}"
+        )
+    else:
+        extension = Extension("rnnfast._C", [])
+        BuildExt.reason = reason
+        print(f"rnnfast: pure Python build, which runs on the slow reference path: {reason}")
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+
+
+if __name__ == "__main__":
+    main()

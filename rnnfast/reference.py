@@ -111,6 +111,10 @@ def layer(
         with torch.autocast(input.device.type, enabled=False):
             return layer(cell, input, h0, c0, rest, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
 
+    for tensor in (h0, *weights) if c0 is None else (h0, c0, *weights):
+        if tensor.dtype != input.dtype:
+            raise RuntimeError(f"expected input, states and weights of one dtype, got {input.dtype} and {tensor.dtype}")
+
     directions, batch = h0.shape[:2]
     states = (h0,) if c0 is None else (h0, c0)
 
@@ -119,7 +123,7 @@ def layer(
     sizes = [batch] * shape[0] if batch_sizes is None else batch_sizes.tolist()
     alive = None
     if lengths is not None:
-        alive = torch.arange(shape[0], device=input.device).unsqueeze(1) < lengths  # [T, B]
+        alive = torch.arange(shape[0], device=input.device).unsqueeze(1) < lengths.to(input.device)  # [T, B]
         input = input.where(alive.unsqueeze(-1), 0)
         reset = None if reset is None else reset & alive
         alive = alive.reshape(-1, 1)
@@ -212,5 +216,5 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast's rule: it leaves float64 alone."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    """Autocast's rule: it casts what is floating, and leaves float64 alone."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

@@ -1,0 +1,281 @@
+"""Owns: a stack of layers, dropout between them, the input's form (batched, unbatched, batch first, packed), the
+initial states, and the checks of what a caller hands in. Must not know: parameters, or what runs a layer.
+
+Sizes: L layers, D directions, T steps, B rows, I input features, H hidden units, P outputs a direction (H, or the
+projection's), N rows of a packed input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+# hx and the final states, as torch.nn has them: one tensor, or (h, c) for LSTM.
+State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+
+
+def recurrent(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    weights: Sequence[Sequence[Tensor]],
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    lengths: Tensor | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedSequence, State]:
+    """Run a stack of layers, with torch.nn's forms of input and result.
+
+    Args:
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"rnn_sigmoid"``, ``"lstm"`` or ``"gru"``.
+        input: ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a ``PackedSequence``.
+        hx: ``[L*D, B, P]`` (unbatched ``[L*D, P]``), for LSTM a pair with ``[L*D, B, H]`` second; None means zeros.
+            With a PackedSequence, B is the length of its ``sorted_indices`` if it has them; rows beyond
+            ``batch_sizes[0]`` are empty and keep their state.
+        weights: the layers' weights, each in the order that :func:`rnnfast.ops.layer` takes.
+        dropout: probability of zeroing an element of every layer's output but the last's.
+        lengths: ``[B]`` integers, on any device: the number of steps of each row of a padded input, 0 to T. Outputs
+            past them are zero and the final states are the row's last. On the CPU the values are checked; elsewhere
+            they are clamped, for a check would wait for the device.
+        reset: bool, shaped as the input without its features: where set, the state before that step is zero. For a
+            PackedSequence, one too, or its data ``[N]``.
+        backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
+
+    Returns:
+        ``(output, states)`` in exactly torch.nn's structure.
+
+    Raises:
+        ValueError: input has the wrong rank or another dtype than the weights, or lengths come with a PackedSequence.
+        RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
+        TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
+    """
+    w_ih, w_hh = weights[0][:2]
+    batch_sizes = sorted_indices = unsorted_indices = None
+    batched = True
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, sorted_indices, unsorted_indices = input
+        if x.dim() != 2:
+            raise RuntimeError(f"input: expected a PackedSequence with 2D data [N, input_size], got {x.dim()}D data")
+        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+        if sorted_indices is not None:
+            if len(sorted_indices) < batch:
+                raise RuntimeError(f"input: expected sorted_indices of {batch} rows or more, got {len(sorted_indices)}")
+            batch = len(sorted_indices)
+    else:
+        x = input
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(x).__name__}")
+        if x.dim() == 2:
+            batched = False
+            x = x.unsqueeze(1)
+        elif x.dim() != 3:
+            raise ValueError(f"input: expected 2D [T, input_size] or 3D [T, B, input_size], got {x.dim()}D")
+        elif batch_first:
+            x = x.transpose(0, 1)
+        batch = x.size(1)
+    if x.size(-1) != w_ih.size(1):
+        raise RuntimeError(f"input: expected {w_ih.size(1)} features (input_size), got {x.size(-1)}")
+    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(f"input: expected the weights' dtype {w_ih.dtype}, got {x.dtype}")
+    if x.device != w_ih.device:
+        raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {x.device}")
+
+    slots = 2 * len(weights) if bidirectional else len(weights)
+    h_shape = (slots, batch, w_hh.size(1))
+    if cell == "lstm":
+        c_shape = (slots, batch, w_ih.size(0) // 4)
+        if hx is None:
+            c0 = torch.zeros(c_shape, dtype=x.dtype, device=x.device)
+            h0 = c0 if c_shape == h_shape else torch.zeros(h_shape, dtype=x.dtype, device=x.device)
+        else:
+            h0, c0 = _pair(hx)
+            h0 = _state("hx[0]", h0, h_shape, batched, x)
+            c0 = _state("hx[1]", c0, c_shape, batched, x)
+    else:
+        c0 = None
+        if hx is None:
+            h0 = torch.zeros(h_shape, dtype=x.dtype, device=x.device)
+        else:
+            h0 = _state("hx", hx, h_shape, batched, x)
+    if sorted_indices is not None and hx is not None:
+        h0 = h0.index_select(1, sorted_indices)
+        c0 = None if c0 is None else c0.index_select(1, sorted_indices)
+    if lengths is not None:
+        lengths = _lengths(lengths, x, batched, batch_sizes is not None)
+    if reset is not None:
+        reset = _reset(reset, x, batched, batch_first and batch_sizes is None)
+
+    output, h_n, c_n = _layers(
+        cell, x, h0, c0, weights, slots // len(weights), dropout, batch_sizes, lengths, reset, backend
+    )
+
+    if batch_sizes is not None:
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = c_n if c0 is None else c_n.index_select(1, unsorted_indices)
+    elif not batched:
+        output, h_n = output.squeeze(1), h_n.squeeze(1)
+        c_n = c_n if c0 is None else c_n.squeeze(1)
+    elif batch_first:
+        output = output.transpose(0, 1)
+    return output, h_n if c0 is None else (h_n, c_n)
+
+
+def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], *, backend: str | None = None) -> State:
+    """Run one step of one cell, with the forms of torch.nn's cells.
+
+    ``input`` is ``[B, I]`` or ``[I]``; ``hx`` and the result are ``[B, H]`` or ``[H]``, for LSTM a pair of them; None
+    means zeros. Raises ValueError for a wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
+    """
+    w_ih, w_hh = weights[:2]
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    batched = input.dim() == 2
+    if not batched:
+        if input.dim() != 1:
+            raise ValueError(f"input: expected 1D [input_size] or 2D [B, input_size], got {input.dim()}D")
+        input = input.unsqueeze(0)
+    if input.size(1) != w_ih.size(1):
+        raise RuntimeError(f"input: expected {w_ih.size(1)} features (input_size), got {input.size(1)}")
+    if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"input: expected the weights' dtype {w_ih.dtype}, got {input.dtype}")
+    if input.device != w_ih.device:
+        raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {input.device}")
+    x = input.unsqueeze(0)
+
+    c0 = None
+    shape = (1, input.size(0), w_hh.size(1))
+    if hx is None:
+        h0 = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        if cell == "lstm":
+            c0 = h0
+    elif cell == "lstm":
+        h0, c0 = _pair(hx)
+        h0, c0 = _cell_state("hx[0]", h0, shape, batched, x), _cell_state("hx[1]", c0, shape, batched, x)
+    else:
+        h0 = _cell_state("hx", hx, shape, batched, x)
+
+    _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, backend=backend)
+    h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
+    if not batched:
+        h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
+    return h_n if c0 is None else (h_n, c_n)
+
+
+def _layers(
+    cell: str,
+    input: Tensor,  # [T, B, I] or [N, I]
+    h0: Tensor,  # [L*D, B, P]
+    c0: Tensor | None,  # [L*D, B, H]
+    weights: Sequence[Sequence[Tensor]],
+    directions: int,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack itself, time first: (output, h_n, c_n)."""
+    options = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset, "backend": backend}
+    if len(weights) == 1:
+        return ops.layer(cell, input, h0, c0, weights[0], **options)[:3]
+
+    h_ns, c_ns = [], []
+    for index, layer_weights in enumerate(weights):
+        if index and dropout:
+            input = drop(input, dropout)
+        slots = slice(index * directions, (index + 1) * directions)
+        c0_layer = None if c0 is None else c0[slots]
+        input, h_n, c_n, _ = ops.layer(cell, input, h0[slots], c0_layer, layer_weights, **options)
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+    return input, torch.cat(h_ns), torch.cat(c_ns)
+
+
+def _pair(hx: State) -> tuple[Tensor, Tensor]:
+    if isinstance(hx, Tensor) or len(hx) != 2:
+        got = "a Tensor" if isinstance(hx, Tensor) else f"{len(hx)} of them"
+        raise RuntimeError(f"hx: expected two states (h_0, c_0), got {got}")
+    return hx[0], hx[1]
+
+
+def _state(name: str, state: Tensor, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
+    """``state`` as ``shape`` [L*D, B, P or H]; unbatched it comes without B."""
+    expected = shape if batched else (shape[0], shape[2])
+    _check_tensor(name, state, input)
+    if state.shape != expected:
+        meaning = "(layers * directions, batch, features)" if batched else "(layers * directions, features)"
+        raise RuntimeError(f"{name}: expected shape {expected} {meaning}, got {tuple(state.shape)}")
+    return state if batched else state.unsqueeze(1)
+
+
+def _cell_state(name: str, state: Tensor, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
+    """``state`` as ``shape`` [1, B, H]; it comes as [B, H], unbatched as [H]."""
+    expected = shape[1:] if batched else shape[2:]
+    _check_tensor(name, state, input)
+    if state.shape != expected:
+        error = RuntimeError if state.dim() in (1, 2) else ValueError
+        raise error(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
+    return state.unsqueeze(0) if batched else state.view(shape)
+
+
+def _check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
+    if tensor.device != input.device:
+        raise RuntimeError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
+
+
+def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Tensor:
+    if packed:
+        raise ValueError("lengths: expected None with a PackedSequence, which has its own")
+    if not isinstance(lengths, Tensor) or lengths.dtype == torch.bool or lengths.is_floating_point():
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: expected a Tensor of integers, got {got}")
+    steps, batch = input.shape[:2]
+    if lengths.shape != ((batch,) if batched else ()):
+        expected = f"shape ({batch},), one for each row" if batched else "shape (), the input being unbatched"
+        raise RuntimeError(f"lengths: expected {expected}, got {tuple(lengths.shape)}")
+    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(lengths))
+        if low < 0 or high > steps:
+            raise RuntimeError(f"lengths: expected values from 0 to {steps} (T), got {low} to {high}")
+    return lengths.to(torch.int64).reshape(-1)
+
+
+def _reset(reset: Tensor | PackedSequence, input: Tensor, batched: bool, batch_first: bool) -> Tensor:
+    if isinstance(reset, PackedSequence):
+        reset = reset.data
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+        raise TypeError(f"reset: expected a bool Tensor, got {got}")
+    if reset.device != input.device:
+        raise RuntimeError(f"reset: expected the input's device {input.device}, got {reset.device}")
+    expected = tuple(input.shape[:-1]) if batched else (input.size(0),)
+    given = tuple(reset.shape)
+    if batch_first and batched:
+        expected = expected[::-1]
+    if given != expected:
+        raise RuntimeError(f"reset: expected shape {expected}, the input's without its features, got {given}")
+    if not batched:
+        return reset.unsqueeze(1)
+    return reset.transpose(0, 1) if batch_first else reset
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

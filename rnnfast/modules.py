@@ -1,0 +1,347 @@
+"""Owns: the layers' parameters and torch.nn's interface to them. Must not know: how a layer runs.
+
+The classes derive from ``torch.nn.RNNBase``, which makes the parameters: names, order, shapes and initial values are
+torch.nn's by construction. What RNNBase adds for cuDNN, a list of the weights kept beside the parameters, is taken out
+here: the parameters are read at every forward, so whatever replaces one takes effect.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+
+class _Layers(nn.RNNBase):
+    """What RNN, LSTM and GRU share."""
+
+    backend: str | None
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+        backend: str | None,
+    ) -> None:
+        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+        if isinstance(proj_size, Integral) and not 0 <= proj_size < hidden_size:
+            raise ValueError(
+                f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
+            )
+        functional.check_choice("backend", backend, (None, "auto", "reference"))
+        known_mode = "RNN_TANH" if mode == "RNN_SIGMOID" else mode  # the same parameters, and RNNBase knows no sigmoid
+        super().__init__(
+            known_mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self.mode = mode
+        self.backend = backend
+        self._name_layers()
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: functional.State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, functional.State]:
+        """Run the layers over a sequence.
+
+        Sizes: T steps, B rows, L layers, D directions, H_out = proj_size or hidden_size.
+
+        Args:
+            input: ``[T, B, input_size]``, ``[B, T, input_size]`` if batch_first, ``[T, input_size]`` unbatched, or a
+                PackedSequence; T may be 0.
+            hx: ``[L*D, B, H_out]``, unbatched ``[L*D, H_out]``; for LSTM ``(h_0, c_0)``, c_0 with hidden_size for
+                H_out. None means zeros.
+            lengths: ``[B]`` integers on any device, the steps of each row of a padded input. Outputs past them are
+                zero, the states returned are the row's last, and a row of length 0 keeps its initial state.
+            reset: bool, ``[T, B]`` (``[B, T]`` if batch_first, ``[T]`` unbatched, one for each element when packed):
+                where set, the state before that step is zero, and no gradient crosses. The backward direction has
+                the same boundary, so it starts afresh at the step before.
+
+        Returns:
+            ``(output, h_n)``, for LSTM ``(output, (h_n, c_n))``: the last layer's output at every step, with D * H_out
+            features, in the form of the input, and the final states in the form of hx.
+
+        The dtypes are float64, float32, bfloat16 and float16, one for all of input, hx and weights; under autocast the
+        layers run in its dtype.
+
+        Raises:
+            ValueError: input has the wrong rank or another dtype than the weights; lengths with a PackedSequence.
+            RuntimeError: an argument has the wrong shape, dtype or device; lengths (on the CPU) are not in 0 .. T.
+            TypeError: an argument is of a wrong type.
+        """
+        return functional.recurrent(
+            self.mode.lower(),
+            input,
+            hx,
+            self._layer_weights(),
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout if self.training else 0.0,
+            lengths=lengths,
+            reset=reset,
+            backend=self.backend,
+        )
+
+    def _layer_weights(self) -> list[list[Tensor]]:
+        """Every layer's weights, both directions, as they are now."""
+        parameters = self._parameters
+        try:
+            return [[parameters[name] for name in names] for names in self._layer_names]
+        except KeyError:  # a parametrization, weight_norm or a replica of DataParallel keeps some elsewhere
+            return [[getattr(self, name) for name in names] for names in self._layer_names]
+
+    def _name_layers(self) -> None:
+        names = ["weight_ih", "weight_hh"]
+        if self.bias:
+            names += ["bias_ih", "bias_hh"]
+        if self.proj_size:
+            names += ["weight_hr"]
+        suffixes = ["", "_reverse"] if self.bidirectional else [""]
+        self._all_weights = [
+            [f"{name}_l{layer}{suffix}" for name in names] for layer in range(self.num_layers) for suffix in suffixes
+        ]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        per_layer = len(names) * len(suffixes)
+        self._layer_names = [
+            tuple(self._flat_weights_names[layer * per_layer : (layer + 1) * per_layer])
+            for layer in range(self.num_layers)
+        ]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the parameters are used where they are."""
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.mode == "RNN_SIGMOID":
+            text += ", nonlinearity=sigmoid"
+        if self.backend is not None:
+            text += f", backend={self.backend}"
+        return text
+
+    # RNNBase keeps a second list of the weights, and of weak references to them, up to date in each of the following.
+    # Here the list is made when someone asks for it.
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    __setattr__ = nn.Module.__setattr__
+    _apply = nn.Module._apply
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def _init_flat_weights(self) -> None: ...
+
+    def _update_flat_weights(self) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take this class's state, or that of the torch.nn layer of the same name, of any age."""
+        kept = {name: value for name, value in state.items() if name not in ("_flat_weights", "all_weights")}
+        nn.Module.__setstate__(self, {"proj_size": 0, "backend": None, "_flat_weight_refs": [], **kept})
+        self._name_layers()
+
+
+class RNN(_Layers):
+    r"""Multi-layer Elman network: :math:`h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
+
+    Takes torch.nn.RNN's place: same arguments, parameters (``weight_ih_l0`` and so on), initial values and results.
+    The equations are in :mod:`rnnfast.reference`.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of the hidden state.
+        num_layers: layers, each fed with the output of the one before.
+        nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are ``[B, T, features]``; the states are not.
+        dropout: probability, in training, of zeroing an element of every layer's output but the last's.
+        bidirectional: whether each layer also runs from the end to the beginning.
+        device, dtype: of the parameters.
+        backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
+
+    Raises:
+        ValueError: a size below 1, dropout outside [0, 1], an unknown nonlinearity or backend, a proj_size.
+        TypeError: a size is no int, bias or batch_first no bool.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        _check_no_projection(proj_size)
+        functional.check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            backend,
+        )
+        self.nonlinearity = nonlinearity
+
+
+class LSTM(_Layers):
+    r"""Multi-layer long short-term memory.
+
+    .. math::
+        i, f, o = \sigma(\cdot), \quad g = \tanh(\cdot) \quad \text{of } W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh},
+        \qquad c_t = f c_{t-1} + i g, \qquad h_t = o \tanh(c_t)
+
+    Takes torch.nn.LSTM's place: same arguments, parameters, gate order (i, f, g, o), initial values and results. The
+    equations and their sources are in :mod:`rnnfast.reference`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend: as for
+            :class:`RNN`.
+        proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
+
+    Raises:
+        ValueError: a size below 1, dropout outside [0, 1], proj_size outside 0 .. hidden_size - 1, unknown backend.
+        TypeError: a size is no int, bias or batch_first no bool.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            backend,
+        )
+
+
+class GRU(_Layers):
+    r"""Multi-layer gated recurrent unit.
+
+    .. math::
+        r, z = \sigma(\cdot) \quad \text{of } W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}, \qquad
+        n = \tanh(W_{in} x_t + b_{in} + r (W_{hn} h_{t-1} + b_{hn})), \qquad h_t = (1 - z) n + z h_{t-1}
+
+    Takes torch.nn.GRU's place: same arguments, parameters, gate order (r, z, n), initial values and results. The
+    equations and their sources are in :mod:`rnnfast.reference`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend: as for
+            :class:`RNN`.
+
+    Raises:
+        ValueError: a size below 1, dropout outside [0, 1], a proj_size, an unknown backend.
+        TypeError: a size is no int, bias or batch_first no bool.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        _check_no_projection(proj_size)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            backend,
+        )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral):
+            raise TypeError(f"{name}: expected an int, got {size!r}")
+        if size <= 0:
+            raise ValueError(f"{name}: expected an int above 0, got {size}")
+
+
+def _check_no_projection(proj_size: int) -> None:
+    if proj_size != 0:
+        raise ValueError(f"proj_size: expected 0, only LSTM has a projection, got {proj_size}")

@@ -1,0 +1,47 @@
+// Owns: the checks of an operator's arguments, written once for all devices, and the sizes they establish.
+// Must not know: engines, allocation.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "../params.h"
+#include "signatures.h"
+
+namespace rnnfast::ops {
+
+// The sizes of one layer, as its tensors tell them. The letters are those of params.h.
+struct Geometry {
+  CellKind cell{};
+  CellInfo info{};
+  Dtype dtype{};
+  int64_t steps = 0;        // T
+  int64_t batch = 0;        // B
+  int64_t rows = 0;         // N of the tensors: T * B, or the packed rows
+  int64_t input_size = 0;   // I
+  int64_t hidden_size = 0;  // H
+  int64_t output_size = 0;  // P
+  int64_t directions = 1;   // D
+  bool packed = false;
+  bool biases = false;
+  bool projection = false;
+
+  int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0); }
+  // No step to run, or no unit to run it for.
+  bool empty() const { return rows == 0 || hidden_size == 0; }
+};
+
+// Throws ValueError for a dtype or a value, RuntimeError for a shape or a device, as torch.nn does. Reads no data, and
+// so does not synchronise with a device; the values of lengths and batch_sizes are the implementation's to check.
+Geometry check_layer(CellKind cell, const LayerArguments& arguments);
+
+Save check_save(CellKind cell, int64_t save);
+
+// The gradients, where they are given, have the shapes of what they are gradients of, and the states of every step,
+// which backward reads, are there.
+void check_gradients(const Geometry& geometry, const LayerArguments& arguments, const OptionalTensor& grad_output,
+                     const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
+                     const Tensor& output, const Tensor& c, const Tensor& saved);
+
+}  // namespace rnnfast::ops

@@ -1,0 +1,67 @@
+// Owns: the C++ types of the operators of schemas.cpp, and how to call them through the dispatcher.
+// Must not know: what an operator does.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cell/cells.h"
+
+namespace rnnfast::ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// output, h_n, c_n, c, saved
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// grad_input, grad_h0, grad_c0, grad_weights
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+using OutputMask = std::array<bool, 4>;
+
+using ForwardSignature = ForwardResult(const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+                                       at::TensorList weights, const OptionalTensor& batch_sizes,
+                                       const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save);
+
+using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
+                                         const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+                                         at::TensorList weights, const OptionalTensor& batch_sizes,
+                                         const OptionalTensor& lengths, const OptionalTensor& reset,
+                                         const Tensor& output, const Tensor& c, const Tensor& saved,
+                                         OutputMask output_mask);
+
+// The arguments that both operators of a cell share.
+struct LayerArguments {
+  const Tensor& input;
+  const Tensor& h0;
+  const OptionalTensor& c0;
+  at::TensorList weights;
+  const OptionalTensor& batch_sizes;
+  const OptionalTensor& lengths;
+  const OptionalTensor& reset;
+};
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + name).c_str(), "").typed<Signature>();
+}
+
+// Looked up once; forward and backward of the cell.
+template <CellKind kind>
+const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
+  static const auto handle = find_operator<ForwardSignature>(cell_info(kind).name);
+  return handle;
+}
+template <CellKind kind>
+const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
+  static const auto handle = find_operator<BackwardSignature>(std::string(cell_info(kind).name) + "_backward");
+  return handle;
+}
+
+}  // namespace rnnfast::ops

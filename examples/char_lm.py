@@ -1,0 +1,467 @@
+"""A character language model, trained on any text by truncated backpropagation through time.
+
+    python examples/char_lm.py                          the English text that comes with every Python
+    python examples/char_lm.py --text FILE --compare    beside torch.nn: same model, seed and data
+    python examples/char_lm.py --text FILE --online     one update a character, see below
+
+With --online it repeats a published experiment (SimonThomine/CoursDeepLearning, "05_Rnn"): the first 50,000 characters
+of Molière's dialogues, 90 % of them for training; the one-hot character joined with the state goes through one sigmoid
+Elman layer of 128 units and a linear read-out; plain SGD at 0.1 after every character; the state is carried, but no
+gradient goes back through it; ten passes. With --compare the loop as it was published runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from common import Run, pick_device, plot_curves, seed_everything, train
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rnnfast
+
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
+DEMO = {"hidden": 128, "embedding": 64, "epochs": 8, "compare": True, "out": Path("runs/demo")}
+
+ONLINE = {
+    "cell": "rnn_sigmoid",
+    "hidden": 128,
+    "layers": 1,
+    "embedding": 0,
+    "epochs": 10,
+    "batch": 1,
+    "lr": 0.1,
+    "out": Path("runs/online"),
+}
+ONLINE_CHARACTERS = 50_000
+PUBLISHED_TEXT = 2572355315  # crc32 of the characters that the published losses belong to
+PUBLISHED_LOSSES = (2.6395, 2.1646, 2.0085, 1.9167, 1.8444, 1.7899, 1.7492, 1.7171, 1.6879, 1.6622)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+class Text:
+    """Characters as numbers: the first 90 % for training, the rest held out."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.vocabulary = sorted(set(characters))
+        self.index = {character: i for i, character in enumerate(self.vocabulary)}
+        codes = self.encode(characters)
+        self.train, self.held_out = codes.split([int(0.9 * len(codes)), len(codes) - int(0.9 * len(codes))])
+
+    def encode(self, characters: str) -> Tensor:
+        return torch.tensor([self.index[character] for character in characters])
+
+    def decode(self, codes: Sequence[int]) -> str:
+        return "".join(self.vocabulary[code] for code in codes)
+
+
+def read_text(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data.topics import topics
+
+        # In a fixed shuffled order, so that the held-out topics are no other kind of text than the rest.
+        return "\n".join(topics[name] for name in sorted(topics, key=lambda name: zlib.crc32(name.encode())))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"error: --text {path} cannot be read: {error}") from None
+
+
+def columns(codes: Tensor, batch: int) -> Tensor:
+    """Cuts a text [N] into ``batch`` consecutive pieces side by side: [N // batch, batch]."""
+    length = len(codes) // batch
+    return codes[: length * batch].view(batch, length).t().contiguous()
+
+
+def windows(codes: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The consecutive windows of at most ``steps`` rows of columns [L, B], each with the characters to predict."""
+    for begin in range(0, len(codes) - 1, steps):
+        end = min(begin + steps, len(codes) - 1)
+        yield codes[begin:end], codes[begin + 1 : end + 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+class SigmoidRNN(nn.RNN):
+    """What torch.nn leaves one to write for a sigmoid: the Elman recurrence as a loop over steps and layers."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = list(input.new_zeros(self.num_layers, input.size(1), self.hidden_size) if hx is None else hx)
+        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(self.all_weights):
+            outputs = []
+            for gates in F.linear(input, w_ih, b_ih):
+                state[layer] = torch.sigmoid(gates + F.linear(state[layer], w_hh, b_hh))
+                outputs.append(state[layer])
+            input = torch.stack(outputs)
+        return input, torch.stack(state)
+
+
+def recurrent(library: ModuleType, cell: str, *sizes: int) -> nn.Module:
+    """The recurrent layers of ``library``, rnnfast or torch.nn: one import is all that differs."""
+    if cell == "lstm":
+        return library.LSTM(*sizes)
+    if cell == "gru":
+        return library.GRU(*sizes)
+    if cell == "rnn_sigmoid" and library is nn:
+        return SigmoidRNN(*sizes)
+    return library.RNN(*sizes, nonlinearity=cell.removeprefix("rnn_"))
+
+
+class CharModel(nn.Module):
+    """Embedding (0: one-hot), recurrent layers, linear read-out: characters [T, B] -> logits [T, B, V], the state."""
+
+    def __init__(
+        self, library: ModuleType, cell: str, vocabulary: int, embedding: int, hidden: int, layers: int
+    ) -> None:
+        super().__init__()
+        one_hot = nn.Embedding.from_pretrained(torch.eye(vocabulary))
+        self.embedding = nn.Embedding(vocabulary, embedding) if embedding else one_hot
+        self.rnn = recurrent(library, cell, embedding or vocabulary, hidden, layers)
+        self.readout = nn.Linear(hidden, vocabulary)
+
+    def forward(self, codes: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        output, state = self.rnn(self.embedding(codes), state)
+        return self.readout(output), state
+
+
+def detach(state: Any) -> Any:
+    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+
+
+@torch.no_grad()
+def held_out_bits(model: CharModel, codes: Tensor) -> float:
+    """The loss on columns [L, B] in bits per character, the state carried from window to window."""
+    total, state = 0.0, None
+    for inputs, targets in windows(codes, 256):
+        logits, state = model(inputs, state)
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    return total / (len(codes) - 1) / codes.size(1) / math.log(2)
+
+
+@torch.no_grad()
+def sample(model: CharModel, prompt: Tensor, length: int, temperature: float, seed: int) -> list[int]:
+    """Continues ``prompt`` [N] by ``length`` characters, each drawn from the model and fed back."""
+    generator = torch.Generator().manual_seed(seed)
+    codes: list[int] = []
+    logits, state = model(prompt.unsqueeze(1))
+    for _ in range(length):
+        probabilities = (logits[-1, 0].float().cpu() / temperature).softmax(0)
+        codes.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        logits, state = model(prompt.new_tensor([[codes[-1]]]), state)
+    return codes
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class WindowRun(Run):
+    """Truncated backpropagation: one update a window of ``steps`` characters of every column, the state carried on."""
+
+    def __init__(
+        self, model: CharModel, codes: Tensor, held_out: Tensor, steps: int, epochs: int, learning_rate: float
+    ) -> None:
+        self.windows = list(windows(codes, steps))
+        self.held_out = held_out
+        super().__init__(model, epochs * len(self.windows), (len(codes) - 1) * codes.size(1) / len(self.windows))
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+    def update(self) -> Tensor:
+        window = self.updates % len(self.windows)
+        inputs, targets = self.windows[window]
+        logits, state = self.model(inputs, self.state if window else None)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.state = detach(state)
+        return loss.detach()
+
+    def evaluate(self) -> float:
+        return held_out_bits(self.model, self.held_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        super().load_state_dict(content)
+        self.optimizer.load_state_dict(content["optimizer"])
+
+
+# ----------------------------------------------------------------------------------------------- one update a character
+
+
+class OnlineRun(Run):
+    """The published experiment on rnnfast's layer: every update is one step of the layer, forward and backward."""
+
+    def __init__(self, model: CharModel, codes: Tensor, held_out: Tensor, passes: int, learning_rate: float) -> None:
+        self.length = len(codes) - 1
+        self.held_out = held_out
+        super().__init__(model, passes * self.length, 1)
+        self.inputs = model.embedding(codes).unsqueeze(1).unbind(0)  # [1, V] each: one step, unbatched
+        self.targets = codes.unsqueeze(1).unbind(0)
+        # The published layer has one bias. Of our two, b_hh stays zero: a second one would double the learning rate.
+        nn.init.zeros_(model.rnn.bias_hh_l0).requires_grad_(False)
+        # It also drew its weights as one matrix [H, V + H], so from a narrower range than a recurrent layer's own.
+        bound = 1 / math.sqrt(model.rnn.input_size + model.rnn.hidden_size)
+        for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0, model.rnn.bias_ih_l0):
+            nn.init.uniform_(weight, -bound, bound)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.weights = [parameter.detach() for parameter in self.parameters]  # the same memory, outside of autograd
+        self.learning_rate = learning_rate
+
+    def update(self) -> Tensor:
+        position = self.updates % self.length
+        output, state = self.model.rnn(self.inputs[position], self.state if position else None)
+        loss = F.cross_entropy(self.model.readout(output), self.targets[position + 1])
+        gradients = torch.autograd.grad(loss, self.parameters)
+        torch._foreach_add_(self.weights, gradients, alpha=-self.learning_rate)
+        self.state = state.detach()
+        return loss.detach()
+
+    def evaluate(self) -> float:
+        return held_out_bits(self.model, self.held_out)
+
+
+class PublishedModel(nn.Module):
+    """The model as it was published: character and state joined, one linear layer over both."""
+
+    def __init__(self, like: CharModel) -> None:
+        super().__init__()
+        vocabulary, hidden = like.rnn.input_size, like.rnn.hidden_size
+        self.hidden = nn.Linear(vocabulary + hidden, hidden)
+        self.readout = nn.Linear(hidden, vocabulary)
+        self.hidden.weight.data = torch.cat((like.rnn.weight_ih_l0, like.rnn.weight_hh_l0), dim=1).detach()
+        self.hidden.bias.data.copy_(like.rnn.bias_ih_l0)
+        self.readout.load_state_dict(like.readout.state_dict())
+
+    def forward(self, code: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        one_hot = F.one_hot(code, self.readout.out_features).float()
+        state = torch.sigmoid(self.hidden(torch.cat((one_hot, state))))
+        return self.readout(state), state.detach()
+
+
+class PublishedRun(Run):
+    """The published loop in plain PyTorch, from the same initial weights as ``like``."""
+
+    def __init__(self, like: CharModel, codes: Tensor, passes: int, learning_rate: float) -> None:
+        self.codes = codes
+        super().__init__(PublishedModel(like), passes * (len(codes) - 1), 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=learning_rate)
+
+    def update(self) -> Tensor:
+        position = self.updates % (len(self.codes) - 1)
+        self.optimizer.zero_grad()
+        state = self.state if position else self.codes.new_zeros(self.model.hidden.out_features, dtype=torch.float32)
+        logits, self.state = self.model(self.codes[position], state)
+        loss = F.cross_entropy(logits, self.codes[position + 1])
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+# --------------------------------------------------------------------------------------------------------- programme
+
+
+def plot(path: Path, runs: dict[str, Run], published: Sequence[float]) -> None:
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for name, run in runs.items():
+        characters = [report["characters"] for report in run.reports]
+        curves[f"{name}, training"] = characters, [report["loss"] / math.log(2) for report in run.reports]
+        if not math.isnan(run.reports[-1]["held_out"]):
+            curves[f"{name}, held out"] = characters, [report["held_out"] for report in run.reports]
+    if published:
+        curves["published, training"] = (
+            curves["rnnfast, training"][0][: len(published)],
+            [loss / math.log(2) for loss in published],
+        )
+    plot_curves(path, curves, "characters trained on", "bits per character")
+
+
+def print_reports(runs: dict[str, Run]) -> None:
+    """Every report of every run, side by side, and what the whole training took."""
+    print("loss: mean training loss in nats per character; held out: loss in bits per character; char/s: in training")
+    reports = list(zip(*(run.reports for run in runs.values()), strict=True))
+    columns = {"characters": [f"{row[0]['characters']:,.0f}" for row in reports]}
+    for key, title, form in (
+        ("loss", "loss", ".4f"),
+        ("held_out", "held out", ".3f"),
+        ("speed", "char/s", ",.0f"),
+    ):
+        for index, name in enumerate(runs):
+            columns[f"{title}\n{name}"] = [format(row[index][key], form) for row in reports]
+    print(tabulate(columns, headers="keys", disable_numparse=True, stralign="right"))
+    for name, run in runs.items():
+        print(f"{name}: {run.seconds():.1f} s of training, {run.speed():,.0f} characters/s")
+    if len(runs) == 2:
+        (ours, our_run), (theirs, their_run) = runs.items()
+        print(f"{ours} trains at {our_run.speed() / their_run.speed():.2f} times the speed of {theirs}")
+
+
+def print_passes(ours: Run, plain: Run | None, published: Sequence[float]) -> None:
+    """The mean training loss of every pass, beside the published ones if the text is theirs, and what updates took."""
+    columns: dict[str, Sequence[str]] = {
+        "pass": [str(number) for number in range(1, len(ours.reports) + 1)],
+        "training\nloss": [f"{report['loss']:.4f}" for report in ours.reports],
+    }
+    if published:
+        columns["\npublished"] = [f"{loss:.4f}" for loss in published]
+        differences = [report["loss"] - loss for report, loss in zip(ours.reports, published, strict=False)]
+        columns["\ndifference"] = [f"{difference:+.4f}" for difference in differences]
+    columns["held out,\nbits/char"] = [f"{report['held_out']:.3f}" for report in ours.reports]
+    columns["us/update\nrnnfast"] = [f"{1e6 / report['speed']:.1f}" for report in ours.reports]
+    if plain:
+        columns["us/update\nplain loop"] = [f"{1e6 / report['speed']:.1f}" for report in plain.reports]
+    print(tabulate(columns, headers="keys", disable_numparse=True, stralign="right"))
+    print(f"rnnfast: {ours.updates:,} updates in {ours.seconds():.1f} s, {1e6 / ours.speed():.1f} us each")
+    if plain:
+        loss = sum(report["loss"] * report["updates"] for report in plain.reports) / plain.updates
+        print(
+            f"plain loop: the published code in plain PyTorch from the same weights, the first pass only, a part of it "
+            f"after each of rnnfast's passes:\n{plain.updates:,} updates in {plain.seconds():.1f} s, "
+            f"{1e6 / plain.speed():.1f} us each; mean loss {loss:.4f}\n"
+            f"rnnfast takes {plain.speed() / ours.speed():.2f} of the plain loop's time"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- programme
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; default: the topics of Python's help()")
+    parser.add_argument("--compare", action="store_true", help="train the same model with torch.nn, slice by slice")
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--demo", action="store_true", help="a small LSTM with --compare: under 3 minutes on 2 cores")
+    preset.add_argument("--online", action="store_true", help="the published experiment: one update a character")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
+    model.add_argument("--hidden", type=positive, default=256, metavar="N", help="hidden units; default: %(default)s")
+    model.add_argument("--layers", type=positive, default=1, metavar="N", help="default: %(default)s")
+    model.add_argument(
+        "--embedding",
+        type=int,
+        default=64,
+        metavar="N",
+        help="features of a character, 0: one-hot; default: %(default)s",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=positive, default=10, metavar="N", help="default: %(default)s")
+    training.add_argument(
+        "--batch", type=positive, default=32, metavar="N", help="texts side by side; default: %(default)s"
+    )
+    training.add_argument("--steps", type=positive, default=64, metavar="N", help="of a gradient; default: %(default)s")
+    training.add_argument("--lr", type=float, default=3e-3, help="learning rate; default: %(default)s")
+    training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    training.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/char_lm"),
+        metavar="DIR",
+        help="for checkpoint and curve; default: %(default)s",
+    )
+    output.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
+    output.add_argument(
+        "--prompt", metavar="TEXT", help="what the sample continues; default: the held-out text's start"
+    )
+    output.add_argument("--sample", type=int, default=400, metavar="N", help="characters; default: %(default)s")
+    output.add_argument("--temperature", type=float, default=0.8, help="of the sample; default: %(default)s")
+
+    args = parser.parse_args(argv)
+    if args.demo or args.online:  # a preset changes the defaults; what is given on the command line still counts
+        parser.set_defaults(**(DEMO if args.demo else ONLINE))
+        args = parser.parse_args(argv)
+    if args.online and any(getattr(args, name) != ONLINE[name] for name in ("cell", "layers", "embedding", "batch")):
+        parser.error(
+            "--online has one sigmoid layer, one-hot input and no batch: drop --cell, --layers, --embedding, --batch"
+        )
+    if args.embedding < 0 or args.lr <= 0 or args.temperature <= 0:
+        parser.error("--embedding takes 0 or more, --lr and --temperature more than 0")
+    return args
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"takes 1 or more, got {number}")
+    return number
+
+
+def load_text(args: argparse.Namespace) -> Text:
+    characters = read_text(args.text)
+    if args.online:
+        characters = characters[:ONLINE_CHARACTERS]
+    if not characters:
+        raise SystemExit(f"error: --text {args.text} is empty")
+    needed = 20 * args.batch  # two characters of held-out text in every column
+    if len(characters) < needed:
+        raise SystemExit(
+            f"error: --text {args.text} has {len(characters)} characters; --batch {args.batch} takes {needed} or more"
+        )
+    text = Text(characters)
+    unknown = set(args.prompt or "") - set(text.vocabulary)
+    if unknown:
+        raise SystemExit(f"error: --prompt has characters that the text has not: {''.join(sorted(unknown))}")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    text = load_text(args)
+    device = pick_device(args.device)
+    codes, held_out = (columns(part, args.batch).to(device) for part in (text.train, text.held_out))
+    print(
+        f"{len(text.characters):,} characters, {len(text.vocabulary)} distinct; "
+        f"{args.cell}, {args.layers} x {args.hidden} units on {device}"
+    )
+
+    def model(library: ModuleType) -> CharModel:
+        seed_everything(args.seed)
+        return CharModel(library, args.cell, len(text.vocabulary), args.embedding, args.hidden, args.layers).to(device)
+
+    ours = model(rnnfast)
+    runs: dict[str, Run]
+    if args.online:
+        runs = {"rnnfast": OnlineRun(ours, codes[:, 0], held_out, args.epochs, args.lr)}
+        if args.compare:
+            runs["plain loop"] = PublishedRun(ours, codes[:, 0], 1, args.lr)
+    else:
+        runs = {"rnnfast": WindowRun(ours, codes, held_out, args.steps, args.epochs, args.lr)}
+        if args.compare:
+            runs["torch.nn"] = WindowRun(model(nn), codes, held_out, args.steps, args.epochs, args.lr)
+
+    keys = ("online", "compare", "cell", "hidden", "layers", "embedding", "epochs", "batch", "steps", "lr", "seed")
+    settings = {key: getattr(args, key) for key in keys} | {"text": zlib.crc32(text.characters.encode())}
+    train(runs, args.epochs, 500 if args.online else 10, settings, args.resume, args.out)
+
+    prompt = args.prompt or text.decode(text.held_out[:20].tolist())
+    continuation = sample(ours, text.encode(prompt).to(device), args.sample, args.temperature, args.seed)
+    print(f"\nsample, after {prompt!r}:\n{prompt}{text.decode(continuation)}\n")
+    published = PUBLISHED_LOSSES[: args.epochs] if args.online and settings["text"] == PUBLISHED_TEXT else ()
+    plot(args.out / "loss.png", runs, published)
+    print(f"{args.out / 'loss.png'}: the loss curve; {args.out / 'checkpoint.pt'}: the trained model\n")
+    if args.online:
+        print_passes(runs["rnnfast"], runs.get("plain loop"), published)
+    else:
+        print_reports(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -159,4 +159,66 @@ bool set_instruction_set(const char* name);
 
 }  // namespace cpu
 
+// ---------------------------------------------------------------------------------------------------- CUDA engines
+// A launcher enqueues its kernels on a stream and returns; it allocates nothing and never waits for the device, so a
+// CUDA graph can capture it. It returns 0, or the first error (a cudaError_t) of a launch or of the matrix product.
+// Every pointer of a layer is to device memory; batch_sizes and offsets are read by the host; batch_index is null.
+namespace cuda {
+
+// c [m, n] = a [m, k] op(b), plus c where accumulate is set. Row-major, leading dimensions count elements. op(b) is
+// b [k, n], or the transpose of b [n, k]. a and b have the given dtype, c its accumulation type: float for the 16-bit
+// types, the dtype itself otherwise.
+struct GemmArguments {
+  Dtype dtype{};
+  int64_t m = 0, n = 0, k = 0;
+  const void* a = nullptr;
+  int64_t lda = 0;
+  const void* b = nullptr;
+  int64_t ldb = 0;
+  bool transpose_b = false;
+  void* c = nullptr;
+  int64_t ldc = 0;
+  bool accumulate = false;
+};
+
+// The matrix product, on the caller's stream: cuBLAS in the operators, a loop in the simulator.
+struct Gemm {
+  int (*run)(void* context, const GemmArguments& arguments) = nullptr;
+  void* context = nullptr;
+};
+
+struct Context {
+  void* stream = nullptr;     // cudaStream_t
+  void* workspace = nullptr;  // as many bytes as the engine asks for, 256-byte aligned
+  Gemm gemm;
+};
+
+// What backward leaves for the weight gradients, which are matrix products over all steps:
+//   grad_w_hh = grad_hgates^T h_prev    grad_w_hr = grad_h^T hidden
+struct BackwardProducts {
+  void* h_prev = nullptr;  // compact [N, P]: the state each step read; the initial one at first, zero behind a reset
+  // With a projection only.
+  void* grad_h = nullptr;  // compact [N, P]: gradient of the projected state
+  void* hidden = nullptr;  // compact [N, H]: the state before it was projected; written where saved is null
+};
+
+// One GEMM and one pointwise kernel a step: any GPU, any size, any dtype. What the structs above leave open:
+//   - igates is given (w_ih x + b_ih); input, w_ih and b_ih are not read.
+//   - With a projection, saved goes on after its [N, S*H] with the state before the projection, [N, H].
+//   - Rows past a length get a zero output, c and gradient. A length below 0 counts as 0, one above T as T.
+//   - For a cell without split gates grad_igates stands for grad_hgates too, and grad_hgates is not used.
+//   - In backward, where saved is null and the cell saves anything (S > 0), grad_igates holds igates on entry, from
+//     which the gates are recomputed in place.
+namespace stepwise {
+
+size_t forward_workspace_bytes(const LayerForward& layer);
+int forward(const LayerForward& layer, const Context& context);
+
+size_t backward_workspace_bytes(const LayerBackward& layer);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
+
+}  // namespace stepwise
+
+}  // namespace cuda
+
 }  // namespace rnnfast

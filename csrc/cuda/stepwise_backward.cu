@@ -1,0 +1,509 @@
+// Owns: the backward of the stepwise engine. Once, before the loop,
+//
+//     h_prev = the state every step read                            previous_states_kernel
+//
+// and a step, from the last to the first in the direction's own order,
+//
+//     hgates = h_prev W_hh^T                                        to recompute the gates: a GEMM over a chunk of
+//     steps grad_h += grad_output; grad_hidden = grad_h W_hr              with a projection: a kernel and a GEMM
+//     grad_igates, grad_hgates, grad_h, grad_c = cell's backward    backward_step_kernel
+//     grad_h += grad_hgates W_hh                                    the caller's GEMM
+//
+// The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
+// before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
+// Must not know: equations (csrc/cell has them), tensors.
+#include "stepwise.cuh"
+
+namespace rnnfast::cuda::stepwise {
+namespace {
+
+template <class scalar_t>
+struct PreviousDirection {
+  const scalar_t* output = nullptr;  // rows of P: the neighbour of the first step, and on by stride_t
+  int64_t stride_t = 0, stride_b = 0;
+  const scalar_t* h0 = nullptr;  // [B, P]
+  const bool* reset = nullptr;   // [steps, rows] at the borders crossed, or null
+  scalar_t* h_prev = nullptr;    // [steps, rows, P]
+  int64_t first_step = 0, steps = 0;
+  int64_t rows = 0, neighbour_rows = 0;
+  bool reverse = false;
+};
+
+template <class scalar_t>
+struct PreviousStates {
+  int64_t all_steps = 0, output_size = 0;
+  const int64_t* lengths = nullptr;
+  PreviousDirection<scalar_t> direction[2];
+};
+
+// h_prev: the neighbouring step's output, the initial state where the row starts, zero behind a reset and past the end.
+// Mapping: a thread an element, rows counting through all the steps given. Nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    previous_states_kernel(const __grid_constant__ PreviousStates<scalar_t> args) {
+  const PreviousDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t P = args.output_size;
+  const int64_t p = first_feature<1>();
+  if (p >= P) return;
+  for (int64_t row = first_row(); row < d.steps * d.rows; row += row_stride()) {
+    const int64_t t = row / d.rows, slot = row % d.rows;
+    const int64_t step = d.first_step + t, neighbour = d.reverse ? step + 1 : step - 1;
+    const bool has_neighbour =
+        neighbour >= 0 && neighbour < args.all_steps && slot < d.neighbour_rows && lives(args.lengths, slot, neighbour);
+    const bool crosses = d.reverse ? has_neighbour : true;
+    scalar_t* h_prev = d.h_prev + row * P + p;
+    if (!lives(args.lengths, slot, step) || (d.reset != nullptr && crosses && d.reset[row])) {
+      store_zero<1>(h_prev);
+    } else {
+      *h_prev = has_neighbour ? d.output[t * d.stride_t + slot * d.stride_b + p] : d.h0[slot * P + p];
+    }
+  }
+}
+
+template <class scalar_t>
+struct BackwardDirection {
+  using acc_t = acc_type<scalar_t>;
+  int64_t rows = 0, step = 0;
+  const scalar_t* saved = nullptr;   // [rows, S*H]; null: recompute, from
+  const acc_t* hgates = nullptr;     // [rows, G*H], without b_hh; and grad_igates, which holds igates
+  const scalar_t* b_hh = nullptr;    // [G*H] or null
+  const scalar_t* h_prev = nullptr;  // [rows, H]; null with a projection
+  const scalar_t* output = nullptr;  // rows of H; null with a projection
+  int64_t output_stride = 0;
+  const scalar_t* c = nullptr;  // rows of H: cells with two states
+  int64_t c_stride = 0;
+  Previous<scalar_t> c_prev;
+
+  const scalar_t* grad_output = nullptr;  // rows of H; null: zero
+  int64_t grad_output_stride = 0;
+  const acc_t* grad_hidden = nullptr;       // [rows, H]: with a projection, instead of grad_output and grad_h
+  const scalar_t* grad_c_output = nullptr;  // rows of H; null: zero
+  int64_t grad_c_output_stride = 0;
+  acc_t* grad_h = nullptr;  // [B, H], carried; null with a projection
+  acc_t* grad_c = nullptr;  // [B, H], carried
+
+  scalar_t* grad_igates = nullptr;  // [rows, G*H]
+  scalar_t* grad_hgates = nullptr;  // [rows, G*H]; null: the cell does not split its gates
+  scalar_t* hidden = nullptr;       // [rows, H]; null: not wanted
+  Border entered, left;             // on the way into this step, and from it into the next
+};
+
+template <class scalar_t>
+struct BackwardStep {
+  int64_t hidden_size = 0;
+  const int64_t* lengths = nullptr;
+  BackwardDirection<scalar_t> direction[2];
+};
+
+// Equations: Cell::backward, after Cell::forward where the gates are recomputed.
+// Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads a
+// gate's element before it writes the gradient to the same place. Everything lies in global memory, each element
+// belongs to one thread, and there is nothing to synchronise: the stream orders the steps.
+template <class Cell, class scalar_t, int kWidth>
+__global__ void __launch_bounds__(kThreads) backward_step_kernel(const __grid_constant__ BackwardStep<scalar_t> args) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+  const BackwardDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t H = args.hidden_size;
+  const int64_t unit = first_feature<kWidth>();
+  if (unit >= H) return;
+
+  for (int64_t row = first_row(); row < d.rows; row += row_stride()) {
+    const auto gate = [&](int g) { return (row * kGates + g) * H + unit; };
+    if (!lives(args.lengths, row, d.step)) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        store_zero<kWidth>(d.grad_igates + gate(g));
+        if (d.grad_hgates != nullptr) store_zero<kWidth>(d.grad_hgates + gate(g));
+      }
+      if (d.hidden != nullptr) store_zero<kWidth>(d.hidden + row * H + unit);
+      continue;
+    }
+    const bool cut = d.entered.cuts(args.lengths, row);
+
+    acc_t previous[kStates][kWidth] = {}, state[kStates][kWidth] = {};
+    if constexpr (kStates == 2) {
+      if (!cut) load(d.c_prev.row(args.lengths, row, H) + unit, previous[1]);
+      load(d.c + row * d.c_stride + unit, state[1]);
+    } else {
+      load(d.h_prev + row * H + unit, previous[0]);  // zero behind a reset
+      load(d.output + row * d.output_stride + unit, state[0]);
+    }
+
+    acc_t saved[kSaved + 1][kWidth];
+    if (kSaved == 0 || d.saved != nullptr) {
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) load(d.saved + (row * kSaved + s) * H + unit, saved[s]);
+    } else {
+      acc_t igates[kGates][kWidth], hgates[kGates][kWidth], bias[kGates][kWidth] = {}, hidden[kWidth];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        load(d.grad_igates + gate(g), igates[g]);
+        load(d.hgates + gate(g), hgates[g]);
+        if (d.b_hh != nullptr) load(d.b_hh + g * H + unit, bias[g]);
+      }
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        acc_t i[kGates], h[kGates], from[kStates], to[kStates], keep[kSaved + 1];
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) i[g] = igates[g][k], h[g] = hgates[g][k] + bias[g][k];
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) from[s] = previous[s][k];
+        Cell::forward(i, h, from, to, keep);
+        hidden[k] = to[0];
+#pragma unroll
+        for (int s = 0; s < kSaved; ++s) saved[s][k] = keep[s];
+      }
+      if (d.hidden != nullptr) store(hidden, d.hidden + row * H + unit);
+    }
+
+    acc_t grad[kStates][kWidth] = {}, more[kWidth];
+    if (d.grad_hidden != nullptr) {
+      load(d.grad_hidden + row * H + unit, grad[0]);
+    } else {
+      if (!d.left.cuts(args.lengths, row)) load(d.grad_h + row * H + unit, grad[0]);
+      if (d.grad_output != nullptr) {
+        load(d.grad_output + row * d.grad_output_stride + unit, more);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) grad[0][k] += more[k];
+      }
+    }
+    if constexpr (kStates == 2) {
+      load(d.grad_c + row * H + unit, grad[1]);
+      if (d.grad_c_output != nullptr) {
+        load(d.grad_c_output + row * d.grad_c_output_stride + unit, more);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) grad[1][k] += more[k];
+      }
+    }
+
+    acc_t grad_igates[kGates][kWidth], grad_hgates[kGates][kWidth], grad_previous[kStates][kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      acc_t keep[kSaved + 1], from[kStates], to[kStates], grad_to[kStates], gi[kGates], gh[kGates], grad_from[kStates];
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) keep[s] = saved[s][k];
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) from[s] = previous[s][k], to[s] = state[s][k], grad_to[s] = grad[s][k];
+      Cell::backward(keep, from, to, grad_to, gi, gh, grad_from);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) grad_igates[g][k] = gi[g], grad_hgates[g][k] = gh[g];
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) grad_previous[s][k] = grad_from[s];
+    }
+
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      store(grad_igates[g], d.grad_igates + gate(g));
+      if (d.grad_hgates != nullptr) store(grad_hgates[g], d.grad_hgates + gate(g));
+    }
+    if (d.grad_h != nullptr) store(grad_previous[0], d.grad_h + row * H + unit);
+    if constexpr (kStates == 2) {
+      acc_t* grad_c = d.grad_c + row * H + unit;
+      cut ? store_zero<kWidth>(grad_c) : store(grad_previous[1], grad_c);
+    }
+  }
+}
+
+template <class scalar_t>
+struct ProjectedDirection {
+  int64_t rows = 0, step = 0;
+  const scalar_t* grad_output = nullptr;  // rows of P; null: zero
+  int64_t grad_output_stride = 0;
+  acc_type<scalar_t>* carried = nullptr;  // [B, P]
+  scalar_t* grad_h = nullptr;             // [rows, P]
+  Border left;
+};
+
+template <class scalar_t>
+struct Projected {
+  int64_t output_size = 0;
+  const int64_t* lengths = nullptr;
+  ProjectedDirection<scalar_t> direction[2];
+};
+
+// grad_h = carried + grad_output, and the carried gradient starts again from zero. One thread an element; nothing to
+// synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) grad_projected_kernel(const __grid_constant__ Projected<scalar_t> args) {
+  const ProjectedDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t P = args.output_size;
+  const int64_t p = first_feature<1>();
+  if (p >= P) return;
+  for (int64_t row = first_row(); row < d.rows; row += row_stride()) {
+    acc_type<scalar_t> grad = 0;
+    if (lives(args.lengths, row, d.step)) {
+      acc_type<scalar_t>* carried = d.carried + row * P + p;
+      if (!d.left.cuts(args.lengths, row)) grad = *carried;
+      if (d.grad_output != nullptr) grad += to_acc(d.grad_output[row * d.grad_output_stride + p]);
+      *carried = 0;
+    }
+    from_acc(grad, d.grad_h[row * P + p]);
+  }
+}
+
+template <class scalar_t>
+struct CarriedDirection {
+  const scalar_t* grad_h_n = nullptr;  // [B, P]; null: zero
+  const scalar_t* grad_c_n = nullptr;  // [B, H]; null: zero
+  scalar_t* grad_h0 = nullptr;         // [B, P]
+  scalar_t* grad_c0 = nullptr;         // [B, H]
+  acc_type<scalar_t>* grad_h = nullptr;
+  acc_type<scalar_t>* grad_c = nullptr;  // null: a cell with one state
+  Border entered;                        // on the way into the first step
+};
+
+template <class scalar_t>
+struct Carried {
+  int64_t rows = 0, hidden_size = 0, output_size = 0;
+  const int64_t* lengths = nullptr;
+  CarriedDirection<scalar_t> direction[2];
+};
+
+// The carried gradients start as those of the last states. One thread a unit; nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) first_gradients_kernel(const __grid_constant__ Carried<scalar_t> args) {
+  const CarriedDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t H = args.hidden_size, P = args.output_size;
+  const int64_t unit = first_feature<1>();
+  using acc_t = acc_type<scalar_t>;
+  for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
+    const int64_t p = row * P + unit, h = row * H + unit;
+    if (unit < P) d.grad_h[p] = d.grad_h_n != nullptr ? to_acc(d.grad_h_n[p]) : acc_t(0);
+    if (unit < H && d.grad_c != nullptr) d.grad_c[h] = d.grad_c_n != nullptr ? to_acc(d.grad_c_n[h]) : acc_t(0);
+  }
+}
+
+// The gradients of the initial states are what is carried in the end. One thread a unit; nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) last_gradients_kernel(const __grid_constant__ Carried<scalar_t> args) {
+  const CarriedDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t H = args.hidden_size, P = args.output_size;
+  const int64_t unit = first_feature<1>();
+  using acc_t = acc_type<scalar_t>;
+  for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
+    const int64_t p = row * P + unit, h = row * H + unit;
+    if (unit < P) from_acc(d.entered.cuts(args.lengths, row) ? acc_t(0) : d.grad_h[p], d.grad_h0[p]);
+    if (unit < H && d.grad_c != nullptr) from_acc(d.grad_c[h], d.grad_c0[h]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ host
+bool recomputes(const LayerBackward& layer) {
+  return layer.direction[0].saved == nullptr && cell_info(layer.cell).saved > 0;
+}
+
+// Steps whose hgates one GEMM recomputes: enough rows to fill a GPU, few enough to bound the workspace.
+template <class scalar_t>
+int64_t recomputed_steps(const LayerBackward& layer) {
+  constexpr int64_t kBytes = int64_t{64} << 20;
+  const int64_t step_bytes = layer.sequence.batch * cell_info(layer.cell).gates * layer.hidden_size *
+                             static_cast<int64_t>(sizeof(acc_type<scalar_t>));
+  return std::max<int64_t>(1, std::min(layer.sequence.steps, kBytes / std::max<int64_t>(1, step_bytes)));
+}
+
+template <class scalar_t>
+struct BackwardWorkspace {
+  using acc_t = acc_type<scalar_t>;
+  acc_t* grad_h[2] = {};       // [B, P]
+  acc_t* grad_c[2] = {};       // [B, H]: cells with two states
+  acc_t* grad_hidden[2] = {};  // [B, H]: with a projection
+  acc_t* hgates[2] = {};       // [recomputed_steps * B, G*H]: to recompute the gates
+  size_t bytes = 0;
+
+  BackwardWorkspace(const LayerBackward& layer, void* base) {
+    const CellInfo info = cell_info(layer.cell);
+    const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
+    Workspace workspace(base);
+    for (int k = 0; k < layer.directions; ++k) {
+      grad_h[k] = workspace.take<acc_t>(B * P);
+      if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
+      if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
+      if (recomputes(layer)) hgates[k] = workspace.take<acc_t>(recomputed_steps<scalar_t>(layer) * B * info.gates * H);
+    }
+    bytes = workspace.bytes();
+  }
+};
+
+template <class Cell, class scalar_t>
+bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products)[2]) {
+  constexpr int width = kVectorWidth<scalar_t>;
+  bool all = layer.hidden_size % width == 0;
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionBackward& d = layer.direction[k];
+    for (const void* pointer : {d.weights.b_hh, d.c0, d.saved, static_cast<const void*>(d.grad_igates),
+                                static_cast<const void*>(d.grad_hgates), static_cast<const void*>(products[k].h_prev),
+                                static_cast<const void*>(products[k].hidden)}) {
+      all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
+    }
+    for (const Rows& rows : {d.c, d.grad_c}) all = all && aligned<scalar_t>(rows, width);
+    if (d.weights.w_hr != nullptr) continue;
+    for (const Rows& rows : {d.output, d.grad_output}) all = all && aligned<scalar_t>(rows, width);
+  }
+  return all;
+}
+
+// Gathers h_prev: all steps of a padded input at once, a packed one step by step, since its rows shrink.
+template <class scalar_t>
+int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&products)[2], cudaStream_t stream) {
+  const Sequence& sequence = layer.sequence;
+  const int64_t P = layer.output_size;
+  const int64_t together = sequence.packed ? 1 : sequence.steps;
+  for (int64_t first = 0; first < sequence.steps; first += together) {
+    PreviousStates<scalar_t> args{sequence.steps, P, sequence.lengths, {}};
+    for (int k = 0; k < layer.directions; ++k) {
+      const DirectionBackward& from = layer.direction[k];
+      PreviousDirection<scalar_t>& d = args.direction[k];
+      const int64_t neighbour = from.reverse ? first + 1 : first - 1;
+      const int64_t crossed = from.reverse ? neighbour : first;
+      const bool inside = neighbour >= 0 && neighbour < sequence.steps;
+      d.stride_t = from.output.stride_t;
+      d.stride_b = from.output.stride_b;
+      // Outside a padded input the address is only a base for the steps that follow.
+      const int64_t at =
+          sequence.packed ? (inside ? from.output.at(sequence, neighbour, 0) : 0) : neighbour * d.stride_t;
+      d.output = static_cast<const scalar_t*>(from.output.data) + at;
+      d.h0 = static_cast<const scalar_t*>(from.h0);
+      d.reset =
+          sequence.reset != nullptr && crossed < sequence.steps ? sequence.reset + sequence.offset(crossed) : nullptr;
+      d.h_prev = static_cast<scalar_t*>(products[k].h_prev) + sequence.offset(first) * P;
+      d.first_step = first;
+      d.steps = together;
+      d.rows = sequence.batch_size(first);
+      d.neighbour_rows = sequence.packed ? (inside ? sequence.batch_size(neighbour) : 0) : sequence.batch;
+      d.reverse = from.reverse;
+    }
+    RNNFAST_RETURN_IF_ERROR(launch(previous_states_kernel<scalar_t>,
+                                   rows_shape(P, together * sequence.batch_size(first), 1, layer.directions), stream,
+                                   args));
+  }
+  return 0;
+}
+
+template <class Cell, class scalar_t>
+int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
+  using acc_t = acc_type<scalar_t>;
+  const Sequence& sequence = layer.sequence;
+  const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
+  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;
+  const bool projects = layer.direction[0].weights.w_hr != nullptr;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  if (B == 0) return 0;
+
+  const BackwardWorkspace<scalar_t> workspace(layer, context.workspace);
+  Carried<scalar_t> carried{B, H, P, sequence.lengths, {}};
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionBackward& d = layer.direction[k];
+    carried.direction[k] = {static_cast<const scalar_t*>(d.grad_h_n),
+                            static_cast<const scalar_t*>(d.grad_c_n),
+                            static_cast<scalar_t*>(d.grad_h0),
+                            static_cast<scalar_t*>(d.grad_c0),
+                            workspace.grad_h[k],
+                            workspace.grad_c[k],
+                            T > 0 ? border_into(sequence, d.reverse, Position(sequence, d.reverse, 0)) : Border()};
+  }
+  const LaunchShape states_shape = rows_shape(std::max(H, P), B, 1, layer.directions);
+  RNNFAST_RETURN_IF_ERROR(launch(first_gradients_kernel<scalar_t>, states_shape, stream, carried));
+  RNNFAST_RETURN_IF_ERROR(gather_previous_states<scalar_t>(layer, products, stream));
+
+  const int width = can_vectorise<Cell, scalar_t>(layer, products) ? kVectorWidth<scalar_t> : 1;
+  const auto kernel = width == 1 ? backward_step_kernel<Cell, scalar_t, 1>
+                                 : backward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
+  const int64_t chunk = recomputed_steps<scalar_t>(layer);
+  int64_t hgates_row[2] = {};  // the first row, over all steps, that the workspace's hgates hold
+  for (int64_t index = T - 1; index >= 0; --index) {
+    BackwardStep<scalar_t> step{H, sequence.lengths, {}};
+    Projected<scalar_t> projected{P, sequence.lengths, {}};
+    int64_t most_rows = 0;
+    for (int k = 0; k < layer.directions; ++k) {
+      const DirectionBackward& d = layer.direction[k];
+      const Position at(sequence, d.reverse, index);
+      const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
+      most_rows = std::max(most_rows, rows);
+      const Border left =
+          index + 1 < T ? border_into(sequence, d.reverse, Position(sequence, d.reverse, index + 1)) : Border();
+
+      if (recomputes(layer) && (T - 1 - index) % chunk == 0) {
+        const int64_t last_index = std::max<int64_t>(0, index - chunk + 1);
+        const int64_t other = Position(sequence, d.reverse, last_index).step;
+        const int64_t low = std::min(at.step, other), high = std::max(at.step, other);
+        hgates_row[k] = sequence.offset(low);
+        const int64_t chunk_rows = sequence.offset(high) + sequence.batch_size(high) - hgates_row[k];
+        const scalar_t* h_prev = static_cast<const scalar_t*>(products[k].h_prev) + hgates_row[k] * P;
+        RNNFAST_RETURN_IF_ERROR(context.gemm.run(
+            context.gemm.context,
+            {layer.dtype, chunk_rows, GH, P, h_prev, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+      }
+
+      BackwardDirection<scalar_t>& s = step.direction[k];
+      s.rows = rows;
+      s.step = at.step;
+      s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
+      s.hgates = advance(workspace.hgates[k], (offset - hgates_row[k]) * GH);
+      s.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
+      s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
+      s.grad_hgates = Cell::kSplitGates ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
+      if (Cell::kStates == 2) {
+        s.c = row_pointer<scalar_t>(sequence, d.c, at.step);
+        s.c_stride = d.c.stride_b;
+        s.c_prev = previous_rows<scalar_t>(sequence, at, d.c, d.c0);
+        s.grad_c = workspace.grad_c[k];
+        s.grad_c_output = row_pointer<scalar_t>(sequence, d.grad_c, at.step);
+        s.grad_c_output_stride = d.grad_c.stride_b;
+      }
+      s.entered = border_into(sequence, d.reverse, at);
+      s.left = left;
+      const scalar_t* grad_output = row_pointer<scalar_t>(sequence, d.grad_output, at.step);
+      if (projects) {
+        scalar_t* grad_h = static_cast<scalar_t*>(products[k].grad_h) + offset * P;
+        projected.direction[k] = {rows,   at.step, grad_output, d.grad_output.stride_b, workspace.grad_h[k],
+                                  grad_h, left};
+        s.grad_hidden = workspace.grad_hidden[k];
+        s.hidden = advance(static_cast<scalar_t*>(products[k].hidden), offset * H);
+      } else {
+        s.h_prev = static_cast<const scalar_t*>(products[k].h_prev) + offset * P;
+        s.output = row_pointer<scalar_t>(sequence, d.output, at.step);
+        s.output_stride = d.output.stride_b;
+        s.grad_output = grad_output;
+        s.grad_output_stride = d.grad_output.stride_b;
+        s.grad_h = workspace.grad_h[k];
+      }
+    }
+
+    if (projects) {
+      RNNFAST_RETURN_IF_ERROR(
+          launch(grad_projected_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projected));
+      for (int k = 0; k < layer.directions; ++k) {
+        const ProjectedDirection<scalar_t>& p = projected.direction[k];
+        RNNFAST_RETURN_IF_ERROR(context.gemm.run(
+            context.gemm.context, {layer.dtype, p.rows, H, P, p.grad_h, P, layer.direction[k].weights.w_hr, H, false,
+                                   workspace.grad_hidden[k], H, false}));
+      }
+    }
+    RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    for (int k = 0; k < layer.directions; ++k) {
+      const BackwardDirection<scalar_t>& s = step.direction[k];
+      const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
+      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
+          context.gemm.context, {layer.dtype, s.rows, P, GH, grad_hgates, GH, layer.direction[k].weights.w_hh, P, false,
+                                 workspace.grad_h[k], P, true}));
+    }
+  }
+  return launch(last_gradients_kernel<scalar_t>, states_shape, stream, carried);
+}
+
+}  // namespace
+
+size_t backward_workspace_bytes(const LayerBackward& layer) {
+  return dispatch_dtype<void>(layer.dtype, [&](auto, auto scalar) {
+    return BackwardWorkspace<typename decltype(scalar)::type>(layer, nullptr).bytes;
+  });
+}
+
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
+  return dispatch(layer.cell, layer.dtype, [&](auto cell, auto scalar) {
+    return run<typename decltype(cell)::type, typename decltype(scalar)::type>(layer, products, context);
+  });
+}
+
+}  // namespace rnnfast::cuda::stepwise

@@ -1,0 +1,314 @@
+// Owns: the forward of the stepwise engine. A step is
+//
+//     hgates = h W_hh^T                                        the caller's GEMM, accumulation type
+//     h, c = cell(igates, hgates + b_hh, h, c)                 forward_step_kernel
+//     h = hidden W_hr^T                                        with a projection: a GEMM and store_projection_kernel
+//
+// h_n and the workspace's c hold the running states, so that a row that has ended, or not begun, keeps its own.
+// Must not know: equations (csrc/cell has them), tensors.
+#include "stepwise.cuh"
+
+namespace rnnfast::cuda::stepwise {
+namespace {
+
+template <class scalar_t>
+struct ForwardDirection {
+  using acc_t = acc_type<scalar_t>;
+  int64_t rows = 0, step = 0;        // living rows (their slots are 0 .. rows - 1)
+  const scalar_t* igates = nullptr;  // [rows, G*H]
+  const acc_t* hgates = nullptr;     // [rows, G*H]
+  const scalar_t* b_hh = nullptr;    // [G*H] or null
+  scalar_t* h = nullptr;             // [B, H], the running state; null with a projection
+  acc_t* c = nullptr;                // [B, H], the running state of cells with two states
+  scalar_t* c_n = nullptr;           // [B, H], the same in the layer's dtype
+  scalar_t* output = nullptr;        // rows of H; null with a projection
+  int64_t output_stride = 0;
+  scalar_t* c_output = nullptr;  // rows of H or null
+  int64_t c_output_stride = 0;
+  scalar_t* saved = nullptr;   // [rows, S*H] or null
+  scalar_t* hidden = nullptr;  // [rows, H]; null without a projection
+  Border entered;
+};
+
+template <class scalar_t>
+struct ForwardStep {
+  int64_t hidden_size = 0;
+  const int64_t* lengths = nullptr;
+  ForwardDirection<scalar_t> direction[2];
+};
+
+// Equations: Cell::forward, on hgates + b_hh; behind a reset h W_hh^T, h and c are zero.
+// Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows; the bias stays in
+// registers. Everything lies in global memory, each element belongs to one thread, and there is nothing to synchronise:
+// the stream orders the steps.
+template <class Cell, class scalar_t, int kWidth>
+__global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_constant__ ForwardStep<scalar_t> args) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+  const ForwardDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t H = args.hidden_size;
+  const int64_t unit = first_feature<kWidth>();
+  if (unit >= H) return;
+
+  acc_t bias[kGates][kWidth] = {};
+  if (d.b_hh != nullptr) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) load(d.b_hh + g * H + unit, bias[g]);
+  }
+
+  for (int64_t row = first_row(); row < d.rows; row += row_stride()) {
+    if (!lives(args.lengths, row, d.step)) {
+      if (d.output != nullptr) store_zero<kWidth>(d.output + row * d.output_stride + unit);
+      if (d.hidden != nullptr) store_zero<kWidth>(d.hidden + row * H + unit);
+      if (d.c_output != nullptr) store_zero<kWidth>(d.c_output + row * d.c_output_stride + unit);
+      continue;
+    }
+    const bool cut = d.entered.cuts(args.lengths, row);
+
+    acc_t igates[kGates][kWidth], hgates[kGates][kWidth];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      const int64_t at = (row * kGates + g) * H + unit;
+      load(d.igates + at, igates[g]);
+      load(d.hgates + at, hgates[g]);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) hgates[g][k] = (cut ? acc_t(0) : hgates[g][k]) + bias[g][k];
+    }
+    acc_t previous[kStates][kWidth] = {};
+    if (!cut) {
+      if (d.h != nullptr) load(d.h + row * H + unit, previous[0]);
+      if constexpr (kStates == 2) load(d.c + row * H + unit, previous[1]);
+    }
+
+    acc_t state[kStates][kWidth], saved[kSaved + 1][kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      acc_t i[kGates], h[kGates], from[kStates], to[kStates], keep[kSaved + 1];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) i[g] = igates[g][k], h[g] = hgates[g][k];
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) from[s] = previous[s][k];
+      Cell::forward(i, h, from, to, keep);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) state[s][k] = to[s];
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) saved[s][k] = keep[s];
+    }
+
+    if (d.hidden != nullptr) {
+      store(state[0], d.hidden + row * H + unit);
+    } else {
+      store(state[0], d.output + row * d.output_stride + unit);
+      store(state[0], d.h + row * H + unit);
+    }
+    if constexpr (kStates == 2) {
+      store(state[1], d.c + row * H + unit);
+      if constexpr (!std::is_same_v<acc_t, scalar_t>) store(state[1], d.c_n + row * H + unit);
+      if (d.c_output != nullptr) store(state[1], d.c_output + row * d.c_output_stride + unit);
+    }
+    if (d.saved != nullptr) {
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) store(saved[s], d.saved + (row * kSaved + s) * H + unit);
+    }
+  }
+}
+
+template <class scalar_t>
+struct ProjectionDirection {
+  int64_t rows = 0, step = 0;
+  const acc_type<scalar_t>* projected = nullptr;  // [rows, P]
+  scalar_t* h = nullptr;                          // [B, P], the running state
+  scalar_t* output = nullptr;                     // rows of P
+  int64_t output_stride = 0;
+};
+
+template <class scalar_t>
+struct Projection {
+  int64_t output_size = 0;
+  const int64_t* lengths = nullptr;
+  ProjectionDirection<scalar_t> direction[2];
+};
+
+// output = h = projected. One thread an element; nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) store_projection_kernel(const __grid_constant__ Projection<scalar_t> args) {
+  const ProjectionDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t P = args.output_size;
+  const int64_t p = first_feature<1>();
+  if (p >= P) return;
+  for (int64_t row = first_row(); row < d.rows; row += row_stride()) {
+    scalar_t* output = d.output + row * d.output_stride + p;
+    if (!lives(args.lengths, row, d.step)) {
+      store_zero<1>(output);
+      continue;
+    }
+    from_acc(d.projected[row * P + p], *output);
+    d.h[row * P + p] = *output;
+  }
+}
+
+template <class scalar_t>
+struct InitialDirection {
+  const scalar_t* h0 = nullptr;     // [B, P]
+  const scalar_t* c0 = nullptr;     // [B, H] or null
+  scalar_t* h_n = nullptr;          // [B, P]
+  acc_type<scalar_t>* c = nullptr;  // [B, H]
+  scalar_t* c_n = nullptr;          // [B, H]
+};
+
+template <class scalar_t>
+struct Initial {
+  int64_t rows = 0, hidden_size = 0, output_size = 0;
+  InitialDirection<scalar_t> direction[2];
+};
+
+// The running states start as the initial ones. One thread a unit; nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) initial_states_kernel(const __grid_constant__ Initial<scalar_t> args) {
+  const InitialDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t H = args.hidden_size, P = args.output_size;
+  const int64_t unit = first_feature<1>();
+  for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
+    if (unit < P) d.h_n[row * P + unit] = d.h0[row * P + unit];
+    if (unit < H && d.c0 != nullptr) {
+      const scalar_t c = d.c0[row * H + unit];
+      d.c_n[row * H + unit] = c;
+      d.c[row * H + unit] = to_acc(c);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ host
+template <class scalar_t>
+struct ForwardWorkspace {
+  using acc_t = acc_type<scalar_t>;
+  acc_t* hgates[2] = {};     // [B, G*H]
+  acc_t* c[2] = {};          // [B, H]: 16-bit cells with two states; the others run in c_n
+  scalar_t* hidden[2] = {};  // [B, H]: with a projection
+  acc_t* projected[2] = {};  // [B, P]: with a projection
+  size_t bytes = 0;
+
+  ForwardWorkspace(const LayerForward& layer, void* base) {
+    const CellInfo info = cell_info(layer.cell);
+    const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
+    Workspace workspace(base);
+    for (int k = 0; k < layer.directions; ++k) {
+      hgates[k] = workspace.take<acc_t>(B * info.gates * H);
+      if (info.states == 2 && !std::is_same_v<acc_t, scalar_t>) c[k] = workspace.take<acc_t>(B * H);
+      if (layer.direction[k].weights.w_hr != nullptr) {
+        hidden[k] = workspace.take<scalar_t>(B * H);
+        projected[k] = workspace.take<acc_t>(B * P);
+      }
+    }
+    bytes = workspace.bytes();
+  }
+};
+
+template <class Cell, class scalar_t>
+bool can_vectorise(const LayerForward& layer) {
+  constexpr int width = kVectorWidth<scalar_t>;
+  bool all = layer.hidden_size % width == 0;
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionForward& d = layer.direction[k];
+    for (const void* pointer : {d.weights.b_hh, static_cast<const void*>(d.igates), static_cast<const void*>(d.h_n),
+                                static_cast<const void*>(d.c_n), static_cast<const void*>(d.saved)}) {
+      all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
+    }
+    all = all && (d.weights.w_hr != nullptr || aligned<scalar_t>(d.output, width)) && aligned<scalar_t>(d.c, width);
+  }
+  return all;
+}
+
+template <class Cell, class scalar_t>
+int run(const LayerForward& layer, const Context& context) {
+  using acc_t = acc_type<scalar_t>;
+  const Sequence& sequence = layer.sequence;
+  const int64_t B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
+  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;
+  const bool projects = layer.direction[0].weights.w_hr != nullptr;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  if (B == 0) return 0;
+
+  const ForwardWorkspace<scalar_t> workspace(layer, context.workspace);
+  Initial<scalar_t> initial{B, H, P, {}};
+  acc_t* running_c[2] = {};
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionForward& d = layer.direction[k];
+    running_c[k] = workspace.c[k] != nullptr ? workspace.c[k] : static_cast<acc_t*>(d.c_n);
+    initial.direction[k] = {static_cast<const scalar_t*>(d.h0),
+                            Cell::kStates == 2 ? static_cast<const scalar_t*>(d.c0) : nullptr,
+                            static_cast<scalar_t*>(d.h_n), running_c[k], static_cast<scalar_t*>(d.c_n)};
+  }
+  RNNFAST_RETURN_IF_ERROR(
+      launch(initial_states_kernel<scalar_t>, rows_shape(std::max(H, P), B, 1, layer.directions), stream, initial));
+
+  const int width = can_vectorise<Cell, scalar_t>(layer) ? kVectorWidth<scalar_t> : 1;
+  const auto kernel =
+      width == 1 ? forward_step_kernel<Cell, scalar_t, 1> : forward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
+  for (int64_t index = 0; index < sequence.steps; ++index) {
+    ForwardStep<scalar_t> step{H, sequence.lengths, {}};
+    Projection<scalar_t> projection{P, sequence.lengths, {}};
+    int64_t most_rows = 0;
+    for (int k = 0; k < layer.directions; ++k) {
+      const DirectionForward& d = layer.direction[k];
+      const Position at(sequence, d.reverse, index);
+      const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
+      most_rows = std::max(most_rows, rows);
+      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
+          context.gemm.context,
+          {layer.dtype, rows, GH, P, d.h_n, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+
+      ForwardDirection<scalar_t>& s = step.direction[k];
+      s.rows = rows;
+      s.step = at.step;
+      s.igates = static_cast<const scalar_t*>(d.igates) + offset * GH;
+      s.hgates = workspace.hgates[k];
+      s.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
+      s.c = running_c[k];
+      s.c_n = static_cast<scalar_t*>(d.c_n);
+      s.c_output = row_pointer<scalar_t>(sequence, d.c, at.step);
+      s.c_output_stride = d.c.stride_b;
+      s.saved = advance(static_cast<scalar_t*>(d.saved), offset * SH);
+      s.entered = border_into(sequence, d.reverse, at);
+      scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
+      if (projects) {
+        s.hidden = d.saved != nullptr ? static_cast<scalar_t*>(d.saved) + sequence.rows * SH + offset * H
+                                      : workspace.hidden[k];
+        projection.direction[k] = {rows,   at.step,          workspace.projected[k], static_cast<scalar_t*>(d.h_n),
+                                   output, d.output.stride_b};
+      } else {
+        s.h = static_cast<scalar_t*>(d.h_n);
+        s.output = output;
+        s.output_stride = d.output.stride_b;
+      }
+    }
+    RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+
+    if (!projects) continue;
+    for (int k = 0; k < layer.directions; ++k) {
+      const ForwardDirection<scalar_t>& s = step.direction[k];
+      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
+          context.gemm.context, {layer.dtype, s.rows, P, H, s.hidden, H, layer.direction[k].weights.w_hr, H, true,
+                                 workspace.projected[k], P, false}));
+    }
+    RNNFAST_RETURN_IF_ERROR(
+        launch(store_projection_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projection));
+  }
+  return 0;
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const LayerForward& layer) {
+  return dispatch_dtype<void>(layer.dtype, [&](auto, auto scalar) {
+    return ForwardWorkspace<typename decltype(scalar)::type>(layer, nullptr).bytes;
+  });
+}
+
+int forward(const LayerForward& layer, const Context& context) {
+  return dispatch(layer.cell, layer.dtype, [&](auto cell, auto scalar) {
+    return run<typename decltype(cell)::type, typename decltype(scalar)::type>(layer, context);
+  });
+}
+
+}  // namespace rnnfast::cuda::stepwise

@@ -1,0 +1,59 @@
+// Owns: how numbers lie in memory and how they are computed with: the storage types, their accumulation types, and
+// vector loads and stores that convert between the two.
+// Must not know: cells, layers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace rnnfast::cuda {
+
+// Arithmetic is float for the 16-bit types, and the storage type itself otherwise.
+template <class scalar_t>
+using acc_type = std::conditional_t<sizeof(scalar_t) == 2, float, scalar_t>;
+
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+
+__device__ __forceinline__ void from_acc(float x, __half& out) { out = __float2half_rn(x); }
+__device__ __forceinline__ void from_acc(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void from_acc(float x, float& out) { out = x; }
+__device__ __forceinline__ void from_acc(double x, double& out) { out = x; }
+
+// What one load or store instruction moves; 2, 4, 8 or 16 bytes.
+template <class scalar_t, int kWidth>
+struct alignas(sizeof(scalar_t) * kWidth) Packet {
+  scalar_t value[kWidth];
+};
+
+// Units a thread handles: four where rows are aligned for it, else one. double gains nothing from more than one.
+template <class scalar_t>
+constexpr int kVectorWidth = sizeof(scalar_t) == 8 ? 1 : 4;
+
+template <int kWidth, class scalar_t>
+__device__ __forceinline__ void load(const scalar_t* from, acc_type<scalar_t> (&to)[kWidth]) {
+  const Packet<scalar_t, kWidth> packet = *reinterpret_cast<const Packet<scalar_t, kWidth>*>(from);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) to[k] = to_acc(packet.value[k]);
+}
+
+template <int kWidth, class scalar_t>
+__device__ __forceinline__ void store(const acc_type<scalar_t> (&from)[kWidth], scalar_t* to) {
+  Packet<scalar_t, kWidth> packet;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) from_acc(from[k], packet.value[k]);
+  *reinterpret_cast<Packet<scalar_t, kWidth>*>(to) = packet;
+}
+
+template <int kWidth, class scalar_t>
+__device__ __forceinline__ void store_zero(scalar_t* to) {
+  const acc_type<scalar_t> zero[kWidth] = {};
+  store<kWidth>(zero, to);
+}
+
+}  // namespace rnnfast::cuda

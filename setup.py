@@ -97,13 +97,13 @@ def find_nvcc_version() -> str | None:
 
 
 def package_version() -> str:
-    match = re.search(r'^__version__ = (".+")$', (ROOT / "rnnfast" / "__init__.py").read_text(), re.MULTILINE)
-    assert match is not None, "rnnfast/__init__.py defines no __version__"
+    match = re.search(r'^__version__ = (".+")$', (ROOT / "rnnfast" / "_version.py").read_text(), re.MULTILINE)
+    assert match is not None, "rnnfast/_version.py defines no __version__"
     return str(ast.literal_eval(match.group(1)))
 
 
 def openmp_library() -> list[str]:
-    """Link arguments that make the extension share torch's OpenMP run time: two of them in a process fight for cores."""
+    """Link arguments that make the extension share torch's OpenMP run time: two in a process fight for cores."""
     bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]
 
@@ -140,7 +140,8 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
 class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
     """Builds the extension or, where that was decided against, leaves the reason beside the package's modules."""
 
-    reason: str | None = None  # why there is no extension
+    reason = ""  # why there is no extension
+    message = ""  # what is built, in one line
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -152,33 +153,32 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         )
 
     def run(self) -> None:
-        in_source = self.inplace or self.editable_mode
-        record = (ROOT if in_source else Path(self.build_lib)) / "rnnfast" / "not_built.txt"
+        print(self.message, flush=True)
+        package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "rnnfast"
+        package.mkdir(parents=True, exist_ok=True)
+        record = package / "not_built.txt"
         record.unlink(missing_ok=True)
-        if self.reason is None:
+        if not self.reason:
             super().run()
-        else:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(self.reason)
+            return
+        for stale in package.glob("_C.*.so"):
+            stale.unlink()
+        record.write_text(self.reason)
 
     def get_source_files(self) -> list[str]:
         return [] if self.reason else super().get_source_files()
 
 
 def main() -> None:
-    with_extension, reason = choose_extension(find_compiler(os.environ), os.environ)
+    with_extension, BuildExt.reason = choose_extension(find_compiler(os.environ), os.environ)
     if with_extension:
-        with_cuda, no_cuda_reason = choose_cuda(torch.version.cuda, find_nvcc_version(), os.environ)
-        extension = make_extension(with_cuda, no_cuda_reason)
-        print(
-            f"rnnfast: CUDA build for {os.environ['TORCH_CUDA_ARCH_LIST']}"
-            if with_cuda
-            else f"rnnfast: CPU build: {no_cuda_reason}"
-        )
+        with_cuda, reason = choose_cuda(torch.version.cuda, find_nvcc_version(), os.environ)
+        extension = make_extension(with_cuda, reason)
+        kind = f"CUDA build for {os.environ['TORCH_CUDA_ARCH_LIST']}" if with_cuda else f"CPU build: {reason}"
+        BuildExt.message = f"rnnfast: {kind}"
     else:
         extension = Extension("rnnfast._C", [])
-        BuildExt.reason = reason
-        print(f"rnnfast: pure Python build, which runs on the slow reference path: {reason}")
+        BuildExt.message = f"rnnfast: no extension, the package will run on its slow reference path: {BuildExt.reason}"
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
 
 

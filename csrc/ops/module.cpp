@@ -1,11 +1,12 @@
 // Owns: the Python module rnnfast._C: what was built, and the choice of the CPU engine's instruction set. Importing it
-// registers the operators, which the other files of this directory define.
+// registers the operators, which the other files of this directory define; bindings.cpp calls them without torch.ops.
 // Must not know: tensors.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
-#include "params.h"
+#include "bindings.h"
+#include "../params.h"
 
 namespace py = pybind11;
 
@@ -54,4 +55,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &rnnfast::cpu::instruction_set, "The CPU engine's instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU has.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"), "Forces an instruction set.");
+  rnnfast::ops::bind(m);
 }

@@ -1,0 +1,58 @@
+# Owns: the commands of daily work, each complete from a bare clone. `make` alone lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc) setup.py pyproject.toml
+CPP = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test build lint format nvcc-check bench gpu-check clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+# The stamps say what was done last; they lie in .venv, and go with it.
+.venv/deps: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	@touch $@
+
+# The virtual environment's ninja must be the one that is found.
+.venv/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
+.venv/built: .venv/deps $(SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+	@$(BIN)/python -c 'import rnnfast; print(rnnfast.show_config())'
+
+build: .venv/built ## the virtual environment, with the package built in place
+
+demo: .venv/built ## train a character model on text, beside torch.nn
+	$(BIN)/python examples/char_lm.py --demo
+
+test: .venv/built ## all tests
+	$(BIN)/python -m pytest tests -q
+
+lint: .venv/deps ## style of Python, C++ and CUDA
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/deps ## put the style right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+nvcc-check: .venv/deps ## compile the CUDA sources, which needs nvcc and no GPU
+	$(BIN)/python -m pytest tests/test_nvcc.py -q
+
+bench: .venv/built ## time the layers against torch.nn on the CPU
+	$(BIN)/python benchmarks/run.py --device cpu
+
+gpu-check: ## on a machine with a GPU, in the Python that has its torch: build, test, time
+	RNNFAST_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m rnnfast
+	$(PYTHON) -m pytest tests -q
+	$(PYTHON) benchmarks/run.py --device cuda
+
+clean: ## remove everything that was made
+	rm -rf .venv build dist *.egg-info rnnfast/*.so rnnfast/not_built.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,35 @@
+"""Owns: what every test starts from: the seed, the threads, the devices that are here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A slow machine is no failure, and a failure is to be seen again.
+settings.register_profile("rnnfast", deadline=None, derandomize=True)
+settings.load_profile("rnnfast")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Each kind of device that is here: a test that takes it runs on all of them."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test starts from the same seed, whatever ran before it, and leaves the settings of torch as they were."""
+    torch.manual_seed(0)
+    threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    cudnn_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # torch.nn's float32 layers on CUDA are compared with, at full precision
+    yield
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)

@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "../params.h"
+#include "params.h"
 #include "signatures.h"
 
 namespace rnnfast::ops {

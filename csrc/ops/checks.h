@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "params.h"
 #include "signatures.h"
 
 namespace rnnfast::ops {

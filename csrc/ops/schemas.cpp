@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "../cell/cells.h"
+#include "cell/cells.h"
 
 #define RNNFAST_LAYER_ARGUMENTS \
   "Tensor input, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? reset"

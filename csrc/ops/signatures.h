@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../cell/cells.h"
+#include "cell/cells.h"
 
 namespace rnnfast::ops {
 

@@ -1,0 +1,223 @@
+"""One recurrent layer, and what runs it: the extension's operators, or the reference formula.
+
+Owns that choice, and what torch must be told of the operators in Python: their shapes without data, and the formula
+behind the derivatives and transforms that have no kernel. Must not know stacks of layers, dropout, parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from . import reference
+from ._extension import error as extension_error
+from ._extension import extension
+
+BACKENDS = ("auto", "reference")
+
+_backend = ContextVar("rnnfast.backend", default="auto")
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    save: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer, in one or two directions, over a whole sequence.
+
+    The arguments up to ``reset``, and the result ``(output, h_n, c_n, c)``, are those of
+    :func:`rnnfast.reference.layer`, but for one thing: without gradients and with ``save = 0``, ``c`` has no elements.
+
+    Args:
+        save: what is kept for backward: 1 the states, from which backward recomputes the gates; 2 the gates too; 0 the
+            gates where a gradient is wanted, and nothing elsewhere. A choice of memory against time, never of result.
+        backend: ``"auto"``, ``"reference"``, or None for what :func:`backend` chose around the call.
+
+    The operators run in first derivatives and everything below them. Higher derivatives, forward-mode derivatives and
+    the transforms of ``torch.func`` take the reference formula.
+
+    Raises:
+        ValueError: a dtype or a value that the operator does not take: lengths outside [0, T] (on the CPU; elsewhere
+            they are clamped, for a check would wait for the device), batch_sizes that do not fit, another ``save``
+            or ``backend``.
+        RuntimeError: a shape or a device that it does not take.
+    """
+    if backend is None:
+        backend = _backend.get()
+    else:
+        _check_backend(backend)
+    if backend == "reference" or extension is None:
+        return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+    # torch.ops costs several microseconds more than the direct way, but tracers and overrides see only what goes
+    # through it.
+    if torch.compiler.is_compiling() or has_torch_function((input, h0, *weights)):
+        operator = getattr(torch.ops.rnnfast, cell).default
+    else:
+        operator = _direct[cell]
+    return operator(input, h0, c0, weights, batch_sizes, lengths, reset, save)[:4]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose, for this thread, what runs the layers called inside: ``"auto"`` or ``"reference"``.
+
+    ``"auto"`` is the fused operators, or the reference formula where the extension was not built. Raises ValueError
+    for another name.
+    """
+    _check_backend(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def active_backend() -> tuple[str, str]:
+    """What would run a layer called here, ``"operators"`` or ``"reference"``, and why it is not the operators."""
+    if _backend.get() == "reference":
+        return "reference", "backend 'reference' was chosen"
+    if extension is None:
+        return "reference", extension_error
+    if torch._C._are_functorch_transforms_active():
+        return "reference", "a transform of torch.func is active"
+    return "operators", ""
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
+
+
+# ---------------------------------------------------------------------------------------------- fake kernels
+def _fake_layer(
+    saved_values: int,  # of the cell, per unit and step
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    save: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    directions, _, output_size = h0.shape
+    hidden_size = output_size if c0 is None else c0.shape[2]
+    shape = input.shape[:-1]
+    output = input.new_empty(*shape, directions * output_size)
+    c_n = input.new_empty(0 if c0 is None else c0.shape)
+    c = input.new_empty((*shape, directions * hidden_size) if save and c0 is not None else 0)
+    rows = shape.numel()
+    saved = input.new_empty((directions, rows, saved_values * hidden_size) if save == 2 and saved_values else 0)
+    return output, input.new_empty(h0.shape), c_n, c, saved
+
+
+def _fake_layer_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_c: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    output: Tensor,
+    c: Tensor,
+    saved: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads = [
+        input.new_empty(tensor.shape if wanted and tensor is not None else 0)
+        for tensor, wanted in zip((input, h0, c0), output_mask, strict=False)
+    ]
+    return *grads, [weight.new_empty(weight.shape) for weight in weights] if output_mask[3] else []
+
+
+# ------------------------------------------------------------------------- the formula behind what has no kernel
+def _reference(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+
+
+def _reference_transformed(cell: str, input: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """The operator's whole result, under a transform of torch.func."""
+    *arguments, save = rest
+    return *_reference(cell, input, *arguments), input.new_empty(0)  # type: ignore[arg-type]
+
+
+def _reference_backward(
+    cell: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_c: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The operator's backward as a differentiable function of the gradients and of the layer's arguments."""
+    with torch.enable_grad():
+        # Each argument gets a node of its own: the gradient asked for is with respect to this call's use of it, even
+        # where one argument was computed from another, or is the same tensor.
+        own = [
+            tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+            for tensor in (input, h0, *([] if c0 is None else [c0]), *weights)
+        ]
+        states, first_weight = own[1:], 2 if c0 is None else 3
+        results = _reference(
+            cell, own[0], own[1], None if c0 is None else own[2], own[first_weight:], batch_sizes, lengths, reset
+        )
+        pairs = [
+            (result, grad)
+            for result, grad in zip(results, (grad_output, grad_h_n, grad_c_n, grad_c), strict=True)
+            if grad is not None and result.requires_grad
+        ]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, own, grad_outputs, create_graph=True, materialize_grads=True)
+    nothing = input.new_empty(0)
+    return (
+        grads[0] if output_mask[0] else nothing,
+        grads[1] if output_mask[1] else nothing,
+        grads[2] if output_mask[2] and c0 is not None else nothing,
+        list(grads[first_weight:]) if output_mask[3] else [],
+    )
+
+
+if extension is not None:
+    _direct = {cell: getattr(extension, cell) for cell in reference.CELLS}
+    _library = torch.library.Library("rnnfast", "IMPL")
+    _library.impl("reference", _reference, "CompositeImplicitAutograd")
+    _library.impl("reference_backward", _reference_backward, "CompositeImplicitAutograd")
+    for _cell in reference.CELLS:
+        torch.library.register_fake(f"rnnfast::{_cell}", partial(_fake_layer, extension.saved_values[_cell]))
+        torch.library.register_fake(f"rnnfast::{_cell}_backward", _fake_layer_backward)
+        _library.impl(_cell, partial(_reference_transformed, _cell), "FuncTorchDynamicLayerFrontMode")

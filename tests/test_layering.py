@@ -57,20 +57,17 @@ def code_of(path: Path) -> str:
 
 def illegal_includes(path: Path) -> list[str]:
     layer = layer_of(path)
-    illegal = []
-    for name, system in includes(path):
+    may_include_cuda = layer == "cuda" or path.name.endswith("_cuda.cpp")
+
+    def legal(name: str, system: bool) -> bool:
         if not system:
             target = next((base / name for base in (path.parent, CSRC) if (base / name).exists()), None)
-            if target is None or layer_of(target.resolve()) not in CSRC_MAY_INCLUDE[layer]:
-                illegal.append(name)
-        elif layer == "cell":
-            illegal += [] if name == "cmath" else [name]
-        elif TORCH.search(name):
-            on_cuda = not CUDA.search(name) or path.name.endswith("_cuda.cpp")
-            illegal += [] if layer == "ops" and on_cuda else [name]
-        elif CUDA.search(name):
-            illegal += [] if layer == "cuda" or path.name.endswith("_cuda.cpp") else [name]
-    return illegal
+            return target is not None and layer_of(target.resolve()) in CSRC_MAY_INCLUDE[layer]
+        if layer == "cell":
+            return name == "cmath"
+        return (layer == "ops" or not TORCH.search(name)) and (may_include_cuda or not CUDA.search(name))
+
+    return [name for name, system in includes(path) if not legal(name, system)]
 
 
 def illegal_imports(module: str, source: str) -> list[str]:

@@ -28,7 +28,7 @@ class _Cell(nn.RNNCellBase):
         *,
         backend: str | None = None,
     ) -> None:
-        functional.check_choice("backend", backend, (None, "auto", "reference"))
+        functional.check_choice("backend", backend, functional.BACKENDS)
         super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
         self.backend = backend
 

@@ -20,6 +20,8 @@ from . import ops
 # hx and the final states, as torch.nn has them: one tensor, or (h, c) for LSTM.
 State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
+BACKENDS = (None, *ops.BACKENDS)
+
 
 def recurrent(
     cell: str,

@@ -44,7 +44,7 @@ class _Layers(nn.RNNBase):
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
-        functional.check_choice("backend", backend, (None, "auto", "reference"))
+        functional.check_choice("backend", backend, functional.BACKENDS)
         known_mode = "RNN_TANH" if mode == "RNN_SIGMOID" else mode  # the same parameters, and RNNBase knows no sigmoid
         super().__init__(
             known_mode,

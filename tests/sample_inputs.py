@@ -92,8 +92,11 @@ class Sample:
         reset = None
         if self.reset:
             shape = rows[::-1] if self.batch_first else rows
-            reset = (torch.rand(shape, generator=generator) < 0.3).to(device)
+            reset = torch.rand(shape, generator=generator) < 0.3
             reset = reset.transpose(0, 1) if self.batch_first else reset
+            if self.form == "lengths":  # there it must have no effect
+                reset |= torch.arange(self.steps).unsqueeze(1) >= lengths
+            reset = reset.to(device)
         h0 = random(self.directions, self.batch, out)
         c0 = random(self.directions, self.batch, self.hidden_size) if self.cell == "lstm" else None
         options = {

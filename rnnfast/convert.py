@@ -1,0 +1,80 @@
+"""Owns: turning torch.nn's recurrent modules into ours, and back, where they stand. Must not know: how a layer runs."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from . import cells, modules
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: modules.RNN,
+    nn.LSTM: modules.LSTM,
+    nn.GRU: modules.GRU,
+    nn.RNNCell: cells.RNNCell,
+    nn.LSTMCell: cells.LSTMCell,
+    nn.GRUCell: cells.GRUCell,
+}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def convert(model: ModuleT) -> ModuleT:
+    """Turn every torch.nn recurrent layer and cell of ``model``, or ``model`` itself, into rnnfast's.
+
+    The modules stay the objects they are and change their class: parameters, buffers, hooks, parametrizations, training
+    flags, references and sharing are untouched, and an optimizer made before goes on working. Subclasses of torch.nn's
+    classes are left alone, for what they add is not known here.
+
+    Returns:
+        ``model``.
+    """
+    for module in _find(model, _OURS):
+        _become(module, _OURS, module.__dict__.copy())
+    return model
+
+
+def to_torch(model: ModuleT) -> ModuleT:
+    """Turn every rnnfast layer and cell of ``model``, or ``model`` itself, into torch.nn's, as :func:`convert` does.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a layer or cell has no counterpart (``nonlinearity="sigmoid"``); nothing has been changed then.
+    """
+    found = _find(model, _TORCHS)
+    lone = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if module in found and getattr(module, "nonlinearity", "") == "sigmoid"
+    ]
+    if lone:
+        raise ValueError(f"model: torch.nn has no recurrent layer with nonlinearity 'sigmoid', got {', '.join(lone)}")
+    for module in found:
+        state = {key: value for key, value in module.__dict__.items() if key not in ("backend", "_layer_names")}
+        if isinstance(module, nn.RNNBase):
+            state["_flat_weights"] = module._flat_weights
+        _become(module, _TORCHS, state)
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return model
+
+
+def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
+    return [module for module in model.modules() if type_before_parametrizations(module) in classes]
+
+
+def _become(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], state: dict[str, Any]) -> None:
+    """Make ``module`` an instance of the class that takes its class's place, with ``state``."""
+    target = classes[type_before_parametrizations(module)]
+    if is_parametrized(module):
+        # A parametrized module has a class of its own, with a property for each parametrized weight.
+        own = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
+        target = type(f"Parametrized{target.__name__}", (target,), own)
+    module.__dict__.clear()
+    module.__class__ = target
+    module.__setstate__(state)

@@ -27,6 +27,12 @@ struct LstmCell {
     state[0] = saved[3] * tanh(state[1]);
   }
 
+  // h' from what forward kept; a layer with a projection wants it in backward.
+  template <class V>
+  static RNNFAST_HOST_DEVICE V hidden(const V* saved, const V* state) {
+    return saved[3] * tanh(state[1]);
+  }
+
   // saved [kSaved], prev [kStates], state [kStates], grad_state [kStates]
   //   -> grad_igates [kGates], grad_hgates [kGates], grad_prev [kStates] (without the path through W_hh)
   // Reads prev[1] and state[1] (the cell state) only.

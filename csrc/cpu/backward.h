@@ -1,0 +1,489 @@
+// Owns: one layer backward over the whole sequence.
+// Must not know: equations (the cell has them), tensors.
+//
+// First the loop, from the last step to the first: the cell turns the gradient of a step's state into the gradients of
+// its gates, and one product with W_hh carries them to the step before. Then, over all steps at once: the gradient of
+// the input, and the weight gradients. Where forward kept no gates they are computed again first, over all steps at
+// once, since every h is known.
+//
+// Included once per instruction set, after layer.h.
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+template <class Cell, class S>
+class Backward {
+  using Unit = typename Product<S>::Unit;
+  using Operand = typename Product<S>::Operand;
+  using Acc = acc_t<S>;
+  using V = Vec<Acc>;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int G = Cell::kGates;
+  static constexpr int64_t kRowsAtOnce = 64;  // rows of a product over all steps
+
+  // What a direction's loop leaves, and what it needs.
+  struct Shared {
+    Unit* w_hh;                        // [G*H, P] in column panels; null: in place
+    Unit* w_hr;                        // [P, H] in column panels; null: in place or no projection
+    Acc* grad_h;                       // [B, ld_p] carried from step to step
+    Acc* grad_c;                       // [B, ld_h]
+    Acc* grad_hidden;                  // [B, ld_h] gradient of the state before the projection
+    Operand* igates;                   // [N, ld_g] gradients of the input half of the gates
+    Operand* hgates;                   // [N, ld_g] and of the hidden half
+    Operand* outputs;                  // [N, ld_o] gradients of the projected state
+    S* hidden;                         // [N, H] the state before the projection
+    S* saved;                          // [N, S*H] recomputed
+    Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
+    Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
+    Unit *forward_ih, *forward_hh;     // panels for recomputing
+    Acc *bias_ih, *bias_hh;
+  };
+  struct Own {
+    Unit* panels;           // of WeightGradient
+    Acc* grad_input;        // [kRowsAtOnce, columns of one block]
+    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing
+    Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
+  };
+
+ public:
+  static size_t workspace_bytes(const LayerBackward& layer, int threads) {
+    Carver carver(nullptr);
+    carve(layer, threads, carver, nullptr, nullptr);
+    return carver.used();
+  }
+
+  static void run(const LayerBackward& layer, void* workspace, int threads) {
+    const Plan plan = plan_of(layer, threads);
+    const int team = team_size(layer, threads);
+    Barrier barriers[2], everyone;
+    run_team(team, [&](int rank, int size) {
+      FlushDenormals flush;
+      Carver carver(workspace);
+      Shared shared[2];
+      Own own;
+      carve(layer, threads, carver, shared, &own, rank);
+      const int loop = std::min(plan.threads, size);
+      if (rank < loop)
+        for_directions(layer.directions, rank, loop, plan.divide, barriers, [&](int d, const Member& member) {
+          Backward(layer, layer.direction[d], member, shared[d], own).run();
+        });
+      everyone.wait(size);
+      grad_input(layer, shared, own, rank, size, everyone);
+      for (int d = 0; d < layer.directions; ++d) grad_weights(layer, layer.direction[d], shared[d], own, rank, size);
+    });
+  }
+
+ private:
+  static Plan plan_of(const LayerBackward& l, int threads) {
+    return make_plan(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence,
+                     size_of(l.dtype), threads);
+  }
+  // The products over all steps can use threads that the loop cannot.
+  static int team_size(const LayerBackward& l, int threads) {
+    const double cycles = row_cycles(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size) *
+                          double(l.sequence.rows) * l.directions;
+    return cycles < 1e5 ? 1 : threads;
+  }
+  static bool projects(const LayerBackward& l) { return l.direction[0].weights.w_hr != nullptr; }
+  static bool recomputes(const LayerBackward& l) { return Cell::kSaved > 0 && !l.direction[0].saved; }
+
+  // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.
+  static UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
+    UnitBlocks blocks;
+    blocks.units = units;
+    blocks.gates = 1;
+    blocks.lanes = kLanes;
+    blocks.block = kMaxVectors * kLanes;
+    if (divide == Divide::units) {
+      int64_t best = -1;
+      for (int vectors = kMaxVectors; vectors > 0; --vectors) {
+        const int64_t longest = divide_up(divide_up(units, vectors * kLanes), size) * vectors;
+        if (best >= 0 && longest >= best) continue;
+        best = longest;
+        blocks.block = vectors * kLanes;
+      }
+    }
+    return blocks;
+  }
+  static int64_t ld_gates(const LayerBackward& l) { return round_up(G * l.hidden_size, Product<S>::kPair); }
+  static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
+  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
+  static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
+
+  static void carve(const LayerBackward& l, int threads, Carver& carver, Shared* shared, Own* own, int rank = 0) {
+    const int64_t N = l.sequence.rows, B = l.sequence.batch, H = l.hidden_size, P = l.output_size, I = l.input_size;
+    const int64_t gates = G * H;
+    auto columns = [&](int64_t rows, int64_t k, int64_t n) {
+      if (ColumnMatrix<S>::in_place(rows, k, n)) return static_cast<Unit*>(nullptr);
+      // The narrowest blocks a team may choose pad no more than this.
+      return carver.take<Unit>(round_up(n, kMaxVectors * kLanes) * units_of<S>(k));
+    };
+    auto sums = [&](int64_t m, int64_t n) {
+      return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
+    };
+    for (int d = 0; d < l.directions; ++d) {
+      Shared s{};
+      s.w_hh = columns(N, gates, P);
+      s.grad_h = carver.take<Acc>(B * ld_acc(P));
+      if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
+      s.igates = carver.take<Operand>(N * ld_gates(l));
+      s.hgates = Cell::kSplitGates ? carver.take<Operand>(N * ld_gates(l)) : s.igates;
+      if (projects(l)) {
+        s.w_hr = columns(N, P, H);
+        s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
+        s.outputs = carver.take<Operand>(N * ld_outputs(l));
+        s.hidden = carver.take<S>(N * H);
+        s.sums_hr = sums(P, H);
+      }
+      if (l.grad_input.data) s.w_ih = columns(N, gates, I);
+      if (l.direction[d].grad_w_ih) {
+        s.sums_ih = sums(gates, I);
+        s.sums_hh = sums(gates, P);
+      }
+      if (recomputes(l)) {
+        const UnitBlocks blocks = gate_blocks(l);
+        s.saved = carver.take<S>(N * Cell::kSaved * H);
+        if (!GateMatrix<S>::in_place(B, I)) s.forward_ih = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, I));
+        if (!GateMatrix<S>::in_place(B, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
+        s.bias_ih = carver.take<Acc>(blocks.columns());
+        s.bias_hh = carver.take<Acc>(blocks.columns());
+      }
+      if (shared) shared[d] = s;
+    }
+    for (int r = 0; r < threads; ++r) {
+      Own o{};
+      o.panels = carver.take<Unit>(WeightGradient<S>::panel_units(std::max(I, std::max(H, P))));
+      o.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
+      if (recomputes(l)) {
+        o.igates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
+        o.hgates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
+        o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
+        o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
+      }
+      if (own && r == rank) *own = o;
+    }
+  }
+
+  Backward(const LayerBackward& layer, const DirectionBackward& direction, const Member& member, const Shared& shared,
+           const Own& own)
+      : l_(layer),
+        d_(direction),
+        m_(member),
+        s_(layer.sequence),
+        shared_(shared),
+        own_(own),
+        outputs_(column_blocks(l_.output_size, member.divide, member.size)),
+        hidden_(column_blocks(l_.hidden_size, member.divide, member.size)),
+        w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), G * l_.hidden_size, shared_.w_hh),
+        w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
+        saved_(recomputes(layer) ? shared.saved : static_cast<const S*>(direction.saved)),
+        rows_(row_share(s_, member)),
+        output_share_(block_share(outputs_.count(), member)),
+        hidden_share_(block_share(hidden_.count(), member)),
+        ld_p_(ld_acc(l_.output_size)),
+        ld_h_(ld_acc(l_.hidden_size)),
+        ld_g_(ld_gates(layer)) {}
+
+  void run() {
+    prepare();
+    if (recomputes(l_)) recompute();
+    m_.wait();
+    for (int64_t s = s_.steps - 1; s >= 0; --s) step(s);
+    m_.wait_step();
+    finish();
+  }
+
+  int64_t time(int64_t s) const { return d_.reverse ? s_.steps - 1 - s : s; }
+  int64_t living(int64_t s) const {
+    return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
+  }
+
+  // The state before step t, null where it is zero.
+  const S* previous(const Rows& rows, const void* first, int64_t width, int64_t t, int64_t slot) const {
+    if (starts_from_zero(s_, t, slot, d_.reverse)) return nullptr;
+    if (has_previous(s_, t, slot, d_.reverse)) return at<const S>(rows, s_, d_.reverse ? t + 1 : t - 1, slot);
+    return static_cast<const S*>(first) + s_.batch_row(slot) * width;
+  }
+  const S* previous_h(int64_t t, int64_t slot) const { return previous(d_.output, d_.h0, l_.output_size, t, slot); }
+  const S* previous_c(int64_t t, int64_t slot) const { return previous(d_.c, d_.c0, l_.hidden_size, t, slot); }
+
+  void prepare() {
+    const Share outputs(outputs_.count(), m_.rank, m_.size);
+    for (int64_t b = outputs.begin; b < outputs.end; ++b) w_hh_.prepare(b);
+    if (shared_.outputs) {
+      const Share hidden(hidden_.count(), m_.rank, m_.size);
+      for (int64_t b = hidden.begin; b < hidden.end; ++b) w_hr_.prepare(b);
+    }
+    const Share rows(s_.batch, m_.rank, m_.size);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      const int64_t b = s_.batch_row(j);
+      carry_in(d_.grad_h_n, b, l_.output_size, shared_.grad_h + j * ld_p_);
+      if (Cell::kStates > 1) carry_in(d_.grad_c_n, b, l_.hidden_size, shared_.grad_c + j * ld_h_);
+    }
+    // The last pair of an odd row is half a pair.
+    if (ld_g_ > G * l_.hidden_size) {
+      const Share all(s_.rows, m_.rank, m_.size);
+      for (int64_t row = all.begin; row < all.end; ++row) {
+        memset(shared_.igates + (row + 1) * ld_g_ - 1, 0, sizeof(Operand));
+        memset(shared_.hgates + (row + 1) * ld_g_ - 1, 0, sizeof(Operand));
+      }
+    }
+    if (shared_.outputs && ld_outputs(l_) > l_.output_size) {
+      const Share all(s_.rows, m_.rank, m_.size);
+      for (int64_t row = all.begin; row < all.end; ++row)
+        memset(shared_.outputs + (row + 1) * ld_outputs(l_) - 1, 0, sizeof(Operand));
+    }
+  }
+
+  static void carry_in(const void* grad, int64_t b, int64_t width, Acc* to) {
+    for (int64_t u = 0; u < width; u += kLanes)
+      (grad ? load(static_cast<const S*>(grad) + b * width + u, width - u) : V(Acc(0))).store(to + u);
+  }
+
+  // saved of every row, as forward would have kept it.
+  void recompute() {
+    const UnitBlocks blocks = gate_blocks(l_);
+    const GateMatrix<S> w_ih(blocks, static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih),
+                             l_.input_size, shared_.forward_ih, shared_.bias_ih);
+    const GateMatrix<S> w_hh(blocks, static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh),
+                             l_.output_size, shared_.forward_hh, shared_.bias_hh);
+    const Share all_blocks(blocks.count(), m_.rank, m_.size);
+    for (int64_t b = all_blocks.begin; b < all_blocks.end; ++b) {
+      w_ih.prepare(b);
+      w_hh.prepare(b);
+    }
+    m_.wait();
+    const Share all(s_.rows, m_.rank, m_.size);
+    for_chunks(all.begin, all.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
+      const Unit *x[kRowsAtOnce], *h[kRowsAtOnce];
+      const S *prev_h[kRowsAtOnce], *prev_c[kRowsAtOnce];
+      for_rows(s_, first, count, [&](int64_t i, int64_t t, int64_t slot) {
+        const S* row = at<const S>(l_.input, s_, t, slot);
+        Unit* copy = own_.inputs + i * units_of<S>(l_.input_size);
+        if (!reads_in_place<S>(l_.input_size)) copy_row<S>(row, l_.input_size, copy);
+        x[i] = reads_in_place<S>(l_.input_size) ? reinterpret_cast<const Unit*>(row) : copy;
+        prev_h[i] = previous_h(t, slot);
+        copy = own_.states + i * units_of<S>(l_.output_size);
+        if (!prev_h[i]) {
+          zero_units<S>(copy, l_.output_size);
+        } else if (!reads_in_place<S>(l_.output_size)) {
+          copy_row<S>(prev_h[i], l_.output_size, copy);
+        }
+        h[i] = prev_h[i] && reads_in_place<S>(l_.output_size) ? reinterpret_cast<const Unit*>(prev_h[i]) : copy;
+        prev_c[i] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
+      });
+      for (int64_t b = 0; b < blocks.count(); ++b) {
+        const int64_t columns = blocks.vectors(b) * kLanes, size = blocks.size(b);
+        w_ih.multiply(b, x, count, own_.igates, columns);
+        w_hh.multiply(b, h, count, own_.hgates, columns);
+        for (int64_t i = 0; i < count; ++i) {
+          S* saved = shared_.saved + (first + i) * Cell::kSaved * l_.hidden_size + blocks.first(b);
+          for (int64_t u = 0; u < size; u += kLanes) {
+            const int64_t n = std::min<int64_t>(kLanes, size - u), unit = blocks.first(b) + u;
+            V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], values[Cell::kSaved + 1];
+            for (int g = 0; g < G; ++g) {
+              ig[g] = V::load(own_.igates + i * columns + g * size + u);
+              hg[g] = V::load(own_.hgates + i * columns + g * size + u);
+            }
+            if (Cell::kStates == 1 && prev_h[i]) prev[0] = load(prev_h[i] + unit, n);
+            if (Cell::kStates > 1 && prev_c[i]) prev[1] = load(prev_c[i] + unit, n);
+            Cell::forward(ig, hg, prev, state, values);
+            for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * l_.hidden_size + u, values[k], n);
+          }
+        }
+      }
+    });
+  }
+
+  void step(int64_t s) {
+    const int64_t t = time(s), count = living(s), row = s_.offset(t) + rows_.begin;
+    const Unit* operands[kTileRows];
+    if (shared_.outputs) {
+      for (int64_t i = 0; i < count; ++i) output_gradient(t, rows_.begin + i);
+      m_.wait_step();
+      for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
+        for_chunks(0, count, kTileRows, [&](int64_t i, int64_t n) {
+          for (int64_t r = 0; r < n; ++r)
+            operands[r] = reinterpret_cast<const Unit*>(shared_.outputs + (row + i + r) * ld_outputs(l_));
+          w_hr_.multiply(b, operands, n, nullptr, shared_.grad_hidden + (rows_.begin + i) * ld_h_ + hidden_.column(b),
+                         ld_h_);
+        });
+    }
+    for (int64_t i = 0; i < count; ++i) cell(t, rows_.begin + i);
+    m_.wait_step();
+    for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
+      for_chunks(0, count, chunk_rows(outputs_.vectors(b)), [&](int64_t i, int64_t n) {
+        for (int64_t r = 0; r < n; ++r)
+          operands[r] = reinterpret_cast<const Unit*>(shared_.hgates + (row + i + r) * ld_g_);
+        Acc* grad = shared_.grad_h + (rows_.begin + i) * ld_p_ + outputs_.column(b);
+        w_hh_.multiply(b, operands, n, shared_.outputs ? nullptr : grad, grad, ld_p_);
+        for (int64_t r = 0; r < n; ++r)
+          if (starts_from_zero(s_, t, rows_.begin + i + r, d_.reverse))
+            memset(grad + r * ld_p_, 0, outputs_.vectors(b) * kLanes * sizeof(Acc));
+      });
+    }
+  }
+  static int chunk_rows(int64_t vectors) { return kMaxRows[std::min<int64_t>(kMaxVectors, vectors)]; }
+
+  // With a projection: the gradient of the step's output, kept for the products over all steps.
+  void output_gradient(int64_t t, int64_t slot) {
+    Operand* to = shared_.outputs + (s_.offset(t) + slot) * ld_outputs(l_);
+    for (int64_t b = output_share_.begin; b < output_share_.end; ++b)
+      for (int64_t u = 0; u < outputs_.size(b); u += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
+        V grad = V::load(shared_.grad_h + slot * ld_p_ + unit);
+        if (d_.grad_output.data) grad = grad + load(at<const S>(d_.grad_output, s_, t, slot) + unit, n);
+        store(to + unit, grad, n);
+      }
+  }
+
+  void cell(int64_t t, int64_t slot) {
+    const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
+    const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
+    const S* saved = Cell::kSaved ? saved_ + row * Cell::kSaved * H : nullptr;
+    const S* h = at<const S>(d_.output, s_, t, slot);
+    const S* c = Cell::kStates > 1 ? at<const S>(d_.c, s_, t, slot) : nullptr;
+    const S* prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
+    const S* prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
+    const S* grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
+    const S* grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
+    Operand* igates = shared_.igates + row * ld_g_;
+    Operand* hgates = shared_.hgates + row * ld_g_;
+    for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
+      for (int64_t u = hidden_.first(b); u < hidden_.first(b) + hidden_.size(b); u += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, hidden_.first(b) + hidden_.size(b) - u);
+        V values[Cell::kSaved + 1], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2] = {V(Acc(0)), V(Acc(0))}, grad[2];
+        V grad_igates[G], grad_hgates[G], grad_prev[2];
+        for (int k = 0; k < Cell::kSaved; ++k) values[k] = load(saved + k * H + u, n);
+        Acc* carried_h = shared_.grad_h + slot * ld_p_ + u;
+        Acc* carried_c = shared_.grad_c + slot * ld_h_ + u;
+        if (shared_.outputs) {
+          grad[0] = V::load(shared_.grad_hidden + slot * ld_h_ + u);
+        } else {
+          grad[0] = V::load(carried_h);
+          if (grad_output) grad[0] = grad[0] + load(grad_output + u, n);
+        }
+        if constexpr (Cell::kStates > 1) {
+          state[1] = load(c + u, n);
+          if (prev_c) prev[1] = load(prev_c + u, n);
+          grad[1] = V::load(carried_c);
+          if (grad_cell) grad[1] = grad[1] + load(grad_cell + u, n);
+          if (shared_.outputs) store(shared_.hidden + row * H + u, Cell::hidden(values, state), n);
+        } else {
+          state[0] = load(h + u, n);
+          if (prev_h) prev[0] = load(prev_h + u, n);
+        }
+        Cell::backward(values, prev, state, grad, grad_igates, grad_hgates, grad_prev);
+        for (int g = 0; g < G; ++g) {
+          store(igates + g * H + u, grad_igates[g], n);
+          if (Cell::kSplitGates) store(hgates + g * H + u, grad_hgates[g], n);
+        }
+        // The part that does not pass W_hh; the product is added to it.
+        if (!shared_.outputs) grad_prev[0].store(carried_h);
+        if (Cell::kStates > 1) (zero ? V(Acc(0)) : grad_prev[1]).store(carried_c);
+      }
+  }
+
+  void finish() {
+    const Share rows = m_.divide == Divide::rows ? rows_ : Share(s_.batch, m_.rank, m_.size);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      const int64_t b = s_.batch_row(j);
+      if (d_.grad_h0)
+        for (int64_t u = 0; u < l_.output_size; u += kLanes)
+          store(static_cast<S*>(d_.grad_h0) + b * l_.output_size + u, V::load(shared_.grad_h + j * ld_p_ + u),
+                l_.output_size - u);
+      if (Cell::kStates > 1 && d_.grad_c0)
+        for (int64_t u = 0; u < l_.hidden_size; u += kLanes)
+          store(static_cast<S*>(d_.grad_c0) + b * l_.hidden_size + u, V::load(shared_.grad_c + j * ld_h_ + u),
+                l_.hidden_size - u);
+    }
+  }
+
+  // grad_input = sum over directions of igates . W_ih, a slice of rows a thread.
+  static void grad_input(const LayerBackward& l, const Shared* shared, const Own& own, int rank, int size,
+                         Barrier& everyone) {
+    if (!l.grad_input.data) return;
+    const int64_t I = l.input_size;
+    const UnitBlocks blocks = column_blocks(I, Divide::rows, 1);
+    auto weights = [&](int d) {
+      return ColumnMatrix<S>(blocks, static_cast<const S*>(l.direction[d].weights.w_ih), G * l.hidden_size,
+                             shared[d].w_ih);
+    };
+    const Share pack(blocks.count(), rank, size);
+    for (int d = 0; d < l.directions; ++d)
+      for (int64_t b = pack.begin; b < pack.end; ++b) weights(d).prepare(b);
+    everyone.wait(size);
+    const Share rows(l.sequence.rows, rank, size);
+    for_chunks(rows.begin, rows.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
+      for (int64_t b = 0; b < blocks.count(); ++b) {
+        const int64_t columns = blocks.vectors(b) * kLanes;
+        for (int d = 0; d < l.directions; ++d) {
+          const Unit* operands[kRowsAtOnce];
+          for (int64_t i = 0; i < count; ++i)
+            operands[i] = reinterpret_cast<const Unit*>(shared[d].igates + (first + i) * ld_gates(l));
+          weights(d).multiply(b, operands, count, d ? own.grad_input : nullptr, own.grad_input, columns);
+        }
+        for_rows(l.sequence, first, count, [&](int64_t i, int64_t t, int64_t slot) {
+          S* to = at<S>(l.grad_input, l.sequence, t, slot) + blocks.first(b);
+          for (int64_t u = 0; u < blocks.size(b); u += kLanes)
+            store(to + u, V::load(own.grad_input + i * columns + u), blocks.size(b) - u);
+        });
+      }
+    });
+  }
+
+  static void grad_weights(const LayerBackward& l, const DirectionBackward& d, const Shared& shared, const Own& own,
+                           int rank, int size) {
+    if (!d.grad_w_ih) return;
+    const Sequence& s = l.sequence;
+    const int64_t gates = G * l.hidden_size;
+    auto slice = [&](int64_t m) {
+      Share share(divide_up(m, kLanes), rank, size);
+      share.begin *= kLanes;
+      share.end = std::min(m, share.end * kLanes);
+      return share;
+    };
+    const Member alone{};
+    const Backward self(l, d, alone, shared, own);
+    const Share m = slice(gates);
+    WeightGradient<S>::run(
+        shared.igates, ld_gates(l), m.begin, m.end, l.input_size, s.rows,
+        [&](int64_t first, int64_t count, const S** rows) {
+          for_rows(s, first, count,
+                   [&](int64_t i, int64_t t, int64_t slot) { rows[i] = at<const S>(l.input, s, t, slot); });
+        },
+        own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
+    WeightGradient<S>::run(
+        shared.hgates, ld_gates(l), m.begin, m.end, l.output_size, s.rows,
+        [&](int64_t first, int64_t count, const S** rows) {
+          for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) { rows[i] = self.previous_h(t, slot); });
+        },
+        own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    if (shared.outputs) {
+      const Share p = slice(l.output_size);
+      WeightGradient<S>::run(
+          shared.outputs, ld_outputs(l), p.begin, p.end, l.hidden_size, s.rows,
+          [&](int64_t first, int64_t count, const S** rows) {
+            for (int64_t i = 0; i < count; ++i) rows[i] = shared.hidden + (first + i) * l.hidden_size;
+          },
+          own.panels, shared.sums_hr, static_cast<S*>(d.grad_w_hr));
+    }
+    if (d.grad_b_ih) {
+      WeightGradient<S>::column_sums(shared.igates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_ih));
+      WeightGradient<S>::column_sums(shared.hgates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_hh));
+    }
+  }
+
+  const LayerBackward& l_;
+  const DirectionBackward& d_;
+  const Member m_;
+  const Sequence& s_;
+  const Shared& shared_;
+  const Own& own_;
+  const UnitBlocks outputs_, hidden_;
+  const ColumnMatrix<S> w_hh_, w_hr_;
+  const S* const saved_;
+  const Share rows_, output_share_, hidden_share_;
+  const int64_t ld_p_, ld_h_, ld_g_;
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,0 +1,73 @@
+// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, forward.h and backward.h, compiled
+// for it, and the choice of cell and dtype.
+//
+// Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
+// defined.
+
+#include "simd.h"
+//
+#include "product.h"
+//
+#include "layer.h"
+//
+#include "backward.h"
+#include "forward.h"
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+namespace {
+
+template <class Cell, class F>
+auto with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(static_cast<Cell*>(nullptr), double());
+    case Dtype::bf16:
+      return f(static_cast<Cell*>(nullptr), bf16());
+    case Dtype::f16:
+      return f(static_cast<Cell*>(nullptr), f16());
+    default:
+      return f(static_cast<Cell*>(nullptr), float());
+  }
+}
+
+template <class F>
+auto with_types(CellKind cell, Dtype dtype, const F& f) {
+  switch (cell) {
+#define RNNFAST_CASE(name, Type) \
+  case CellKind::name:           \
+    return with_dtype<Type>(dtype, f);
+    RNNFAST_FOR_EACH_CELL(RNNFAST_CASE)
+#undef RNNFAST_CASE
+  }
+  __builtin_unreachable();
+}
+
+size_t forward_workspace_bytes(const LayerForward& layer, int threads) {
+  return with_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    return Forward<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::workspace_bytes(layer, threads);
+  });
+}
+void forward(const LayerForward& layer, void* workspace, int threads) {
+  with_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    Forward<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run(layer, workspace, threads);
+  });
+}
+size_t backward_workspace_bytes(const LayerBackward& layer, int threads) {
+  return with_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    return Backward<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::workspace_bytes(layer, threads);
+  });
+}
+void backward(const LayerBackward& layer, void* workspace, int threads) {
+  with_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    Backward<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run(layer, workspace, threads);
+  });
+}
+
+}  // namespace
+
+#define RNNFAST_STRING_(x) #x
+#define RNNFAST_STRING(x) RNNFAST_STRING_(x)
+extern const Engine kEngine = {RNNFAST_STRING(RNNFAST_ISA), forward_workspace_bytes, forward, backward_workspace_bytes,
+                               backward};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

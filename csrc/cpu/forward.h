@@ -1,0 +1,318 @@
+// Owns: one layer forward over the whole sequence.
+// Must not know: equations (the cell has them), tensors.
+//
+// For each direction: a block of steps is projected at once (igates = x W_ih^T + b_ih for as many rows as stay in the
+// second-level cache), then the steps run one by one. A step is, per block of hidden units and chunk of rows, one
+// register tile (hgates = h W_hh^T + b_hh) and the cell on its result while that lies in the first-level cache.
+//
+// Included once per instruction set, after layer.h.
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+template <class Cell, class S>
+class Forward {
+  using P = Product<S>;
+  using Unit = typename P::Unit;
+  using Operand = typename P::Operand;
+  using Acc = acc_t<S>;
+  using V = Vec<Acc>;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int G = Cell::kGates;
+
+  // What the threads of one direction share.
+  struct Shared {
+    Unit *w_ih, *w_hh, *w_hr;          // packed weights; null: used in place
+    Acc *bias_ih, *bias_hh, *bias_hr;  // [columns]
+    Unit* h[2];                        // [B, ld_h] before and after a step, in turn
+    Acc* c;                            // [B, ld_c]
+    Unit* hidden;                      // [B, ld_hidden] before the projection w_hr
+  };
+  // What a thread has to itself.
+  struct Own {
+    Acc* igates;          // [capacity, columns of the thread's blocks]
+    const Unit** inputs;  // [capacity]
+    Unit* converted;      // [capacity, units of I], where inputs cannot be read in place
+  };
+
+ public:
+  static size_t workspace_bytes(const LayerForward& layer, int threads) {
+    Carver carver(nullptr);
+    const Plan plan = plan_of(layer, threads);
+    for (int d = 0; d < layer.directions; ++d) {
+      const Member member = widest_member(layer, plan);
+      carve_shared(layer, member, carver);
+      for (int i = 0; i < member.size; ++i) carve_own(layer, member, carver);
+    }
+    return carver.used();
+  }
+
+  static void run(const LayerForward& layer, void* workspace, int threads) {
+    const Plan plan = plan_of(layer, threads);
+    const size_t part = workspace_bytes(layer, threads) / layer.directions;
+    Barrier barriers[2];
+    run_team(plan.threads, [&](int rank, int size) {
+      FlushDenormals flush;
+      for_directions(layer.directions, rank, size, plan.divide, barriers, [&](int d, const Member& member) {
+        Carver carver(static_cast<char*>(workspace) + d * part);
+        Forward(layer, layer.direction[d], member, carver).run();
+      });
+    });
+  }
+
+ private:
+  static Plan plan_of(const LayerForward& l, int threads) {
+    return make_plan(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence,
+                     size_of(l.dtype), threads);
+  }
+  static Member widest_member(const LayerForward& l, const Plan& plan) {
+    const bool split = l.directions == 2 && plan.threads > 1;
+    return Member{0, split ? (plan.threads + 1) / 2 : plan.threads, plan.divide, nullptr};
+  }
+  static UnitBlocks hidden_blocks(const LayerForward& l, const Member& m) {
+    return unit_blocks<S>(G, l.hidden_size, m);
+  }
+  static UnitBlocks output_blocks(const LayerForward& l, const Member& m) {
+    return unit_blocks<S>(1, l.output_size, m);
+  }
+  static bool projects(const LayerForward& l) { return l.direction[0].weights.w_hr != nullptr; }
+  // Rows whose igates are computed at once: about a quarter of a megabyte, and at least one step.
+  static int64_t capacity(const LayerForward& l, const Member& m) {
+    const int64_t columns = hidden_blocks(l, m).columns();
+    const int64_t rows = std::max<int64_t>(l.sequence.batch, (256 << 10) / std::max<int64_t>(1, columns * sizeof(Acc)));
+    return std::min(rows, l.sequence.rows);
+  }
+
+  static Shared carve_shared(const LayerForward& l, const Member& m, Carver& carver) {
+    const UnitBlocks hidden = hidden_blocks(l, m), output = output_blocks(l, m);
+    const int64_t batch = l.sequence.batch;
+    auto weights = [&](const UnitBlocks& blocks, int64_t k) {
+      if (GateMatrix<S>::in_place(batch, k)) return static_cast<Unit*>(nullptr);
+      return carver.take<Unit>(GateMatrix<S>::packed_units(blocks, k));
+    };
+    Shared s{};
+    s.w_ih = weights(hidden, l.input_size);
+    s.w_hh = weights(hidden, l.output_size);
+    s.bias_ih = carver.take<Acc>(hidden.columns());
+    s.bias_hh = carver.take<Acc>(hidden.columns());
+    for (Unit*& h : s.h) h = carver.take<Unit>(batch * ld_units(l.output_size));
+    s.c = carver.take<Acc>(Cell::kStates > 1 ? batch * ld_acc(l.hidden_size) : 0);
+    if (projects(l)) {
+      s.w_hr = weights(output, l.hidden_size);
+      s.bias_hr = carver.take<Acc>(output.columns());
+      s.hidden = carver.take<Unit>(batch * ld_units(l.hidden_size));
+    }
+    return s;
+  }
+  static Own carve_own(const LayerForward& l, const Member& m, Carver& carver) {
+    const int64_t rows = capacity(l, m);
+    Own own{};
+    own.igates = carver.take<Acc>(rows * hidden_blocks(l, m).columns());
+    own.inputs = carver.take<const Unit*>(rows);
+    if (!reads_in_place<S>(l.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(l.input_size));
+    return own;
+  }
+  // Rows of state are padded to whole vectors, so that loads and stores need no mask.
+  static int64_t ld_units(int64_t n) { return round_up(units_of<S>(n), kLanes); }
+  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
+
+  Forward(const LayerForward& layer, const DirectionForward& direction, const Member& member, Carver& carver)
+      : l_(layer),
+        d_(direction),
+        m_(member),
+        s_(layer.sequence),
+        hidden_(hidden_blocks(layer, member)),
+        output_(output_blocks(layer, member)),
+        shared_(carve_shared(layer, member, carver)),
+        w_ih_(hidden_, static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih), l_.input_size,
+              shared_.w_ih, shared_.bias_ih),
+        w_hh_(hidden_, static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh), l_.output_size,
+              shared_.w_hh, shared_.bias_hh),
+        w_hr_(output_, static_cast<const S*>(d_.weights.w_hr), nullptr, l_.hidden_size, shared_.w_hr, shared_.bias_hr),
+        rows_(row_share(s_, member)),
+        blocks_(block_share(hidden_.count(), member)),
+        output_share_(block_share(output_.count(), member)),
+        ld_h_(ld_units(l_.output_size)),
+        ld_c_(ld_acc(l_.hidden_size)),
+        ld_hidden_(ld_units(l_.hidden_size)) {
+    for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
+    first_column_ = blocks_.begin < blocks_.end ? hidden_.column(blocks_.begin) : 0;
+    ld_igates_ = hidden_.columns();
+  }
+
+  void run() {
+    prepare();
+    m_.wait();
+    const int64_t most = capacity(l_, m_);
+    for (int64_t s = 0; s < s_.steps;) {
+      const int64_t end = project(s, most);
+      for (int64_t row = 0; s < end; ++s) {
+        step(s, row);
+        row += living(s);
+      }
+    }
+    m_.wait_step();
+    finish();
+  }
+
+  int64_t time(int64_t s) const { return d_.reverse ? s_.steps - 1 - s : s; }
+  // The thread's rows that live at the s-th step.
+  int64_t living(int64_t s) const {
+    return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
+  }
+  Unit* h_row(int64_t s, int64_t slot) const { return shared_.h[s & 1] + slot * ld_h_; }
+
+  void prepare() {
+    const Share hidden(hidden_.count(), m_.rank, m_.size);
+    for (int64_t b = hidden.begin; b < hidden.end; ++b) {
+      w_ih_.prepare(b);
+      w_hh_.prepare(b);
+    }
+    if (shared_.hidden) {
+      const Share output(output_.count(), m_.rank, m_.size);
+      for (int64_t b = output.begin; b < output.end; ++b) w_hr_.prepare(b);
+    }
+    // Rows that start late, or never, find the initial state in either buffer.
+    const Share rows(s_.batch, m_.rank, m_.size);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      const int64_t b = s_.batch_row(j);
+      for (int i = 0; i < 2; ++i)
+        copy_row<S>(static_cast<const S*>(d_.h0) + b * l_.output_size, l_.output_size, h_row(i, j));
+      Acc* c = shared_.c + j * ld_c_;
+      if (shared_.hidden) zero_units<S>(shared_.hidden + j * ld_hidden_, l_.hidden_size);
+      if (Cell::kStates > 1)
+        for (int64_t u = 0; u < l_.hidden_size; u += kLanes)
+          load(static_cast<const S*>(d_.c0) + b * l_.hidden_size + u, l_.hidden_size - u).store(c + u);
+      if (!d_.reverse && s_.steps > 0 && j < s_.batch_size(0) && starts_from_zero(s_, 0, j, false)) {
+        zero_units<S>(h_row(0, j), l_.output_size);
+        if (Cell::kStates > 1) memset(c, 0, ld_c_ * sizeof(Acc));
+      }
+    }
+  }
+
+  // igates of the thread's rows and units for the steps [s, returned), as many as fit.
+  int64_t project(int64_t s, int64_t most) {
+    int64_t count = 0;
+    for (; s < s_.steps && count + living(s) <= most; ++s) {
+      const int64_t t = time(s);
+      for (int64_t j = rows_.begin; j < rows_.begin + living(s); ++j, ++count) {
+        const S* x = at<const S>(l_.input, s_, t, j);
+        if (reads_in_place<S>(l_.input_size)) {
+          own_.inputs[count] = reinterpret_cast<const Unit*>(x);
+        } else {
+          Unit* copy = own_.converted + count * units_of<S>(l_.input_size);
+          copy_row<S>(x, l_.input_size, copy);
+          own_.inputs[count] = copy;
+        }
+      }
+    }
+    for (int64_t b = blocks_.begin; b < blocks_.end; ++b)
+      w_ih_.multiply(b, own_.inputs, count, own_.igates + hidden_.column(b) - first_column_, ld_igates_);
+    return s;
+  }
+
+  void step(int64_t s, int64_t igates_row) {
+    const int64_t t = time(s), count = living(s);
+    alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
+    const Unit* h[kTileRows];
+    for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
+      const int64_t columns = hidden_.vectors(b) * kLanes;
+      for_chunks(0, count, w_hh_.row_chunk(b), [&](int64_t i, int64_t n) {
+        for (int64_t r = 0; r < n; ++r) h[r] = h_row(s, rows_.begin + i + r);
+        w_hh_.multiply(b, h, n, hgates, columns);
+        for (int64_t r = 0; r < n; ++r)
+          cell(s, t, rows_.begin + i + r, b,
+               own_.igates + (igates_row + i + r) * ld_igates_ + hidden_.column(b) - first_column_,
+               hgates + r * columns);
+      });
+    }
+    m_.wait_step();
+    if (!shared_.hidden) return;
+    for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
+      const int64_t columns = output_.vectors(b) * kLanes;
+      for_chunks(0, count, w_hr_.row_chunk(b), [&](int64_t i, int64_t n) {
+        for (int64_t r = 0; r < n; ++r) h[r] = shared_.hidden + (rows_.begin + i + r) * ld_hidden_;
+        w_hr_.multiply(b, h, n, hgates, columns);
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t j = rows_.begin + i + r, first = output_.first(b), size = output_.size(b);
+          const bool drop = drops(t, j);
+          for (int64_t u = 0; u < size; u += kLanes)
+            write_h(s, t, j, first + u, size - u, V::load(hgates + r * columns + u), drop);
+        }
+      });
+    }
+    m_.wait_step();
+  }
+
+  // Whether the state that step t leaves is dropped before the next step reads it.
+  bool drops(int64_t t, int64_t slot) const {
+    return s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
+  }
+
+  // The n (at most kLanes) outputs from unit u on: to the output and to the state that the next step reads.
+  void write_h(int64_t s, int64_t t, int64_t slot, int64_t u, int64_t n, V h, bool drop) {
+    n = std::min<int64_t>(n, kLanes);
+    store(at<S>(d_.output, s_, t, slot) + u, h, n);
+    store_operand<S>(reinterpret_cast<Operand*>(h_row(s + 1, slot)) + u, drop ? V(Acc(0)) : h, n);
+  }
+
+  void cell(int64_t s, int64_t t, int64_t slot, int64_t b, const Acc* igates, const Acc* hgates) {
+    const int64_t first = hidden_.first(b), size = hidden_.size(b), H = l_.hidden_size;
+    const bool drop = drops(t, slot);
+    S* saved_row = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * H : nullptr;
+    for (int64_t u = 0; u < size; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, size - u), unit = first + u;
+      V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], saved[Cell::kSaved + 1];
+      for (int g = 0; g < G; ++g) {
+        ig[g] = V::load(igates + g * size + u);
+        hg[g] = V::load(hgates + g * size + u);
+      }
+      if (Cell::kStates == 1) prev[0] = load(reinterpret_cast<const Operand*>(h_row(s, slot)) + unit, n);
+      Acc* c = shared_.c + slot * ld_c_ + unit;
+      if (Cell::kStates > 1) prev[1] = load(c, n);
+      Cell::forward(ig, hg, prev, state, saved);
+      if (Cell::kStates > 1) {
+        store(c, drop ? V(Acc(0)) : state[1], n);
+        if (d_.c.data) store(at<S>(d_.c, s_, t, slot) + unit, state[1], n);
+      }
+      if (saved_row)
+        for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * H + unit, saved[k], n);
+      if (shared_.hidden) {
+        store_operand<S>(reinterpret_cast<Operand*>(shared_.hidden + slot * ld_hidden_) + unit, state[0], n);
+      } else {
+        write_h(s, t, slot, unit, n, state[0], drop);
+      }
+    }
+  }
+
+  // The last states, from the buffer that the row's last step wrote.
+  void finish() {
+    const Share rows = m_.divide == Divide::rows ? rows_ : Share(s_.batch, m_.rank, m_.size);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      const int64_t b = s_.batch_row(j);
+      int64_t steps = s_.steps;
+      if (s_.batch_sizes && !d_.reverse)
+        while (steps > 0 && s_.batch_sizes[steps - 1] <= j) --steps;
+      const Operand* h = reinterpret_cast<const Operand*>(h_row(steps, j));
+      for (int64_t u = 0; u < l_.output_size; u += kLanes)
+        store(static_cast<S*>(d_.h_n) + b * l_.output_size + u, load(h + u), l_.output_size - u);
+      if (Cell::kStates > 1)
+        for (int64_t u = 0; u < l_.hidden_size; u += kLanes)
+          store(static_cast<S*>(d_.c_n) + b * l_.hidden_size + u, V::load(shared_.c + j * ld_c_ + u),
+                l_.hidden_size - u);
+    }
+  }
+
+  const LayerForward& l_;
+  const DirectionForward& d_;
+  const Member m_;
+  const Sequence& s_;
+  const UnitBlocks hidden_, output_;
+  const Shared shared_;
+  const GateMatrix<S> w_ih_, w_hh_, w_hr_;
+  Own own_{};
+  const Share rows_, blocks_, output_share_;
+  const int64_t ld_h_, ld_c_, ld_hidden_;
+  int64_t first_column_ = 0, ld_igates_ = 0;
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,0 +1,310 @@
+// Owns: the vector type of one instruction set: arithmetic, loads and stores with conversion, nonlinearities.
+// Must not know: layers, cells, threads.
+//
+// Included once per instruction set, after the target pragma, with RNNFAST_ISA (the namespace), RNNFAST_VECTOR_BYTES
+// and, where the instructions exist, RNNFAST_HAS_AVX512, RNNFAST_HAS_AVX512_BF16 and RNNFAST_HAS_F16C defined.
+// Arithmetic uses the compilers' vector extension, so that one text serves every instruction set; a * b + c contracts
+// to one fused multiply-add where there is one (-ffp-contract=fast). No include guard: every instruction set needs its
+// own copy.
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = RNNFAST_VECTOR_BYTES / sizeof(T);
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Native __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef Bits NativeBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(RNNFAST_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+
+  Native v;
+
+  Vec() = default;
+  Vec(T x) : v(x - Native{}) {}
+  static Vec of(Native native) {
+    Vec x;
+    x.v = native;
+    return x;
+  }
+
+  static Vec load(const T* p) { return of(Native(*reinterpret_cast<const Unaligned*>(p))); }
+  void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  friend Vec operator+(Vec a, Vec b) { return of(a.v + b.v); }
+  friend Vec operator-(Vec a, Vec b) { return of(a.v - b.v); }
+  friend Vec operator*(Vec a, Vec b) { return of(a.v * b.v); }
+  friend Vec operator/(Vec a, Vec b) { return of(a.v / b.v); }
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+template <class T>
+inline Vec<T> relu(Vec<T> x) {
+  return Vec<T>::of(x.v < T(0) ? typename Vec<T>::Native{} : x.v);
+}
+template <class T>
+inline Vec<T> relu_mask(Vec<T> y) {
+  return Vec<T>::of(y.v > T(0) ? Vec<T>(T(1)).v : typename Vec<T>::Native{});
+}
+
+// Comparisons are false for NaN, so that NaN stays.
+inline VecF clamp(VecF x, float low, float high) {
+  x.v = x.v < low ? VecF(low).v : x.v;
+  x.v = x.v > high ? VecF(high).v : x.v;
+  return x;
+}
+
+// exp(x) = scale * (1 + p) with scale = 2^n, x = n ln 2 + r, |r| <= ln(2) / 2 and p = exp(r) - 1.
+// Keeping p apart from the 1 is what makes exp(x) - 1 exact near zero. |x| must be below 88.
+inline void exp_parts(VecF x, VecF& scale, VecF& p) {
+  // Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the sum.
+  const VecF magic(12582912.0f);
+  const VecF shifted = x * VecF(1.44269504f) + magic;
+  const VecF n = shifted - magic;
+  // ln 2 in two parts, the first with few enough bits that n times it is exact.
+  const VecF r = (x - n * VecF(0.693359375f)) - n * VecF(-2.12194440e-4f);
+  scale.v = reinterpret_cast<VecF::Native>((reinterpret_cast<VecF::NativeBits>(shifted.v) << 23) + 0x3f800000);
+  // The Taylor series of (exp(r) - 1 - r) / r^2; the first term left out is below 2^-27 of exp(r).
+  VecF q = r * VecF(1.0f / 5040) + VecF(1.0f / 720);
+  q = q * r + VecF(1.0f / 120);
+  q = q * r + VecF(1.0f / 24);
+  q = q * r + VecF(1.0f / 6);
+  q = q * r + VecF(0.5f);
+  p = q * (r * r) + r;
+}
+
+// 1 / x for x in [1, 2^126].
+inline VecF reciprocal(VecF x) {
+#if defined(RNNFAST_HAS_AVX512)
+  // Fourteen bits from the table, doubled by one Newton step; a division would keep the one divider busy.
+  const VecF y = VecF::of(VecF::Native(_mm512_rcp14_ps(__m512(x.v))));
+  return y + y * (VecF(1.0f) - x * y);
+#else
+  return VecF(1.0f) / x;
+#endif
+}
+
+inline VecF sigmoid(VecF x) {
+  VecF scale, p;
+  exp_parts(clamp(VecF(0.0f) - x, -87.0f, 87.0f), scale, p);
+  return reciprocal(VecF(1.0f) + (scale + scale * p));
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2 x) - 1; beyond 9.02 the result rounds to 1.
+inline VecF tanh(VecF x) {
+  VecF scale, p;
+  const VecF twice = clamp(x + x, -18.04f, 18.04f);
+  exp_parts(twice, scale, p);
+  const VecF e = scale * p + (scale - VecF(1.0f));
+  return e * reciprocal(e + VecF(2.0f));
+}
+
+inline VecD sigmoid(VecD x) {
+  for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = rnnfast::sigmoid(double(x.v[i]));
+  return x;
+}
+inline VecD tanh(VecD x) {
+  for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = rnnfast::tanh(double(x.v[i]));
+  return x;
+}
+
+// ------------------------------------------------------------------------------------------- storage <-> arithmetic
+// acc_t<S> is the arithmetic type of a storage type S. load<S> and store<S> move kLanes values, or the first n.
+
+template <class S>
+using acc_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+inline float to_acc(float x) { return x; }
+inline double to_acc(double x) { return x; }
+inline float to_acc(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+inline float to_acc(f16 x) {
+  _Float16 y;
+  memcpy(&y, &x.bits, 2);
+  return float(y);
+}
+
+template <class S>
+inline S from_acc(acc_t<S> x) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{uint16_t(bits >> 16 | 0x40)};  // NaN: keep it one
+    return bf16{uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};                  // to nearest, ties to even
+  } else if constexpr (std::is_same_v<S, f16>) {
+    const _Float16 y = _Float16(x);
+    f16 r;
+    memcpy(&r.bits, &y, 2);
+    return r;
+  } else {
+    return x;
+  }
+}
+
+inline VecF load(const float* p) { return VecF::load(p); }
+inline VecD load(const double* p) { return VecD::load(p); }
+inline void store(float* p, VecF x) { x.store(p); }
+inline void store(double* p, VecD x) { x.store(p); }
+
+typedef uint16_t Half __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
+typedef uint16_t HalfUnaligned __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Wide __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+
+inline VecF load(const bf16* p) {
+  const Half narrow = *reinterpret_cast<const HalfUnaligned*>(p);
+  return VecF::of(reinterpret_cast<VecF::Native>(__builtin_convertvector(narrow, Wide) << 16));
+}
+inline void store(bf16* p, VecF x) {
+  const Wide bits = reinterpret_cast<Wide>(x.v);
+  const Wide even = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Wide rounded = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : even;
+  *reinterpret_cast<HalfUnaligned*>(p) = __builtin_convertvector(rounded, Half);
+}
+
+inline VecF load(const f16* p) {
+#if defined(RNNFAST_HAS_AVX512)
+  return VecF::of(VecF::Native(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
+#elif defined(RNNFAST_HAS_F16C)
+  return VecF::of(VecF::Native(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#else
+  VecF y;
+  for (int i = 0; i < VecF::kLanes; ++i) y.v[i] = to_acc(p[i]);
+  return y;
+#endif
+}
+inline void store(f16* p, VecF x) {
+#if defined(RNNFAST_HAS_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(x.v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(RNNFAST_HAS_F16C)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(x.v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VecF::kLanes; ++i) p[i] = from_acc<f16>(x.v[i]);
+#endif
+}
+
+// The first n lanes; the others are zero.
+template <class S>
+inline Vec<acc_t<S>> load(const S* p, int64_t n) {
+  using V = Vec<acc_t<S>>;
+  if (n >= V::kLanes) return load(p);
+#if defined(RNNFAST_HAS_AVX512)
+  if constexpr (std::is_same_v<S, float>)
+    return V::of(typename V::Native(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)));
+#endif
+  S part[V::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+
+template <class S>
+inline void store(S* p, Vec<acc_t<S>> x, int64_t n) {
+  using V = Vec<acc_t<S>>;
+  if (n >= V::kLanes) return store(p, x);
+#if defined(RNNFAST_HAS_AVX512)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(x.v));
+    return;
+  }
+#endif
+  S part[V::kLanes];
+  store(part, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// ------------------------------------------------------------------------------------------------- products
+// What a matrix product of storage type S multiplies. Operand is the element type of the packed matrices; a Unit is
+// what one lane of one multiply-add takes: one operand, or two neighbours along the summed dimension where the
+// instruction sums pairs.
+template <class S>
+struct Product {
+  using Operand = acc_t<S>;
+  using Acc = acc_t<S>;
+  using Unit = Operand;
+  static constexpr int kPair = 1;
+  static Vec<Acc> multiply_add(Vec<Acc> sum, Unit a, Vec<Unit> w) { return Vec<Acc>(a) * w + sum; }
+  static Vec<Acc> multiply_add(Vec<Acc> sum, Vec<Unit> a, Vec<Unit> w) { return a * w + sum; }
+};
+
+#if defined(RNNFAST_HAS_AVX512_BF16)
+template <>
+struct Product<bf16> {
+  using Operand = bf16;
+  using Acc = float;
+  using Unit = int32_t;  // the bits of a pair of bf16
+  static constexpr int kPair = 2;
+  static VecF multiply_add(VecF sum, Unit a, Vec<Unit> w) { return multiply_add(sum, Vec<Unit>(a), w); }
+  static VecF multiply_add(VecF sum, Vec<Unit> a, Vec<Unit> w) {
+    return VecF::of(VecF::Native(_mm512_dpbf16_ps(__m512(sum.v), __m512bh(__m512i(a.v)), __m512bh(__m512i(w.v)))));
+  }
+};
+#endif
+
+// The transpose of a kLanes x kLanes block held in registers: log2(kLanes) rounds of a perfect shuffle.
+template <class T, int... I>
+inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, I...>) {
+  constexpr int n = Vec<T>::kLanes;
+#if defined(__clang__)
+  low.v = __builtin_shufflevector(a.v, b.v, (I / 2 + (I % 2) * n)...);
+  high.v = __builtin_shufflevector(a.v, b.v, (n / 2 + I / 2 + (I % 2) * n)...);
+#else
+  low.v = __builtin_shuffle(a.v, b.v, typename Vec<T>::NativeBits{(I / 2 + (I % 2) * n)...});
+  high.v = __builtin_shuffle(a.v, b.v, typename Vec<T>::NativeBits{(n / 2 + I / 2 + (I % 2) * n)...});
+#endif
+}
+template <class T>
+inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
+  interleave(a, b, low, high, std::make_integer_sequence<int, Vec<T>::kLanes>{});
+}
+
+template <class T>
+inline void transpose(Vec<T> (&m)[Vec<T>::kLanes]) {
+  constexpr int n = Vec<T>::kLanes;
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    for (int i = 0; i < n / 2; ++i) interleave(m[i], m[i + n / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < n; ++i) m[i] = next[i];
+  }
+}
+
+// Lane i of the result is the sum over the lanes of m[i]: the transpose's network, adding as it goes.
+template <class T>
+inline Vec<T> sum_lanes(Vec<T> (&m)[Vec<T>::kLanes]) {
+  for (int n = Vec<T>::kLanes; n > 1; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      Vec<T> low, high;
+      interleave(m[i], m[i + n / 2], low, high);
+      m[i] = low + high;
+    }
+  }
+  return m[0];
+}
+
+// ------------------------------------------------------------------------------------------------- denormals
+// A state that decays through the denormal range would cost a microcode assist per operation: flush instead. The
+// rounding mode and the caller's setting are left as they were.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zero
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushDenormals() {}
+#endif
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

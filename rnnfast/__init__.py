@@ -4,6 +4,8 @@ from . import functional, reference
 from ._config import show_config
 from ._version import __version__
 from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import convert, to_torch
+from .explain import explain
 from .modules import GRU, LSTM, RNN
 from .ops import backend
 
@@ -16,7 +18,10 @@ __all__ = [
     "RNNCell",
     "__version__",
     "backend",
+    "convert",
+    "explain",
     "functional",
     "reference",
     "show_config",
+    "to_torch",
 ]

@@ -199,12 +199,11 @@ struct BackwardProducts {
   void* h_prev = nullptr;  // compact [N, P]: the state each step read; the initial one at first, zero behind a reset
   // With a projection only.
   void* grad_h = nullptr;  // compact [N, P]: gradient of the projected state
-  void* hidden = nullptr;  // compact [N, H]: the state before it was projected; written where saved is null
+  void* hidden = nullptr;  // compact [N, H]: the state before it was projected
 };
 
 // One GEMM and one pointwise kernel a step: any GPU, any size, any dtype. What the structs above leave open:
 //   - igates is given (w_ih x + b_ih); input, w_ih and b_ih are not read.
-//   - With a projection, saved goes on after its [N, S*H] with the state before the projection, [N, H].
 //   - Rows past a length get a zero output, c and gradient. A length below 0 counts as 0, one above T as T.
 //   - For a cell without split gates grad_igates stands for grad_hgates too, and grad_hgates is not used.
 //   - In backward, where saved is null and the cell saves anything (S > 0), grad_igates holds igates on entry, from

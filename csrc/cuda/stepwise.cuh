@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "params.h"
 #include "launch.cuh"
+#include "params.h"
 #include "storage.cuh"
 
 namespace rnnfast::cuda::stepwise {
@@ -169,6 +169,11 @@ auto dispatch(CellKind cell, Dtype dtype, const Function& function) {
 #undef RNNFAST_DISPATCH_CELL
   }
   return decltype(dispatch_dtype<LstmCell>(dtype, function))();
+}
+
+// A packed step may have no rows.
+inline int multiply(const Gemm& gemm, const GemmArguments& arguments) {
+  return arguments.m == 0 ? 0 : gemm.run(gemm.context, arguments);
 }
 
 // Ends the calling function with the error of expression, if any.

@@ -84,7 +84,7 @@ struct BackwardDirection {
 
   scalar_t* grad_igates = nullptr;  // [rows, G*H]
   scalar_t* grad_hgates = nullptr;  // [rows, G*H]; null: the cell does not split its gates
-  scalar_t* hidden = nullptr;       // [rows, H]; null: not wanted
+  scalar_t* hidden = nullptr;       // [rows, H]; null without a projection
   Border entered, left;             // on the way into this step, and from it into the next
 };
 
@@ -99,8 +99,10 @@ struct BackwardStep {
 // Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads a
 // gate's element before it writes the gradient to the same place. Everything lies in global memory, each element
 // belongs to one thread, and there is nothing to synchronise: the stream orders the steps.
+// The 1 in the launch bounds keeps ptxas from spilling float64 registers for the sake of more blocks an SM.
 template <class Cell, class scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads) backward_step_kernel(const __grid_constant__ BackwardStep<scalar_t> args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_step_kernel(const __grid_constant__ BackwardStep<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   const BackwardDirection<scalar_t>& d = args.direction[blockIdx.z];
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) backward_step_kernel(const __grid_co
 #pragma unroll
       for (int s = 0; s < kSaved; ++s) load(d.saved + (row * kSaved + s) * H + unit, saved[s]);
     } else {
-      acc_t igates[kGates][kWidth], hgates[kGates][kWidth], bias[kGates][kWidth] = {}, hidden[kWidth];
+      acc_t igates[kGates][kWidth], hgates[kGates][kWidth], bias[kGates][kWidth] = {};
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
         load(d.grad_igates + gate(g), igates[g]);
@@ -150,11 +152,9 @@ __global__ void __launch_bounds__(kThreads) backward_step_kernel(const __grid_co
 #pragma unroll
         for (int s = 0; s < kStates; ++s) from[s] = previous[s][k];
         Cell::forward(i, h, from, to, keep);
-        hidden[k] = to[0];
 #pragma unroll
         for (int s = 0; s < kSaved; ++s) saved[s][k] = keep[s];
       }
-      if (d.hidden != nullptr) store(hidden, d.hidden + row * H + unit);
     }
 
     acc_t grad[kStates][kWidth] = {}, more[kWidth];
@@ -201,6 +201,16 @@ __global__ void __launch_bounds__(kThreads) backward_step_kernel(const __grid_co
     if constexpr (kStates == 2) {
       acc_t* grad_c = d.grad_c + row * H + unit;
       cut ? store_zero<kWidth>(grad_c) : store(grad_previous[1], grad_c);
+      if (d.hidden != nullptr) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          acc_t keep[kSaved], to[kStates] = {acc_t(0), state[1][k]};
+#pragma unroll
+          for (int s = 0; s < kSaved; ++s) keep[s] = saved[s][k];
+          more[k] = Cell::hidden(keep, to);
+        }
+        store(more, d.hidden + row * H + unit);
+      }
     }
   }
 }
@@ -350,6 +360,7 @@ int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&
   const int64_t P = layer.output_size;
   const int64_t together = sequence.packed ? 1 : sequence.steps;
   for (int64_t first = 0; first < sequence.steps; first += together) {
+    if (sequence.batch_size(first) == 0) break;
     PreviousStates<scalar_t> args{sequence.steps, P, sequence.lengths, {}};
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionBackward& from = layer.direction[k];
@@ -430,9 +441,8 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
         hgates_row[k] = sequence.offset(low);
         const int64_t chunk_rows = sequence.offset(high) + sequence.batch_size(high) - hgates_row[k];
         const scalar_t* h_prev = static_cast<const scalar_t*>(products[k].h_prev) + hgates_row[k] * P;
-        RNNFAST_RETURN_IF_ERROR(context.gemm.run(
-            context.gemm.context,
-            {layer.dtype, chunk_rows, GH, P, h_prev, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+        RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, chunk_rows, GH, P, h_prev, P, d.weights.w_hh, P,
+                                                        true, workspace.hgates[k], GH, false}));
       }
 
       BackwardDirection<scalar_t>& s = step.direction[k];
@@ -459,7 +469,7 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
         projected.direction[k] = {rows,   at.step, grad_output, d.grad_output.stride_b, workspace.grad_h[k],
                                   grad_h, left};
         s.grad_hidden = workspace.grad_hidden[k];
-        s.hidden = advance(static_cast<scalar_t*>(products[k].hidden), offset * H);
+        s.hidden = static_cast<scalar_t*>(products[k].hidden) + offset * H;
       } else {
         s.h_prev = static_cast<const scalar_t*>(products[k].h_prev) + offset * P;
         s.output = row_pointer<scalar_t>(sequence, d.output, at.step);
@@ -470,23 +480,24 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
       }
     }
 
+    if (most_rows == 0) continue;
     if (projects) {
       RNNFAST_RETURN_IF_ERROR(
           launch(grad_projected_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projected));
       for (int k = 0; k < layer.directions; ++k) {
         const ProjectedDirection<scalar_t>& p = projected.direction[k];
-        RNNFAST_RETURN_IF_ERROR(context.gemm.run(
-            context.gemm.context, {layer.dtype, p.rows, H, P, p.grad_h, P, layer.direction[k].weights.w_hr, H, false,
-                                   workspace.grad_hidden[k], H, false}));
+        RNNFAST_RETURN_IF_ERROR(
+            multiply(context.gemm, {layer.dtype, p.rows, H, P, p.grad_h, P, layer.direction[k].weights.w_hr, H, false,
+                                    workspace.grad_hidden[k], H, false}));
       }
     }
     RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
     for (int k = 0; k < layer.directions; ++k) {
       const BackwardDirection<scalar_t>& s = step.direction[k];
       const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
-      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
-          context.gemm.context, {layer.dtype, s.rows, P, GH, grad_hgates, GH, layer.direction[k].weights.w_hh, P, false,
-                                 workspace.grad_h[k], P, true}));
+      RNNFAST_RETURN_IF_ERROR(
+          multiply(context.gemm, {layer.dtype, s.rows, P, GH, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
+                                  false, workspace.grad_h[k], P, true}));
     }
   }
   return launch(last_gradients_kernel<scalar_t>, states_shape, stream, carried);

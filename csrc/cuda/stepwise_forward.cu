@@ -254,9 +254,8 @@ int run(const LayerForward& layer, const Context& context) {
       const Position at(sequence, d.reverse, index);
       const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
       most_rows = std::max(most_rows, rows);
-      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
-          context.gemm.context,
-          {layer.dtype, rows, GH, P, d.h_n, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+      RNNFAST_RETURN_IF_ERROR(multiply(
+          context.gemm, {layer.dtype, rows, GH, P, d.h_n, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
 
       ForwardDirection<scalar_t>& s = step.direction[k];
       s.rows = rows;
@@ -272,8 +271,7 @@ int run(const LayerForward& layer, const Context& context) {
       s.entered = border_into(sequence, d.reverse, at);
       scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
       if (projects) {
-        s.hidden = d.saved != nullptr ? static_cast<scalar_t*>(d.saved) + sequence.rows * SH + offset * H
-                                      : workspace.hidden[k];
+        s.hidden = workspace.hidden[k];
         projection.direction[k] = {rows,   at.step,          workspace.projected[k], static_cast<scalar_t*>(d.h_n),
                                    output, d.output.stride_b};
       } else {
@@ -282,14 +280,15 @@ int run(const LayerForward& layer, const Context& context) {
         s.output_stride = d.output.stride_b;
       }
     }
+    if (most_rows == 0) continue;
     RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
 
     if (!projects) continue;
     for (int k = 0; k < layer.directions; ++k) {
       const ForwardDirection<scalar_t>& s = step.direction[k];
-      RNNFAST_RETURN_IF_ERROR(context.gemm.run(
-          context.gemm.context, {layer.dtype, s.rows, P, H, s.hidden, H, layer.direction[k].weights.w_hr, H, true,
-                                 workspace.projected[k], P, false}));
+      RNNFAST_RETURN_IF_ERROR(
+          multiply(context.gemm, {layer.dtype, s.rows, P, H, s.hidden, H, layer.direction[k].weights.w_hr, H, true,
+                                  workspace.projected[k], P, false}));
     }
     RNNFAST_RETURN_IF_ERROR(
         launch(store_projection_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projection));

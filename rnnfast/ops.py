@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
+from threading import local
 
 import torch
 from torch import Tensor
@@ -21,7 +21,14 @@ from ._extension import extension
 
 BACKENDS = ("auto", "reference")
 
-_backend = ContextVar("rnnfast.backend", default="auto")
+
+class _Choice(local):
+    """What :func:`backend` chose. A thread-local object, because dynamo does not trace a ContextVar."""
+
+    backend = "auto"
+
+
+_choice = _Choice()
 
 
 def layer(
@@ -57,7 +64,7 @@ def layer(
         RuntimeError: a shape or a device that it does not take.
     """
     if backend is None:
-        backend = _backend.get()
+        backend = _choice.backend
     else:
         _check_backend(backend)
     if backend == "reference" or extension is None:
@@ -79,16 +86,16 @@ def backend(name: str) -> Iterator[None]:
     for another name.
     """
     _check_backend(name)
-    token = _backend.set(name)
+    outer, _choice.backend = _choice.backend, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _choice.backend = outer
 
 
 def active_backend() -> tuple[str, str]:
     """What would run a layer called here, ``"operators"`` or ``"reference"``, and why it is not the operators."""
-    if _backend.get() == "reference":
+    if _choice.backend == "reference":
         return "reference", "backend 'reference' was chosen"
     if extension is None:
         return "reference", extension_error
@@ -165,7 +172,7 @@ def _reference(
 
 def _reference_transformed(cell: str, input: Tensor, *rest: object) -> tuple[Tensor, ...]:
     """The operator's whole result, under a transform of torch.func."""
-    *arguments, save = rest
+    *arguments, _save = rest
     return *_reference(cell, input, *arguments), input.new_empty(0)  # type: ignore[arg-type]
 
 
@@ -192,7 +199,7 @@ def _reference_backward(
             tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
             for tensor in (input, h0, *([] if c0 is None else [c0]), *weights)
         ]
-        states, first_weight = own[1:], 2 if c0 is None else 3
+        first_weight = 2 if c0 is None else 3
         results = _reference(
             cell, own[0], own[1], None if c0 is None else own[2], own[first_weight:], batch_sizes, lengths, reset
         )

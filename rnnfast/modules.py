@@ -167,8 +167,10 @@ class _Layers(nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take this class's state, or that of the torch.nn layer of the same name, of any age."""
-        kept = {name: value for name, value in state.items() if name not in ("_flat_weights", "all_weights")}
-        nn.Module.__setstate__(self, {"proj_size": 0, "backend": None, "_flat_weight_refs": [], **kept})
+        kept = {
+            key: value for key, value in state.items() if not key.startswith("_flat_weight") and key != "all_weights"
+        }
+        nn.Module.__setstate__(self, {"proj_size": 0, "backend": None, **kept})
         self._name_layers()
 
 

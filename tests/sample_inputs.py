@@ -139,8 +139,11 @@ def _samples() -> list[Sample]:
 
 SAMPLES = _samples()
 
+LAYERS = ("RNN", "LSTM", "GRU")
+
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 each_cell = pytest.mark.parametrize("cell", CELLS)
+each_layer = pytest.mark.parametrize("name", LAYERS)
 each_backend = pytest.mark.parametrize("backend", ["auto", "reference"])
 
 

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "bindings.h"
 #include "../params.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 

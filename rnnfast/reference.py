@@ -120,7 +120,7 @@ def layer(
 
     # Packed rows are the general form: a padded sequence has B of them at every step.
     shape = input.shape[:-1]
-    sizes = [batch] * shape[0] if batch_sizes is None else batch_sizes.tolist()
+    sizes = [batch] * shape[0] if batch_sizes is None else _living_rows(batch_sizes, batch, shape[0])
     alive = None
     if lengths is not None:
         alive = torch.arange(shape[0], device=input.device).unsqueeze(1) < lengths.to(input.device)  # [T, B]
@@ -201,6 +201,16 @@ def _direction(
     nothing = tuple(tensor[:0] for tensor in state)  # the result where T = 0, and what gives cat the shape
     every = tuple(torch.cat(rows).to(dtype) for rows in zip(nothing, *in_order, strict=True))
     return every, tuple(tensor.to(dtype) for tensor in state)
+
+
+def _living_rows(batch_sizes: Tensor, batch: int, rows: int) -> list[int]:
+    sizes: list[int] = batch_sizes.tolist()
+    if sorted(sizes, reverse=True) != sizes or not all(0 < size <= batch for size in sizes) or sum(sizes) != rows:
+        raise ValueError(
+            f"batch_sizes: expected sizes from 1 to {batch} (B) that do not increase and sum to {rows} (the rows of "
+            f"input), got {sizes if len(sizes) <= 10 else f'{len(sizes)} that sum to {sum(sizes)}'}"
+        )
+    return sizes
 
 
 def _grow(mask: Tensor, size: int) -> Tensor:

@@ -1,0 +1,286 @@
+"""A mistake raises torch.nn's exception type, in words that name the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sample_inputs import each_backend, each_layer
+from torch import Tensor, nn, zeros
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnfast
+
+
+def exception_of(call: Callable[[], Any]) -> type[BaseException]:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  the type is the result
+        call()
+    return caught.type
+
+
+def hx_of(name: str, *shape: int, **options: Any) -> Any:
+    state = zeros(*shape, **options)
+    return (state, state) if name.startswith("LSTM") else state
+
+
+# ------------------------------------------------------------------------------------------------- constructors
+CONSTRUCTORS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((0, 4), {}, "input_size: expected an int above 0, got 0"),
+    ((3, 0), {}, "hidden_size: expected an int above 0, got 0"),
+    ((3, -4), {}, "hidden_size: expected an int above 0, got -4"),
+    ((1.5, 4), {}, "input_size: expected an int, got 1.5"),
+    ((3, "4"), {}, "hidden_size: expected an int, got '4'"),
+    ((3, 4, 0), {}, "num_layers: expected an int above 0, got 0"),
+    ((3, 4, 1.5), {}, "num_layers: expected an int, got 1.5"),
+    ((3, 4), {"dropout": 1.5, "num_layers": 2}, "dropout: expected a probability from 0 to 1, got 1.5"),
+    ((3, 4), {"dropout": -0.1, "num_layers": 2}, "dropout: expected a probability from 0 to 1, got -0.1"),
+    ((3, 4), {"dropout": float("nan"), "num_layers": 2}, "dropout: expected a probability from 0 to 1, got nan"),
+    ((3, 4), {"dropout": True, "num_layers": 2}, "dropout: expected a probability from 0 to 1, got True"),
+    ((3, 4), {"dropout": "a", "num_layers": 2}, "dropout: expected a probability from 0 to 1, got 'a'"),
+    ((3, 4), {"bias": 1}, "bias should be of type bool, got: int"),
+    ((3, 4), {"batch_first": 1}, "batch_first should be of type bool, got: int"),
+    ((3, 4), {"dtype": torch.int64}, "floating point"),
+    ((3, 4), {"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+    ((3,), {}, "hidden_size"),
+]
+
+
+@each_layer
+@pytest.mark.parametrize(("args", "kwargs", "message"), CONSTRUCTORS, ids=lambda value: str(value)[:60])
+def test_constructor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
+    expected = exception_of(lambda: getattr(nn, name)(*args, **kwargs))
+    with pytest.raises(expected, match=message) as caught:
+        getattr(rnnfast, name)(*args, **kwargs)
+    assert caught.type is expected
+
+
+@pytest.mark.parametrize("proj_size", [4, 5, -1])
+def test_projection_size(proj_size: int) -> None:
+    assert exception_of(lambda: nn.LSTM(3, 4, proj_size=proj_size)) is ValueError
+    with pytest.raises(ValueError, match=rf"proj_size: expected 0 .* to hidden_size - 1 = 3, got {proj_size}"):
+        rnnfast.LSTM(3, 4, proj_size=proj_size)
+    assert exception_of(lambda: nn.LSTM(3, 4, proj_size=1.5)) is exception_of(lambda: rnnfast.LSTM(3, 4, proj_size=1.5))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_projection_is_for_lstm(name: str) -> None:
+    assert exception_of(lambda: getattr(nn, name)(3, 4, proj_size=2)) is ValueError
+    with pytest.raises(ValueError, match="proj_size: expected 0, only LSTM has a projection, got 2"):
+        getattr(rnnfast, name)(3, 4, proj_size=2)
+
+
+def test_choices() -> None:
+    assert exception_of(lambda: nn.RNN(3, 4, nonlinearity="sin")) is ValueError
+    for make in (rnnfast.RNN, rnnfast.RNNCell):
+        with pytest.raises(ValueError, match="nonlinearity: expected one of 'tanh', 'relu', 'sigmoid', got 'sin'"):
+            make(3, 4, nonlinearity="sin")
+    for make in (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU, rnnfast.RNNCell, rnnfast.LSTMCell, rnnfast.GRUCell):
+        with pytest.raises(ValueError, match="backend: expected one of None, 'auto', 'reference', got 'gpu'"):
+            make(3, 4, backend="gpu")
+
+
+@each_layer
+def test_dropout_in_one_layer_warns(name: str) -> None:
+    with pytest.warns(UserWarning, match="num_layers greater than 1"):
+        getattr(rnnfast, name)(3, 4, dropout=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+X = torch.randn(5, 2, 3)
+PACKED = pack_padded_sequence(X, torch.tensor([5, 3]))
+WIDE_PACKED = pack_padded_sequence(torch.randn(5, 2, 7), torch.tensor([5, 3]))
+
+# What is given to a layer of input_size 3, hidden_size 4 (given its name), and how the message begins.
+CALLS: dict[str, tuple[Callable[[str], tuple[Any, ...]], str]] = {
+    "1D input": (lambda _: (X[0, 0],), "input: expected 2D .* or 3D .*, got 1D"),
+    "4D input": (lambda _: (X[None],), "input: expected 2D .* or 3D .*, got 4D"),
+    "features": (lambda _: (zeros(5, 2, 7),), r"input: expected 3 features \(input_size\), got 7"),
+    "unbatched features": (lambda _: (zeros(5, 7),), r"input: expected 3 features \(input_size\), got 7"),
+    "integers": (lambda _: (X.long(),), "input: expected the weights' dtype torch.float32, got torch.int64"),
+    "double": (lambda _: (X.double(),), "input: expected the weights' dtype torch.float32, got torch.float64"),
+    "complex": (lambda _: (X.cfloat(),), "input: expected the weights' dtype torch.float32, got torch.complex64"),
+    "device": (lambda _: (X.to("meta"),), "input: expected the weights' device cpu, got meta"),
+    "2D hx": (lambda n: (X, hx_of(n, 1, 4)), r"hx.*: expected shape \(1, 2, 4\) .*, got \(1, 4\)"),
+    "3D hx, unbatched": (lambda n: (X[:, 0], hx_of(n, 1, 1, 4)), r"hx.*: expected shape \(1, 4\) .*, got \(1, 1, 4\)"),
+    "hx batch": (lambda n: (X, hx_of(n, 1, 3, 4)), r"hx.*: expected shape \(1, 2, 4\) .*, got \(1, 3, 4\)"),
+    "hx features": (lambda n: (X, hx_of(n, 1, 2, 5)), r"hx.*: expected shape \(1, 2, 4\) .*, got \(1, 2, 5\)"),
+    "hx layers": (lambda n: (X, hx_of(n, 2, 2, 4)), r"hx.*: expected shape \(1, 2, 4\) .*, got \(2, 2, 4\)"),
+    "hx dtype": (
+        lambda n: (X, hx_of(n, 1, 2, 4, dtype=torch.float64)),
+        "hx.*: expected the input's dtype torch.float32, got torch.float64",
+    ),
+    "hx device": (
+        lambda n: (X, hx_of(n, 1, 2, 4, device="meta")),
+        "hx.*: expected the input's device cpu, got meta",
+    ),
+    "packed features": (lambda _: (WIDE_PACKED,), r"input: expected 3 features \(input_size\), got 7"),
+    "packed hx batch": (
+        lambda n: (PACKED, hx_of(n, 1, 3, 4)),
+        r"hx.*: expected shape \(1, 2, 4\) .*, got \(1, 3, 4\)",
+    ),
+}
+
+
+@each_layer
+@each_backend
+@pytest.mark.parametrize("call", CALLS)
+def test_layer_call(name: str, backend: str, call: str) -> None:
+    make_args, message = CALLS[call]
+    args = make_args(name)
+    expected = exception_of(lambda: getattr(nn, name)(3, 4)(*args))
+    with pytest.raises(expected, match=message) as caught:
+        getattr(rnnfast, name)(3, 4, backend=backend)(*args)
+    assert caught.type is expected
+
+
+def test_states_of_an_lstm() -> None:
+    module, h, c = rnnfast.LSTM(3, 4), zeros(1, 2, 4), zeros(1, 2, 5)
+    with pytest.raises(RuntimeError, match=r"hx\[1\]: expected shape \(1, 2, 4\) .*, got \(1, 2, 5\)"):
+        module(X, (h, c))
+    for hx, got in ((h, "a Tensor"), ((h,), "1 of them"), ((h, h, h), "3 of them")):
+        with pytest.raises(RuntimeError, match=rf"hx: expected two states \(h_0, c_0\), got {got}"):
+            module(X, hx)
+    with pytest.raises(TypeError, match=r"hx\[0\]: expected a Tensor, got NoneType"):
+        module(X, (None, None))
+
+
+def test_states_of_one_state_layers() -> None:
+    with pytest.raises(TypeError, match="hx: expected a Tensor, got tuple"):
+        rnnfast.GRU(3, 4)(X, (zeros(1, 2, 4), zeros(1, 2, 4)))
+
+
+@each_layer
+@each_backend
+@pytest.mark.parametrize("key", ["weight_hh_l0", "bias_ih_l0"])
+def test_weights_that_do_not_fit(name: str, backend: str, key: str) -> None:
+    for change in (lambda weight: weight.double(), lambda weight: weight[:-1]):
+        theirs, ours = getattr(nn, name)(3, 4), getattr(rnnfast, name)(3, 4, backend=backend)
+        for module in (theirs, ours):
+            setattr(module, key, nn.Parameter(change(getattr(module, key).detach())))
+        assert exception_of(lambda: theirs(X)) is RuntimeError  # noqa: B023  called at once
+        with pytest.raises(RuntimeError):
+            ours(X)
+
+
+@each_layer
+def test_no_tensor(name: str) -> None:
+    with pytest.raises(TypeError, match="input: expected a Tensor or a PackedSequence, got list"):
+        getattr(rnnfast, name)(3, 4)([1.0, 2.0])
+
+
+@each_layer
+def test_packed_by_hand(name: str) -> None:
+    module = getattr(rnnfast, name)(3, 4)
+    with pytest.raises(RuntimeError, match=r"input: expected a PackedSequence with 2D data .*, got 3D"):
+        module(PackedSequence(X, torch.tensor([2, 2])))
+    with pytest.raises(RuntimeError, match="input: expected sorted_indices of 2 rows or more, got 1"):
+        module(PackedSequence(PACKED.data, PACKED.batch_sizes, torch.tensor([0]), torch.tensor([0])))
+
+
+@each_layer
+@each_backend
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [2, 2, 2, 2, 2], [3, 2, 4], [4, 3, 2, -1, 0], [4, 5, -1]], ids=str)
+def test_batch_sizes_that_do_not_fit(name: str, backend: str, sizes: list[int]) -> None:
+    """8 rows of data: the sizes must decrease, stay positive and sum to 8."""
+    with pytest.raises((RuntimeError, ValueError), match="batch_sizes"):
+        getattr(rnnfast, name)(3, 4, backend=backend)(PackedSequence(PACKED.data, torch.tensor(sizes)))
+
+
+# ------------------------------------------------------------------------------------------ lengths and resets
+LENGTHS: list[tuple[Any, type[Exception], str]] = [
+    # torch.nn.utils.rnn.pack_padded_sequence raises RuntimeError for each of these that it refuses.
+    (torch.tensor([5, -1]), RuntimeError, r"lengths: expected values from 0 to 5 \(T\), got -1 to 5"),
+    (torch.tensor([6, 1]), RuntimeError, r"lengths: expected values from 0 to 5 \(T\), got 1 to 6"),
+    (torch.tensor([5, 1, 1]), RuntimeError, r"lengths: expected shape \(2,\), one for each row, got \(3,\)"),
+    (torch.tensor(5), RuntimeError, r"lengths: expected shape \(2,\), one for each row, got \(\)"),
+    (torch.tensor([5.0, 1.0]), TypeError, "lengths: expected a Tensor of integers, got torch.float32"),
+    (torch.tensor([True, False]), TypeError, "lengths: expected a Tensor of integers, got torch.bool"),
+    ([5, 1], TypeError, "lengths: expected a Tensor of integers, got list"),
+]
+
+
+@each_layer
+@each_backend
+@pytest.mark.parametrize(("lengths", "error", "message"), LENGTHS, ids=lambda value: str(value)[:40])
+def test_lengths(name: str, backend: str, lengths: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(rnnfast, name)(3, 4, backend=backend)(X, lengths=lengths)
+
+
+@each_layer
+def test_lengths_with_other_forms(name: str) -> None:
+    module = getattr(rnnfast, name)(3, 4)
+    with pytest.raises(ValueError, match="lengths: expected None with a PackedSequence"):
+        module(PACKED, lengths=torch.tensor([5, 3]))
+    with pytest.raises(RuntimeError, match=r"lengths: expected shape \(\), the input being unbatched, got \(1,\)"):
+        module(X[:, 0], lengths=torch.tensor([3]))
+
+
+RESETS: list[tuple[Any, Any, type[Exception], str]] = [
+    (X, zeros(5, 2), TypeError, "reset: expected a bool Tensor, got torch.float32"),
+    (X, [True], TypeError, "reset: expected a bool Tensor, got list"),
+    (X, zeros(2, 5).bool(), RuntimeError, r"reset: expected shape \(5, 2\), .*, got \(2, 5\)"),
+    (X, zeros(5).bool(), RuntimeError, r"reset: expected shape \(5, 2\), .*, got \(5,\)"),
+    (X, zeros(5, 2, device="meta").bool(), RuntimeError, "reset: expected the input's device cpu, got meta"),
+    (X[:, 0], zeros(5, 1).bool(), RuntimeError, r"reset: expected shape \(5,\), .*, got \(5, 1\)"),
+    (PACKED, zeros(5, 2).bool(), RuntimeError, r"reset: expected shape \(8,\), .*, got \(5, 2\)"),
+]
+
+
+@each_layer
+@pytest.mark.parametrize(("input", "reset", "error", "message"), RESETS)
+def test_reset(name: str, input: Any, reset: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(rnnfast, name)(3, 4)(input, reset=reset)
+
+
+# -------------------------------------------------------------------------------------------------------- cells
+CELL_CALLS: dict[str, tuple[Callable[[str], tuple[Any, ...]], str]] = {
+    "3D input": (lambda _: (X,), "input: expected 1D .* or 2D .*, got 3D"),
+    "0D input": (lambda _: (zeros(()),), "input: expected 1D .* or 2D .*, got 0D"),
+    "features": (lambda _: (zeros(2, 7),), r"input: expected 3 features \(input_size\), got 7"),
+    "integers": (lambda _: (X[0].long(),), "input: expected the weights' dtype torch.float32, got torch.int64"),
+    "double": (lambda _: (X[0].double(),), "input: expected the weights' dtype torch.float32, got torch.float64"),
+    "hx batch": (lambda n: (X[0], hx_of(n, 3, 4)), r"hx.*: expected shape \(2, 4\), got \(3, 4\)"),
+    "hx features": (lambda n: (X[0], hx_of(n, 2, 5)), r"hx.*: expected shape \(2, 4\), got \(2, 5\)"),
+    "3D hx": (lambda n: (X[0], hx_of(n, 1, 2, 4)), r"hx.*: expected shape \(2, 4\), got \(1, 2, 4\)"),
+    "1D hx": (lambda n: (X[0], hx_of(n, 4)), r"hx.*: expected shape \(2, 4\), got \(4,\)"),
+    "2D hx, unbatched": (lambda n: (X[0, 0], hx_of(n, 1, 4)), r"hx.*: expected shape \(4,\), got \(1, 4\)"),
+    "hx dtype": (
+        lambda n: (X[0], hx_of(n, 2, 4, dtype=torch.float64)),
+        "hx.*: expected the input's dtype torch.float32, got torch.float64",
+    ),
+    "hx device": (lambda n: (X[0], hx_of(n, 2, 4, device="meta")), "hx.*: expected the input's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("call", CELL_CALLS)
+def test_cell_call(name: str, call: str) -> None:
+    make_args, message = CELL_CALLS[call]
+    args = make_args(name)
+    expected = exception_of(lambda: getattr(nn, name)(3, 4)(*args))
+    with pytest.raises(expected, match=message) as caught:
+        getattr(rnnfast, name)(3, 4)(*args)
+    assert caught.type is expected
+
+
+@each_layer
+@each_backend
+def test_a_failed_call_changes_nothing(name: str, backend: str) -> None:
+    module = getattr(rnnfast, name)(3, 4, backend=backend)
+    expected = module(X)
+    given = [X.clone(), zeros(1, 3, 4)]
+    hx: Tensor | tuple[Tensor, Tensor] = (given[1], given[1]) if name == "LSTM" else given[1]
+    with pytest.raises(RuntimeError):
+        module(X, hx)
+    torch.testing.assert_close(given[0], X, rtol=0, atol=0)
+    assert not given[1].any()
+    torch.testing.assert_close(module(X), expected, rtol=0, atol=0)
+
+
+def test_explain_takes_modules() -> None:
+    with pytest.raises(TypeError, match=r"module: expected a torch.nn.Module, got str"):
+        rnnfast.explain("lstm")

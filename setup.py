@@ -39,8 +39,10 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    "-g0",  # Python's own flags ask for debug information, which takes long and makes the library huge
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # a note on passing SIMD vectors by value, which never crosses from one instruction set to another
 ]
 NVCC_FLAGS = ["-O3", "--compiler-options", "-fvisibility=hidden"]
 

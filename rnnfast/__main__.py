@@ -56,7 +56,7 @@ def results(cell: str, leaves: list[Tensor], backend: str | None) -> tuple[list[
     outputs = [output, *(states if isinstance(states, tuple) else (states,))]
     # Every element has another weight in the loss, and both dtypes have the same.
     loss = sum((tensor * torch.linspace(-1, 1, tensor.numel()).to(tensor).view_as(tensor)).sum() for tensor in outputs)
-    return outputs, list(torch.autograd.grad(loss, leaves))
+    return [tensor.detach() for tensor in outputs], list(torch.autograd.grad(loss, leaves))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

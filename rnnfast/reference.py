@@ -113,7 +113,7 @@ def layer(
 
     for tensor in (h0, *weights) if c0 is None else (h0, c0, *weights):
         if tensor.dtype != input.dtype:
-            raise RuntimeError(f"expected input, states and weights of one dtype, got {input.dtype} and {tensor.dtype}")
+            raise ValueError(f"expected input, states and weights of one dtype, got {input.dtype} and {tensor.dtype}")
 
     directions, batch = h0.shape[:2]
     states = (h0,) if c0 is None else (h0, c0)

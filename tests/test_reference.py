@@ -176,7 +176,7 @@ def test_narrow_cell_state_is_float32(dtype: torch.dtype) -> None:
 def test_mixed_dtypes_are_refused() -> None:
     arguments, options = Sample("gru").arguments()
     arguments[2] = arguments[2].float()
-    with pytest.raises(RuntimeError, match=r"one dtype, got torch.float64 and torch.float32"):
+    with pytest.raises(ValueError, match=r"one dtype, got torch.float64 and torch.float32"):
         reference.layer(*arguments, **options)
 
 

@@ -393,7 +393,6 @@ int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&
 
 template <class Cell, class scalar_t>
 int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
-  using acc_t = acc_type<scalar_t>;
   const Sequence& sequence = layer.sequence;
   const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
   const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;

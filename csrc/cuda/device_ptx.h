@@ -1,0 +1,145 @@
+// Owns: all inline PTX and everything else that a kernel cannot say the same way to nvcc and to the simulator in
+// tests/cuda_sim. Each wrapper has two bodies, the instruction and its model; no other file asks which compiler it is.
+// Must not know: kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef CUDA_SIM
+#include "cuda_sim/matrix.h"
+#else
+// A static shared array: RNNFAST_SHARED(float, tile, [16][17]).
+#define RNNFAST_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
+#endif
+
+namespace rnnfast::cuda::device {
+
+#ifndef CUDA_SIM
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ char* dynamic_shared() {
+#ifdef CUDA_SIM
+  return static_cast<char*>(cuda_sim::dynamic_shared());
+#else
+  extern __shared__ __align__(128) char rnnfast_dynamic_shared[];
+  return rnnfast_dynamic_shared;
+#endif
+}
+
+// Lays out dynamic shared memory. The same code sizes the launch, with a null base, and hands out the pointers; the
+// simulator puts a red zone after each array.
+class SharedLayout {
+ public:
+  __host__ __device__ explicit SharedLayout(char* base) : base_(base) {}
+
+  template <class T>
+  __host__ __device__ T* take(size_t count) {
+    bytes_ = align(bytes_);
+    T* array = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+    bytes_ += count * sizeof(T);
+#ifdef CUDA_SIM
+    const size_t end = bytes_;
+    bytes_ = align(bytes_) + kAlignment;
+    if (base_) cuda_sim::red_zone(base_ + end, bytes_ - end);
+#endif
+    return array;
+  }
+  __host__ __device__ size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kAlignment = 16;
+  __host__ __device__ static size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+// d = a b + c on a warp's tile, 16 x 8 x 16, float accumulators; fragments as the PTX ISA lays them out.
+template <bool kBfloat16>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             const float (&c)[4]) {
+#ifdef CUDA_SIM
+  cuda_sim::mma_m16n8k16<kBfloat16>(d, a, b, c);
+#else
+#define RNNFAST_MMA(type)                                                                      \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"      \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), \
+                 "f"(c[1]), "f"(c[2]), "f"(c[3]))
+  if constexpr (kBfloat16) {
+    RNNFAST_MMA("bf16");
+  } else {
+    RNNFAST_MMA("f16");
+  }
+#undef RNNFAST_MMA
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values from shared memory; lane l points to row l % 8 of matrix l / 8, 16-byte aligned.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void* row) {
+#ifdef CUDA_SIM
+  cuda_sim::ldmatrix<4>(registers, row);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
+// Copies 16 bytes from global to shared memory in the background; both 16-byte aligned.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+#ifdef CUDA_SIM
+  cuda_sim::cp_async(shared, global, 16, 16);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+#endif
+}
+// Ends a group of copies.
+__device__ __forceinline__ void cp_async_commit() {
+#ifdef CUDA_SIM
+  cuda_sim::cp_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+#ifdef CUDA_SIM
+  cuda_sim::cp_async_wait(kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// One GPU-wide flag: what was written before the release is seen after the acquire that reads it.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+#ifdef CUDA_SIM
+  return cuda_sim::atomic(const_cast<unsigned*>(flag), [](unsigned value) { return value; },
+                          cuda_sim::kRead | cuda_sim::kAcquire);
+#else
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+#endif
+}
+__device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
+#ifdef CUDA_SIM
+  cuda_sim::atomic(flag, [=](unsigned old) { return old + value; },
+                   cuda_sim::kRead | cuda_sim::kWrite | cuda_sim::kRelease);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#endif
+}
+
+}  // namespace rnnfast::cuda::device

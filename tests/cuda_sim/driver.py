@@ -1,0 +1,297 @@
+"""Owns: the stepwise CUDA engine on the simulator as two Python functions with the operators' arguments: the structs of
+csrc/params.h in ctypes, and around the launchers the matrix products that csrc/ops adds to them.
+Must not know: what a layer computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_bool, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # in the order of params.h
+GATES = 2  # Save::gates
+
+
+class SequenceStruct(Structure):
+    _fields_ = [
+        ("steps", c_int64),
+        ("batch", c_int64),
+        ("rows", c_int64),
+        ("packed", c_bool),
+        ("batch_sizes", c_void_p),
+        ("offsets", c_void_p),
+        ("batch_index", c_void_p),
+        ("lengths", c_void_p),
+        ("reset", c_void_p),
+    ]
+
+
+class Rows(Structure):
+    _fields_ = [("data", c_void_p), ("stride_t", c_int64), ("stride_b", c_int64)]
+
+
+class Weights(Structure):
+    _fields_ = [(name, c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+
+
+class DirectionForward(Structure):
+    _fields_ = [
+        ("weights", Weights),
+        ("h0", c_void_p),
+        ("c0", c_void_p),
+        ("reverse", c_bool),
+        ("igates", c_void_p),
+        ("output", Rows),
+        ("c", Rows),
+        ("h_n", c_void_p),
+        ("c_n", c_void_p),
+        ("saved", c_void_p),
+    ]
+
+
+class LayerForward(Structure):
+    _fields_ = [
+        ("cell", c_int),
+        ("dtype", c_int),
+        ("input_size", c_int64),
+        ("hidden_size", c_int64),
+        ("output_size", c_int64),
+        ("directions", c_int),
+        ("save", c_int),
+        ("sequence", SequenceStruct),
+        ("input", Rows),
+        ("direction", DirectionForward * 2),
+    ]
+
+
+class DirectionBackward(Structure):
+    _fields_ = [
+        ("weights", Weights),
+        ("h0", c_void_p),
+        ("c0", c_void_p),
+        ("reverse", c_bool),
+        ("output", Rows),
+        ("c", Rows),
+        ("saved", c_void_p),
+        ("grad_output", Rows),
+        ("grad_c", Rows),
+        *[(name, c_void_p) for name in ("grad_h_n", "grad_c_n", "grad_h0", "grad_c0", "grad_igates", "grad_hgates")],
+        *[(name, c_void_p) for name in ("grad_w_ih", "grad_w_hh", "grad_b_ih", "grad_b_hh", "grad_w_hr")],
+    ]
+
+
+class LayerBackward(Structure):
+    _fields_ = [
+        ("cell", c_int),
+        ("dtype", c_int),
+        ("input_size", c_int64),
+        ("hidden_size", c_int64),
+        ("output_size", c_int64),
+        ("directions", c_int),
+        ("sequence", SequenceStruct),
+        ("input", Rows),
+        ("grad_input", Rows),
+        ("direction", DirectionBackward * 2),
+    ]
+
+
+class Products(Structure):
+    _fields_ = [("h_prev", c_void_p), ("grad_h", c_void_p), ("hidden", c_void_p)]
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward: the layer's own `output`, and these."""
+
+    c: Tensor | None  # [T, B, D*H], packed [N, D*H]
+    values: list[Tensor]  # for each direction [N, S*H]; empty: recompute
+
+
+class SimulationError(RuntimeError):
+    """A kernel was stopped; the text is the simulator's report."""
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor | None) -> Rows:
+    if tensor is None:
+        return Rows()
+    return Rows(_pointer(tensor), tensor.stride(0) if tensor.dim() == 3 else 0, tensor.stride(-2))
+
+
+class Simulator:
+    """One build of the driver. `seed` chooses the order in which the threads of all later kernels run."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.sim_set_seed.argtypes = [c_uint64]
+        self.library.sim_last_message.restype = ctypes.c_char_p
+        self.library.sim_forward.argtypes = [POINTER(LayerForward)]
+        self.library.sim_backward.argtypes = [POINTER(LayerBackward), POINTER(Products)]
+        for name, struct in (("forward", LayerForward), ("backward", LayerBackward), ("products", Products)):
+            size = getattr(self.library, f"sim_size_of_{name}")
+            size.restype = c_size_t
+            assert size() == ctypes.sizeof(struct), f"{struct.__name__} is not as params.h declares it"
+
+    def seed(self, seed: int) -> None:
+        self.library.sim_set_seed(seed)
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise SimulationError(f"error {error}: {self.library.sim_last_message().decode()}")
+
+    def forward(self, layer: Layer, *, save: int = GATES) -> tuple[Tensor, Tensor, Tensor, Saved]:
+        """Return ``(output, h_n, c_n, saved)`` of one layer."""
+        output, h_n = layer.empty_rows(layer.output_size), torch.empty_like(layer.h0)
+        c_n = torch.empty(0) if layer.c0 is None else torch.empty_like(layer.c0)
+        c = layer.empty_rows(layer.hidden_size) if layer.c0 is not None and save else None
+        values_size = self.library.sim_saved_values(layer.cell_number(self)) * layer.hidden_size
+        values = [layer.empty(layer.rows, values_size) for _ in layer.directions if save == GATES and values_size]
+        igates = layer.igates()
+
+        struct = LayerForward(save=save)
+        layer.fill(self, struct)
+        for d, direction in zip(layer.directions, struct.direction, strict=False):
+            direction.igates = _pointer(igates[d])
+            direction.output = _rows(output)
+            direction.c = _rows(c)
+            direction.h_n = _pointer(h_n[d])
+            direction.c_n = None if layer.c0 is None else _pointer(c_n[d])
+            direction.saved = _pointer(values[d]) if values else None
+        self._check(self.library.sim_forward(struct))
+        return output, h_n, c_n, Saved(c, values)
+
+    def backward(
+        self,
+        layer: Layer,
+        output: Tensor,
+        saved: Saved,
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        grad_c: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the gradients of input, h0, c0 where there is one, and the weights."""
+        splits = self.library.sim_splits_gates(layer.cell_number(self))
+        grad_h0 = torch.empty_like(layer.h0)
+        grad_c0 = None if layer.c0 is None else torch.empty_like(layer.c0)
+        grad_igates = [layer.empty(layer.rows, layer.gates_size) for _ in layer.directions]
+        if not saved.values:
+            grad_igates = layer.igates()
+        grad_hgates = [torch.empty_like(g) if splits else g for g in grad_igates]
+        h_prev, grad_h, hidden = (
+            [layer.empty(layer.rows, size) for _ in layer.directions]
+            for size in (layer.output_size, layer.output_size, layer.hidden_size)
+        )
+
+        struct, products = LayerBackward(), (Products * 2)()
+        layer.fill(self, struct)
+        for d, direction in zip(layer.directions, struct.direction, strict=False):
+            direction.output, direction.c = _rows(output), _rows(saved.c)
+            direction.saved = _pointer(saved.values[d]) if saved.values else None
+            direction.grad_output, direction.grad_c = _rows(grad_output), _rows(grad_c)
+            direction.grad_h_n = None if grad_h_n is None else _pointer(grad_h_n[d])
+            direction.grad_c_n = None if grad_c_n is None else _pointer(grad_c_n[d])
+            direction.grad_h0 = _pointer(grad_h0[d])
+            direction.grad_c0 = None if grad_c0 is None else _pointer(grad_c0[d])
+            direction.grad_igates = _pointer(grad_igates[d])
+            direction.grad_hgates = _pointer(grad_hgates[d]) if splits else None
+            products[d].h_prev = _pointer(h_prev[d])
+            if layer.projects:
+                products[d].grad_h, products[d].hidden = _pointer(grad_h[d]), _pointer(hidden[d])
+        self._check(self.library.sim_backward(struct, products))
+
+        grad_input = torch.zeros_like(layer.input)
+        grad_weights = []
+        x = layer.input.flatten(0, -2)
+        for d in layer.directions:
+            grad_input += (grad_igates[d] @ layer.weights_of(d)[0]).view_as(layer.input)
+            grad_weights += [grad_igates[d].T @ x, grad_hgates[d].T @ h_prev[d]]
+            if layer.has_bias:
+                grad_weights += [grad_igates[d].sum(0), grad_hgates[d].sum(0)]
+            if layer.projects:
+                grad_weights += [grad_h[d].T @ hidden[d]]
+        return [grad_input, grad_h0, *([] if grad_c0 is None else [grad_c0]), *grad_weights]
+
+
+class Layer:
+    """The arguments of one layer, as rnnfast.reference.layer takes them, in the form that engines read."""
+
+    def __init__(
+        self,
+        cell: str,
+        input: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> None:
+        self.cell, self.input, self.h0, self.c0 = cell, input.contiguous(), h0, c0
+        self.weights = list(weights)
+        self.batch_sizes, self.lengths = batch_sizes, lengths
+        self.reset = None if reset is None else reset.contiguous()
+        self.directions = range(h0.size(0))
+        self.batch, self.output_size = h0.shape[1:]
+        self.per_direction = len(weights) // len(self.directions)
+        self.projects = self.per_direction % 2 == 1
+        self.has_bias = self.per_direction >= 4
+        self.gates_size = weights[0].size(0)
+        self.hidden_size = weights[self.per_direction - 1].size(1) if self.projects else self.output_size
+        self.steps = input.size(0) if batch_sizes is None else len(batch_sizes)
+        self.rows = self.input[..., 0].numel()
+        if batch_sizes is not None:
+            sizes = batch_sizes.tolist()
+            self.offsets = torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64)
+
+    def cell_number(self, simulator: Simulator) -> int:
+        number = int(simulator.library.sim_cell(self.cell.encode()))
+        assert number >= 0, f"params.h has no cell {self.cell}"
+        return number
+
+    def weights_of(self, direction: int) -> list[Tensor]:
+        return self.weights[direction * self.per_direction : (direction + 1) * self.per_direction]
+
+    def empty(self, *shape: int) -> Tensor:
+        """Filled with what no result should hold."""
+        return torch.full(shape, float("nan"), dtype=self.input.dtype)
+
+    def empty_rows(self, size: int) -> Tensor:
+        return self.empty(*self.input.shape[:-1], len(self.directions) * size)
+
+    def igates(self) -> list[Tensor]:
+        """For each direction W_ih x + b_ih, ``[N, G*H]``."""
+        x = self.input.flatten(0, -2)
+        return [linear(x, w[0], w[2] if self.has_bias else None) for w in map(self.weights_of, self.directions)]
+
+    def fill(self, simulator: Simulator, struct: Any) -> None:
+        """Set what LayerForward and LayerBackward share. The struct's pointers live as long as this object."""
+        struct.cell = self.cell_number(simulator)
+        struct.dtype = DTYPES.index(self.input.dtype)
+        struct.hidden_size, struct.output_size = self.hidden_size, self.output_size
+        struct.directions = len(self.directions)
+        sequence = struct.sequence
+        sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
+        sequence.packed = self.batch_sizes is not None
+        if self.batch_sizes is not None:
+            sequence.batch_sizes, sequence.offsets = _pointer(self.batch_sizes), _pointer(self.offsets)
+        sequence.lengths, sequence.reset = _pointer(self.lengths), _pointer(self.reset)
+        for d in self.directions:
+            direction, weights = struct.direction[d], self.weights_of(d)
+            direction.reverse = d == 1
+            direction.weights.w_hh = _pointer(weights[1])
+            direction.weights.b_hh = _pointer(weights[3]) if self.has_bias else None
+            direction.weights.w_hr = _pointer(weights[-1]) if self.projects else None
+            direction.h0 = _pointer(self.h0[d])
+            direction.c0 = None if self.c0 is None else _pointer(self.c0[d])

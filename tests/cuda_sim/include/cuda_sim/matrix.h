@@ -1,0 +1,101 @@
+// Owns: models of the matrix instructions mma.sync.m16n8k16 and ldmatrix, with the fragment layouts of the PTX ISA.
+// Must not know: how warps meet.
+#pragma once
+
+#include "cuda_sim.h"
+
+namespace cuda_sim {
+
+// Own conversions: those of NVIDIA's headers would be instrumented.
+CUDA_SIM_UNCHECKED inline float half_bits_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  uint32_t word = static_cast<uint32_t>(bits & 0x7fff) << 13;
+  float value;
+  memcpy(&value, &word, 4);
+  value *= 0x1p112f;  // moves the exponent's bias from 15 to 127, subnormals included
+  memcpy(&word, &value, 4);
+  if ((bits & 0x7c00) == 0x7c00) word = 0x7f800000u | (bits & 0x3ffu) << 13;
+  word |= sign;
+  memcpy(&value, &word, 4);
+  return value;
+}
+CUDA_SIM_UNCHECKED inline float bfloat16_bits_to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+
+struct MmaOperands {
+  uint32_t a[4], b[2];
+  float c[4];
+};
+
+template <bool kBfloat16>
+CUDA_SIM_UNCHECKED void mma_lanes(Lane* lanes, uint32_t mask, uint32_t present) {
+  if (mask != ~0u || present != ~0u) {
+    fail(cudaErrorLaunchFailure, "mma.sync with an incomplete warp (%08x)", present);
+  }
+  float a[16][16], b[16][8];
+  const auto value = [](uint32_t word, int half) CUDA_SIM_UNCHECKED {
+    const uint16_t bits = half ? word >> 16 : word & 0xffff;
+    return kBfloat16 ? bfloat16_bits_to_float(bits) : half_bits_to_float(bits);
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaOperands& in = *static_cast<const MmaOperands*>(lanes[lane].in);
+    const int group = lane / 4, first = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      a[group][first + half] = value(in.a[0], half);
+      a[group + 8][first + half] = value(in.a[1], half);
+      a[group][first + 8 + half] = value(in.a[2], half);
+      a[group + 8][first + 8 + half] = value(in.a[3], half);
+      b[first + half][group] = value(in.b[0], half);
+      b[first + 8 + half][group] = value(in.b[1], half);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaOperands& in = *static_cast<const MmaOperands*>(lanes[lane].in);
+    float* out = static_cast<float*>(lanes[lane].out);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      out[i] = in.c[i] + sum;
+    }
+  }
+}
+
+// d = a b + c
+template <bool kBfloat16>
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, CUDA_SIM_CALLER) {
+  MmaOperands in;
+  float out[4];
+  for (int i = 0; i < 4; ++i) in.a[i] = a[i], in.c[i] = c[i];
+  for (int i = 0; i < 2; ++i) in.b[i] = b[i];
+  warp_collective(~0u, mma_lanes<kBfloat16>, Lane{&in, out, 0, 32}, false, file, line);
+  for (int i = 0; i < 4; ++i) d[i] = out[i];
+}
+
+template <int kMatrices>
+CUDA_SIM_UNCHECKED void ldmatrix_lanes(Lane* lanes, uint32_t, uint32_t present) {
+  if (present != ~0u) fail(cudaErrorLaunchFailure, "ldmatrix with an incomplete warp (%08x)", present);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int m = 0; m < kMatrices; ++m) {
+      const auto* row = static_cast<const uint32_t*>(lanes[m * 8 + lane / 4].in);
+      static_cast<uint32_t*>(lanes[lane].out)[m] = row[lane % 4];
+    }
+  }
+}
+
+// Every lane reads the 16-byte row it points to, as an access of its own; then the warp exchanges.
+template <int kMatrices>
+void ldmatrix(uint32_t* registers, const void* row, CUDA_SIM_CALLER) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail(cudaErrorMisalignedAddress, "ldmatrix: row is not 16-byte aligned");
+  uint4 value{};
+  uint32_t out[kMatrices];
+  if (lane_index() < 8 * kMatrices) value = *static_cast<const uint4*>(row);
+  warp_collective(~0u, ldmatrix_lanes<kMatrices>, Lane{&value, out, 0, 32}, false, file, line);
+  for (int m = 0; m < kMatrices; ++m) registers[m] = out[m];
+}
+
+}  // namespace cuda_sim

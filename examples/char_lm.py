@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rnnfast
+from rnnfast import ops
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
 DEMO = {"hidden": 128, "embedding": 64, "epochs": 8, "compare": True, "out": Path("runs/demo")}
@@ -204,32 +205,54 @@ class WindowRun(Run):
 
 
 class OnlineRun(Run):
-    """The published experiment on rnnfast's layer: every update is one step of the layer, forward and backward."""
+    """The published experiment on rnnfast's operators.
+
+    Autograd's graph of a single step costs several times what the step does. So this calls the layer's forward and
+    backward operators itself; what remains, the gradient of a softmax, is the probabilities less the one-hot target.
+    """
 
     def __init__(self, model: CharModel, codes: Tensor, held_out: Tensor, passes: int, learning_rate: float) -> None:
+        backend, reason = ops.active_backend()
+        if backend != "operators":
+            raise SystemExit(f"error: --online calls the operators of rnnfast, which are not here: {reason}")
         self.length = len(codes) - 1
         self.held_out = held_out
         super().__init__(model, passes * self.length, 1)
-        self.inputs = model.embedding(codes).unsqueeze(1).unbind(0)  # [1, V] each: one step, unbatched
-        self.targets = codes.unsqueeze(1).unbind(0)
         # The published layer has one bias. Of our two, b_hh stays zero: a second one would double the learning rate.
-        nn.init.zeros_(model.rnn.bias_hh_l0).requires_grad_(False)
+        nn.init.zeros_(model.rnn.bias_hh_l0)
         # It also drew its weights as one matrix [H, V + H], so from a narrower range than a recurrent layer's own.
         bound = 1 / math.sqrt(model.rnn.input_size + model.rnn.hidden_size)
         for weight in (model.rnn.weight_ih_l0, model.rnn.weight_hh_l0, model.rnn.bias_ih_l0):
             nn.init.uniform_(weight, -bound, bound)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.weights = [parameter.detach() for parameter in self.parameters]  # the same memory, outside of autograd
+        self.weights = [weight.detach() for weight in model.rnn.all_weights[0]]  # the parameters' memory, without graph
+        self.readout = model.readout.weight.detach(), model.readout.bias.detach()
+        self.one_hot = model.embedding(codes).unsqueeze(1).unbind(0)  # [1, V] each
+        self.targets = codes.tolist()
         self.learning_rate = learning_rate
+        self.forward = torch.ops.rnnfast.rnn_sigmoid.default
+        self.backward = torch.ops.rnnfast.rnn_sigmoid_backward.default
 
     def update(self) -> Tensor:
         position = self.updates % self.length
-        output, state = self.model.rnn(self.inputs[position], self.state if position else None)
-        loss = F.cross_entropy(self.model.readout(output), self.targets[position + 1])
-        gradients = torch.autograd.grad(loss, self.parameters)
-        torch._foreach_add_(self.weights, gradients, alpha=-self.learning_rate)
-        self.state = state.detach()
-        return loss.detach()
+        input = self.one_hot[position].unsqueeze(0)
+        h0 = self.state if position else input.new_zeros(1, 1, self.model.rnn.hidden_size)
+        sequence = (None, None, None)  # batch_sizes, lengths, reset
+        output, h_n, _, c, saved = self.forward(input, h0, None, self.weights, *sequence, save=2)
+
+        readout_weight, readout_bias = self.readout
+        log_probabilities = F.linear(output[0], readout_weight, readout_bias).log_softmax(1)
+        grad_logits = log_probabilities.exp().sub_(self.one_hot[position + 1])
+        grad_output = (grad_logits @ readout_weight).unsqueeze(0)
+        grad_states, wanted = (None, None, None), [False, False, False, True]  # only the weights' gradients
+        layer = (input, h0, None, self.weights, *sequence)
+        *_, grad_weights = self.backward(grad_output, *grad_states, *layer, output, c, saved, wanted)
+
+        readout_weight.addmm_(grad_logits.t(), output[0], alpha=-self.learning_rate)
+        readout_bias.add_(grad_logits[0], alpha=-self.learning_rate)
+        for weight, gradient in zip(self.weights[:3], grad_weights, strict=False):
+            weight.add_(gradient, alpha=-self.learning_rate)
+        self.state = h_n
+        return -log_probabilities[0, self.targets[position + 1]]
 
     def evaluate(self) -> float:
         return held_out_bits(self.model, self.held_out)

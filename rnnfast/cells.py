@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from . import functional
 
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class _Cell(nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
@@ -34,8 +36,12 @@ class _Cell(nn.RNNCellBase):
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now."""
-        weights = [self.weight_ih, self.weight_hh]
-        return [*weights, self.bias_ih, self.bias_hh] if self.bias else weights
+        names = _NAMES if self.bias else _NAMES[:2]
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in names]  # half a microsecond a weight less than an attribute
+        except KeyError:  # a parametrization or weight_norm keeps some elsewhere
+            return [getattr(self, name) for name in names]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend}")

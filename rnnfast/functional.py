@@ -84,31 +84,23 @@ def recurrent(
             raise ValueError(f"input: expected 2D [T, input_size] or 3D [T, B, input_size], got {x.dim()}D")
         elif batch_first:
             x = x.transpose(0, 1)
-        batch = x.size(1)
-    if x.size(-1) != w_ih.size(1):
-        raise RuntimeError(f"input: expected {w_ih.size(1)} features (input_size), got {x.size(-1)}")
-    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
-        raise ValueError(f"input: expected the weights' dtype {w_ih.dtype}, got {x.dtype}")
-    if x.device != w_ih.device:
-        raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {x.device}")
+        batch = x.shape[1]
+    _check_input(x, w_ih, ValueError)
 
     slots = 2 * len(weights) if bidirectional else len(weights)
-    h_shape = (slots, batch, w_hh.size(1))
-    if cell == "lstm":
-        c_shape = (slots, batch, w_ih.size(0) // 4)
+    h_shape = (slots, batch, w_hh.shape[1])
+    c0 = None
+    if cell != "lstm":
+        h0 = x.new_zeros(h_shape) if hx is None else _state("hx", hx, h_shape, batched, x)
+    else:
+        c_shape = (slots, batch, w_ih.shape[0] // 4)
         if hx is None:
-            c0 = torch.zeros(c_shape, dtype=x.dtype, device=x.device)
-            h0 = c0 if c_shape == h_shape else torch.zeros(h_shape, dtype=x.dtype, device=x.device)
+            c0 = x.new_zeros(c_shape)
+            h0 = c0 if c_shape == h_shape else x.new_zeros(h_shape)
         else:
             h0, c0 = _pair(hx)
             h0 = _state("hx[0]", h0, h_shape, batched, x)
             c0 = _state("hx[1]", c0, c_shape, batched, x)
-    else:
-        c0 = None
-        if hx is None:
-            h0 = torch.zeros(h_shape, dtype=x.dtype, device=x.device)
-        else:
-            h0 = _state("hx", hx, h_shape, batched, x)
     if sorted_indices is not None and hx is not None:
         h0 = h0.index_select(1, sorted_indices)
         c0 = None if c0 is None else c0.index_select(1, sorted_indices)
@@ -148,25 +140,18 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
         if input.dim() != 1:
             raise ValueError(f"input: expected 1D [input_size] or 2D [B, input_size], got {input.dim()}D")
         input = input.unsqueeze(0)
-    if input.size(1) != w_ih.size(1):
-        raise RuntimeError(f"input: expected {w_ih.size(1)} features (input_size), got {input.size(1)}")
-    if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(f"input: expected the weights' dtype {w_ih.dtype}, got {input.dtype}")
-    if input.device != w_ih.device:
-        raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {input.device}")
     x = input.unsqueeze(0)
+    _check_input(x, w_ih, RuntimeError)
 
-    c0 = None
-    shape = (1, input.size(0), w_hh.size(1))
+    shape = (1, input.shape[0], w_hh.shape[1])
     if hx is None:
-        h0 = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        if cell == "lstm":
-            c0 = h0
+        h0 = x.new_zeros(shape)
+        c0 = h0 if cell == "lstm" else None
     elif cell == "lstm":
         h0, c0 = _pair(hx)
         h0, c0 = _cell_state("hx[0]", h0, shape, batched, x), _cell_state("hx[1]", c0, shape, batched, x)
     else:
-        h0 = _cell_state("hx", hx, shape, batched, x)
+        h0, c0 = _cell_state("hx", hx, shape, batched, x), None
 
     _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, backend=backend)
     h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
@@ -203,6 +188,15 @@ def _layers(
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns)
+
+
+def _check_input(input: Tensor, w_ih: Tensor, dtype_error: type[Exception]) -> None:
+    if input.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(f"input: expected {w_ih.shape[1]} features (input_size), got {input.shape[-1]}")
+    if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise dtype_error(f"input: expected the weights' dtype {w_ih.dtype}, got {input.dtype}")
+    if input.device != w_ih.device:
+        raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {input.device}")
 
 
 def _pair(hx: State) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,8 @@ class OnlineRun(Run):
     backward operators itself; what remains, the gradient of a softmax, is the probabilities less the one-hot target.
     """
 
+    slice_updates = 500
+
     def __init__(self, model: CharModel, codes: Tensor, held_out: Tensor, passes: int, learning_rate: float) -> None:
         backend, reason = ops.active_backend()
         if backend != "operators":
@@ -472,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     keys = ("online", "compare", "cell", "hidden", "layers", "embedding", "epochs", "batch", "steps", "lr", "seed")
     settings = {key: getattr(args, key) for key in keys} | {"text": zlib.crc32(text.characters.encode())}
-    train(runs, args.epochs, 500 if args.online else 10, settings, args.resume, args.out)
+    train(runs, args.epochs, settings, args.resume, args.out)
 
     prompt = args.prompt or text.decode(text.held_out[:20].tolist())
     continuation = sample(ours, text.encode(prompt).to(device), args.sample, args.temperature, args.seed)

@@ -108,6 +108,8 @@ class Interrupt:
 class Run:
     """One model in training, how far it got, and what it measured on the way; subclasses say what an update is."""
 
+    slice_updates = 10  # about what runs take turns in, and Ctrl-C waits for
+
     def __init__(self, model: nn.Module, total: int, characters_per_update: float) -> None:
         self.model = model
         self.total = total  # updates
@@ -176,16 +178,13 @@ class Run:
             setattr(self, name, content[name])
 
 
-def train(
-    runs: dict[str, Run], reports: int, slice_updates: int, settings: dict[str, Any], resume: bool, out: Path
-) -> None:
+def train(runs: dict[str, Run], reports: int, settings: dict[str, Any], resume: bool, out: Path) -> None:
     """Trains all of ``runs`` in turns, a slice each, so that whatever else the machine does slows all of them alike."""
     checkpoint = out / "checkpoint.pt"
     reports = min(reports, *(run.total for run in runs.values()))
-    longest, shortest = max(run.total for run in runs.values()), min(run.total for run in runs.values())
-    slices = reports * max(
-        1, min(longest // slice_updates, shortest) // reports
-    )  # every run has updates in every slice
+    longest, shortest = max(runs.values(), key=lambda run: run.total), min(run.total for run in runs.values())
+    # Every run has updates in every slice.
+    slices = reports * max(1, min(longest.total // longest.slice_updates, shortest) // reports)
     done = 0
     if resume:
         content = load_checkpoint(checkpoint, settings, next(iter(runs.values())).device)

@@ -86,6 +86,8 @@ def test_held_out_loss_is_that_of_a_plain_loop(char_lm):
     "mode", [[*SMALL, "--epochs", "4", "--compare"], ["--online", "--hidden", "8", "--epochs", "2"]]
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, char_lm, tmp_path, monkeypatch, capsys, mode):
+    monkeypatch.setattr(char_lm.Run, "slice_updates", 5)  # in the middle of the text
+    monkeypatch.setattr(char_lm.OnlineRun, "slice_updates", 100)
     whole = run(*mode, out="whole")
 
     advance = char_lm.Run.advance

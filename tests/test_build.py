@@ -87,6 +87,21 @@ def test_a_compiler_with_arguments_is_found(setup_py: ModuleType) -> None:
     assert setup_py.find_compiler({"CXX": "no-such-compiler"}) is None
 
 
+def test_cuda_sources_belong_to_a_cuda_build_alone(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_py.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    cpu, cuda = setup_py.make_extension(False, "no GPU is wanted"), setup_py.make_extension(True, "")
+    cuda_only = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/ops/*_cuda.cpp")]
+    assert set(cuda.sources) - set(cpu.sources) == {str(path.relative_to(ROOT)) for path in cuda_only}
+    assert set(cpu.sources) < set(cuda.sources)
+    assert ("RNNFAST_WITH_CUDA", None) in cuda.define_macros
+    assert cpu.define_macros == []
+    assert '-DRNNFAST_CUDA_ARCHS="9.0a"' in cuda.extra_compile_args["cxx"]
+    assert '-DRNNFAST_NO_CUDA_REASON="no GPU is wanted"' in cpu.extra_compile_args["cxx"]
+    # What runs on any x86-64 is built; faster instruction sets are chosen at run time.
+    assert not [flag for flag in cuda.extra_compile_args["cxx"] if flag.startswith("-m")]
+
+
 # ----------------------------------------------------------------------------------------------- with the extension
 
 

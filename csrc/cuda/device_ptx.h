@@ -69,12 +69,12 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #ifdef CUDA_SIM
   cuda_sim::mma_m16n8k16<kBfloat16>(d, a, b, c);
 #else
-#define RNNFAST_MMA(type)                                                                      \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"      \
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), \
-                 "f"(c[1]), "f"(c[2]), "f"(c[3]))
+#define RNNFAST_MMA(type)                                                                                           \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                               \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                           \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                 "f"(c[3]))
   if constexpr (kBfloat16) {
     RNNFAST_MMA("bf16");
   } else {
@@ -125,8 +125,8 @@ __device__ __forceinline__ void cp_async_wait() {
 // One GPU-wide flag: what was written before the release is seen after the acquire that reads it.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
 #ifdef CUDA_SIM
-  return cuda_sim::atomic(const_cast<unsigned*>(flag), [](unsigned value) { return value; },
-                          cuda_sim::kRead | cuda_sim::kAcquire);
+  return cuda_sim::atomic(
+      const_cast<unsigned*>(flag), [](unsigned value) { return value; }, cuda_sim::kRead | cuda_sim::kAcquire);
 #else
   unsigned value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -135,8 +135,8 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
 }
 __device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
 #ifdef CUDA_SIM
-  cuda_sim::atomic(flag, [=](unsigned old) { return old + value; },
-                   cuda_sim::kRead | cuda_sim::kWrite | cuda_sim::kRelease);
+  cuda_sim::atomic(
+      flag, [=](unsigned old) { return old + value; }, cuda_sim::kRead | cuda_sim::kWrite | cuda_sim::kRelease);
 #else
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 #endif

@@ -154,6 +154,29 @@ Geometry check_layer(CellKind cell, const LayerArguments& a) {
   return g;
 }
 
+void check_batch_sizes(const Geometry& g, const Tensor& batch_sizes) {
+  const Tensor contiguous = batch_sizes.contiguous();
+  const int64_t* sizes = contiguous.const_data_ptr<int64_t>();
+  int64_t above = g.batch, rows = 0;
+  for (int64_t t = 0; t < g.steps; ++t) {
+    TORCH_CHECK_VALUE(sizes[t] >= 0 && sizes[t] <= above, "rnnfast.", g.info.name, ": batch_sizes has ", sizes[t],
+                      " after ", above, ", it takes values that decrease from at most B = ", g.batch, " to at least 0");
+    above = sizes[t];
+    rows += sizes[t];
+  }
+  TORCH_CHECK_VALUE(rows == g.rows, "rnnfast.", g.info.name, ": batch_sizes add up to ", rows,
+                    ", the packed input has N = ", g.rows, " rows");
+}
+
+void check_lengths(const Geometry& g, const Tensor& lengths) {
+  const Tensor contiguous = lengths.contiguous();
+  const int64_t* values = contiguous.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < g.batch; ++b) {
+    TORCH_CHECK_VALUE(values[b] >= 0 && values[b] <= g.steps, "rnnfast.", g.info.name, ": lengths[", b, "] is ",
+                      values[b], ", it takes 0 to T = ", g.steps);
+  }
+}
+
 Save check_save(CellKind cell, int64_t save) {
   TORCH_CHECK_VALUE(save >= 0 && save <= 2, "rnnfast.", cell_info(cell).name, ": save is ", save,
                     ", it takes 0 (nothing), 1 (states) or 2 (gates)");

@@ -33,8 +33,12 @@ struct Geometry {
 };
 
 // Throws ValueError for a dtype or a value, RuntimeError for a shape or a device, as torch.nn does. Reads no data, and
-// so does not synchronise with a device; the values of lengths and batch_sizes are the implementation's to check.
+// so does not synchronise with a device.
 Geometry check_layer(CellKind cell, const LayerArguments& arguments);
+
+// Throw ValueError for the values of what check_layer has passed. Both tensors are on the CPU.
+void check_batch_sizes(const Geometry& geometry, const Tensor& batch_sizes);
+void check_lengths(const Geometry& geometry, const Tensor& lengths);
 
 Save check_save(CellKind cell, int64_t save);
 

@@ -19,7 +19,7 @@ Tensor allocate_workspace(size_t bytes) {
   return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));  // the allocator aligns to 64
 }
 
-// The arrays behind a Sequence. Their values are checked here, where they are at hand.
+// The arrays behind a Sequence.
 class HostSequence {
  public:
   HostSequence(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
@@ -35,28 +35,20 @@ class HostSequence {
 
  private:
   void read_batch_sizes(const Geometry& g, const Tensor& tensor) {
+    check_batch_sizes(g, tensor);
     const int64_t* values = tensor.const_data_ptr<int64_t>();
     batch_sizes_.assign(values, values + g.steps);
-    int64_t above = g.batch;
-    for (int64_t size : batch_sizes_) {
-      TORCH_CHECK_VALUE(size >= 0 && size <= above, "rnnfast.", g.info.name, ": batch_sizes has ", size, " after ",
-                        above, ", it takes values that decrease from at most B = ", g.batch, " to at least 0");
-      above = size;
-    }
     set_steps();
-    TORCH_CHECK_VALUE(sequence_.rows == g.rows, "rnnfast.", g.info.name, ": batch_sizes add up to ", sequence_.rows,
-                      ", the packed input has N = ", g.rows, " rows");
   }
 
   void sort_lengths(const Geometry& g, const Tensor& tensor) {
     TORCH_CHECK(tensor.device().is_cpu(), "rnnfast.", g.info.name, ": lengths is on ", tensor.device(),
                 ", it takes cpu for input on cpu");
+    check_lengths(g, tensor);
     const Tensor contiguous = tensor.contiguous();
     const int64_t* lengths = contiguous.const_data_ptr<int64_t>();
     batch_sizes_.assign(g.steps, 0);
     for (int64_t b = 0; b < g.batch; ++b) {
-      TORCH_CHECK_VALUE(lengths[b] >= 0 && lengths[b] <= g.steps, "rnnfast.", g.info.name, ": lengths[", b, "] is ",
-                        lengths[b], ", it takes 0 to T = ", g.steps);
       if (lengths[b] > 0) ++batch_sizes_[lengths[b] - 1];
     }
     for (int64_t t = g.steps - 1; t > 0; --t) batch_sizes_[t - 1] += batch_sizes_[t];

@@ -1,6 +1,6 @@
-// Owns: the stepwise engine's launchers as plain C functions for Python's ctypes. Tensors come from the host, live in the
-// simulator's device memory during the call, with its guard pages and checks, and go back.
-// Must not know: what is computed.
+// Owns: the stepwise engine's launchers as plain C functions for Python's ctypes. Tensors come from the host, live in
+// the simulator's device memory during the call, with its guard pages and checks, and go back. Must not know: what is
+// computed.
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -152,8 +152,8 @@ int with_workspace(size_t bytes, const Call& call) {
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }
 EXPORT const char* sim_last_message() { return cuda_sim::last_message(); }
 
-// All pointers of the layer are to host memory. Rows of both directions lie side by side, as the operators lay them out:
-// direction 1's start where direction 0's end, and every row is as long as both.
+// All pointers of the layer are to host memory. Rows of both directions lie side by side, as the operators lay them
+// out: direction 1's start where direction 0's end, and every row is as long as both.
 EXPORT int sim_forward(const LayerForward* host) {
   LayerForward layer = *host;
   DeviceTensors tensors;

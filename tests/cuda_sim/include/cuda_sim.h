@@ -1,12 +1,12 @@
 // Owns: the CUDA C++ that kernels are written in, for g++: keywords, built-in variables, intrinsics, typed launches.
-// Force-included before every kernel file (g++ -x c++ -include cuda_sim.h); the README says how to write kernels for it.
-// Must not know: how the runtime schedules threads or checks accesses.
+// Force-included before every kernel file (g++ -x c++ -include cuda_sim.h); the README says how to write kernels for
+// it. Must not know: how the runtime schedules threads or checks accesses.
 #pragma once
 
 #define CUDA_SIM 1
 
-// The checker sees loads and stores through g++'s thread sanitizer, which misses "*p = f()" for a class type unless f is
-// inlined. The address sanitizer sees all, and compiles in half the time without.
+// The checker sees loads and stores through g++'s thread sanitizer, which misses "*p = f()" for a class type unless f
+// is inlined. The address sanitizer sees all, and compiles in half the time without.
 #ifdef __SANITIZE_ADDRESS__
 #define __global__
 #else
@@ -45,10 +45,10 @@ extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // A static shared array with a guard page of its own: RNNFAST_SHARED(float, tile, [16][17]).
-#define RNNFAST_SHARED(T, name, ...)           \
-  static const char cuda_sim_tag_##name = 0;   \
-  typedef T cuda_sim_type_##name __VA_ARGS__;  \
-  cuda_sim_type_##name& name =                 \
+#define RNNFAST_SHARED(T, name, ...)          \
+  static const char cuda_sim_tag_##name = 0;  \
+  typedef T cuda_sim_type_##name __VA_ARGS__; \
+  cuda_sim_type_##name& name =                \
       *static_cast<cuda_sim_type_##name*>(cuda_sim::static_shared(&cuda_sim_tag_##name, sizeof(cuda_sim_type_##name)))
 
 // ------------------------------------------------------------------------------------------------ barriers
@@ -109,10 +109,10 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_SIM_CALLER) {
 }
 
 // ------------------------------------------------------------------------------------------------ atomics
-#define CUDA_SIM_ATOMIC(name, expression)                                      \
-  template <class T>                                                           \
-  T name(T* address, std::common_type_t<T> value) {                            \
-    return cuda_sim::atomic(                                                   \
+#define CUDA_SIM_ATOMIC(name, expression)                                                                \
+  template <class T>                                                                                     \
+  T name(T* address, std::common_type_t<T> value) {                                                      \
+    return cuda_sim::atomic(                                                                             \
         address, [&](T old) { return static_cast<T>(expression); }, cuda_sim::kRead | cuda_sim::kWrite); \
   }
 CUDA_SIM_ATOMIC(atomicAdd, old + value)
@@ -121,7 +121,7 @@ CUDA_SIM_ATOMIC(atomicExch, value)
 CUDA_SIM_ATOMIC(atomicMax, old > value ? old : value)
 CUDA_SIM_ATOMIC(atomicMin, old < value ? old : value)
 CUDA_SIM_ATOMIC(atomicOr, old | value)
-CUDA_SIM_ATOMIC(atomicAnd, old & value)
+CUDA_SIM_ATOMIC(atomicAnd, old& value)
 CUDA_SIM_ATOMIC(atomicXor, old ^ value)
 template <class T>
 T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {

@@ -1,7 +1,6 @@
-// Owns: the checks of every access of a kernel: races by vector clocks, uninitialised reads, bounds, host pointers. It is
-// a run-time library of our own for the hooks that g++ -fsanitize=thread emits: kernel files are compiled with that flag,
-// this file and the link without it.
-// Must not know: kernels, how the scheduler chooses.
+// Owns: the checks of every access of a kernel: races by vector clocks, uninitialised reads, bounds, host pointers. It
+// is a run-time library of our own for the hooks that g++ -fsanitize=thread emits: kernel files are compiled with that
+// flag, this file and the link without it. Must not know: kernels, how the scheduler chooses.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -43,8 +42,8 @@ uint8_t* states;
 
 template <class T>
 T* map_zeros(size_t count) {
-  return static_cast<T*>(mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  return static_cast<T*>(
+      mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 }
 
 void map_shadow() {
@@ -251,8 +250,8 @@ void release(Thread* thread, ClockSum& sum) {
   if (!g.check) return;
   const auto* known = thread->known.get();
   if (!sum.clock) {
-    sum.clock = known ? std::make_shared<std::vector<uint32_t>>(*known)
-                      : std::make_shared<std::vector<uint32_t>>(g.threads);
+    sum.clock =
+        known ? std::make_shared<std::vector<uint32_t>>(*known) : std::make_shared<std::vector<uint32_t>>(g.threads);
     sum.last = known;
   } else if (known && known != sum.last) {
     for (size_t i = 0; i < known->size(); ++i) (*sum.clock)[i] = std::max((*sum.clock)[i], (*known)[i]);
@@ -313,7 +312,9 @@ using namespace cuda_sim;
 
 namespace {
 
-void plain(void* address, size_t bytes, bool write, void* caller) { check_access(address, bytes, write, false, caller); }
+void plain(void* address, size_t bytes, bool write, void* caller) {
+  check_access(address, bytes, write, false, caller);
+}
 
 // A volatile access is a relaxed atomic one, and a loop may spin on it.
 void relaxed(void* address, size_t bytes, bool write, void* caller) {
@@ -325,12 +326,12 @@ void relaxed(void* address, size_t bytes, bool write, void* caller) {
 }  // namespace
 
 #define CALLER __builtin_return_address(0)
-#define HOOKS(n)                                                                            \
-  void __tsan_read##n(void* p) { plain(p, n, false, CALLER); }                              \
-  void __tsan_write##n(void* p) { plain(p, n, true, CALLER); }                              \
-  void __tsan_unaligned_read##n(void* p) { plain(p, n, false, CALLER); }                    \
-  void __tsan_unaligned_write##n(void* p) { plain(p, n, true, CALLER); }                    \
-  void __tsan_volatile_read##n(void* p) { relaxed(p, n, false, CALLER); }                   \
+#define HOOKS(n)                                                          \
+  void __tsan_read##n(void* p) { plain(p, n, false, CALLER); }            \
+  void __tsan_write##n(void* p) { plain(p, n, true, CALLER); }            \
+  void __tsan_unaligned_read##n(void* p) { plain(p, n, false, CALLER); }  \
+  void __tsan_unaligned_write##n(void* p) { plain(p, n, true, CALLER); }  \
+  void __tsan_volatile_read##n(void* p) { relaxed(p, n, false, CALLER); } \
   void __tsan_volatile_write##n(void* p) { relaxed(p, n, true, CALLER); }
 
 extern "C" {

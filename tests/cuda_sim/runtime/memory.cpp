@@ -19,7 +19,8 @@ constexpr int kPoison = 0xFF;
 std::map<char*, size_t> allocations;
 std::vector<char> host_plain_shared;
 Block* plain_shared_owner;
-thread_local char in_plain_shared;  // lies in the same block of thread-local storage as the kernels' __shared__ variables
+thread_local char
+    in_plain_shared;  // lies in the same block of thread-local storage as the kernels' __shared__ variables
 
 char* page_of(const void* address) {
   return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(address) & ~uintptr_t{kPage - 1});
@@ -40,8 +41,8 @@ char* arena_allocate(size_t bytes) {
   initialise();
   const size_t body = rounded(std::max<size_t>(bytes, 1), kPage);
   if (!g.arena) {
-    g.arena = static_cast<char*>(
-        mmap(nullptr, g.arena_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    g.arena =
+        static_cast<char*>(mmap(nullptr, g.arena_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
   if (g.arena_used + body + 2 * kPage > g.arena_bytes) return nullptr;
   char* page = g.arena + g.arena_used + kPage;

@@ -154,12 +154,12 @@ class Handlers {
     alternative.ss_sp = stack;
     alternative.ss_size = sizeof stack;
     sigaltstack(&alternative, &old_stack_);
-    struct sigaction fault {};
+    struct sigaction fault{};
     fault.sa_sigaction = on_fault;
     fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &fault, &old_segv_);
     sigaction(SIGBUS, &fault, &old_bus_);
-    struct sigaction alarm {};
+    struct sigaction alarm{};
     alarm.sa_handler = on_alarm;
     alarm.sa_flags = SA_ONSTACK | SA_RESTART;
     sigaction(SIGALRM, &alarm, &old_alarm_);
@@ -178,8 +178,7 @@ class Handlers {
 
  private:
   stack_t old_stack_{};
-  struct sigaction old_segv_ {
-  }, old_bus_{}, old_alarm_{};
+  struct sigaction old_segv_{}, old_bus_{}, old_alarm_{};
   itimerval old_timer_{};
 };
 
@@ -202,8 +201,8 @@ void thread_main() {
 
 char* take_stack() {
   if (free_stacks.empty()) {
-    auto* memory = static_cast<char*>(mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    auto* memory = static_cast<char*>(
+        mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     mprotect(memory, kPage, PROT_NONE);
     return memory + kPage;
   }
@@ -313,7 +312,8 @@ cudaError_t check_limits(const Launch& launch) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   const unsigned cluster_blocks = cluster.x * cluster.y * cluster.z;
   if (threads == 0 || threads > kThreadsOfBlock || block.z > 64) {
-    return reject(cudaErrorInvalidConfiguration, "the block is empty, or has more than 1024 threads or a depth above 64");
+    return reject(cudaErrorInvalidConfiguration,
+                  "the block is empty, or has more than 1024 threads or a depth above 64");
   }
   if (blocks == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) {
     return reject(cudaErrorInvalidConfiguration, "the grid is empty or too large");
@@ -501,14 +501,16 @@ void yield() {
 }
 
 std::string deadlock_report() {
-  static const char* const kNames[] = {"ready",         "running",           "in a block barrier", "in a cluster barrier",
-                                       "in grid.sync()", "in a warp operation", "exited"};
+  static const char* const kNames[] = {
+      "ready", "running", "in a block barrier", "in a cluster barrier", "in grid.sync()", "in a warp operation",
+      "exited"};
   std::map<std::string, std::pair<int, std::string>> places;  // where: how many, and the first of them
   for (const auto& cluster : g.resident) {
     for (const auto& block : cluster->blocks) {
       for (const Thread& thread : block->threads) {
         std::string place = kNames[static_cast<int>(thread.state)];
-        if (thread.state != State::exited) place += std::string(" at ") + thread.file + ":" + std::to_string(thread.line);
+        if (thread.state != State::exited)
+          place += std::string(" at ") + thread.file + ":" + std::to_string(thread.line);
         auto& entry = places[place];
         if (!entry.first++) entry.second = name_of(&thread);
       }

@@ -112,7 +112,7 @@ struct Global {
   uint64_t seed = 1, random_state = 0x9E3779B97F4A7C15ull;
   Policy policy = Policy::uniform;
   std::vector<Thread*> ready, spinning;
-  uint64_t idle_yields = 0;    // since anything but spinning happened
+  uint64_t idle_yields = 0;     // since anything but spinning happened
   uint32_t preempt_every = 64;  // accesses, on average, in the checked build; also CUDA_SIM_PREEMPT
   int64_t until_preempt = 0;
 

@@ -187,8 +187,8 @@ void warp_collective(uint32_t mask, WarpFunction function, Lane lane, bool order
     operation->file = file;
     operation->line = line;
   } else if (operation->function != function || operation->line != line) {
-    fail(cudaErrorLaunchFailure, "divergent warp operation: lane %d at %s:%d, others at %s:%d", thread->lane, file, line,
-         operation->file, operation->line);
+    fail(cudaErrorLaunchFailure, "divergent warp operation: lane %d at %s:%d, others at %s:%d", thread->lane, file,
+         line, operation->file, operation->line);
   }
   operation->arrived |= 1u << thread->lane;
   operation->lanes[thread->lane] = lane;

@@ -56,7 +56,8 @@ struct Lane {
   int argument = 0;
   int width = 32;
 };
-// What the last lane to arrive does for all: lanes in `mask` take part, those in `present` have arrived (others exited).
+// What the last lane to arrive does for all: lanes in `mask` take part, those in `present` have arrived (others
+// exited).
 using WarpFunction = void (*)(Lane* lanes, uint32_t mask, uint32_t present);
 void warp_collective(uint32_t mask, WarpFunction function, Lane lane, bool orders_memory, CUDA_SIM_CALLER);
 
@@ -110,7 +111,8 @@ CUDA_SIM_UNCHECKED void shuffle_lanes(Lane* lanes, uint32_t mask, uint32_t prese
     if (kind == Shuffle::down && lane + argument < base + width) source = lane + argument;
     if (kind == Shuffle::exclusive_or && (lane ^ argument) < base + width) source = lane ^ argument;
     if (!(mask & present & 1u << source)) {
-      fail(cudaErrorLaunchFailure, "shuffle: lane %d reads lane %d, which is not there (mask %08x)", lane, source, mask);
+      fail(cudaErrorLaunchFailure, "shuffle: lane %d reads lane %d, which is not there (mask %08x)", lane, source,
+           mask);
     }
     memcpy(lanes[lane].out, lanes[source].in, sizeof(T));
   }

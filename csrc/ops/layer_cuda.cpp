@@ -1,0 +1,204 @@
+// Owns: the operators on CUDA: the device's view of time, the products over all steps, the workspace, the launch of the
+// engine.
+// Must not know: equations, loops over time, kernels.
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <numeric>
+#include <vector>
+
+#include "gemm_cuda.h"
+#include "layer.h"
+
+namespace rnnfast::ops {
+namespace {
+
+// The arrays behind a Sequence. Lengths on the device are not looked at: the kernels take one below 0 as 0 and one
+// above T as T, which costs no synchronisation. Lengths on the CPU are checked, then copied.
+class DeviceSequence {
+ public:
+  DeviceSequence(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
+    sequence_.steps = g.steps;
+    sequence_.batch = g.batch;
+    sequence_.rows = g.rows;
+    sequence_.packed = g.packed;
+    sequence_.reset = tensors.reset.defined() ? tensors.reset.const_data_ptr<bool>() : nullptr;
+    if (g.packed) {
+      check_batch_sizes(g, *a.batch_sizes);
+      batch_sizes_ = a.batch_sizes->contiguous();
+      const int64_t* sizes = batch_sizes_.const_data_ptr<int64_t>();
+      offsets_.resize(g.steps);
+      std::exclusive_scan(sizes, sizes + g.steps, offsets_.begin(), int64_t{0});
+      sequence_.batch_sizes = sizes;
+      sequence_.offsets = offsets_.data();
+    }
+    if (a.lengths) {
+      if (a.lengths->device().is_cpu()) check_lengths(g, *a.lengths);
+      lengths_ = a.lengths->to(tensors.input.device(), /*non_blocking=*/true).contiguous();
+      sequence_.lengths = lengths_.const_data_ptr<int64_t>();
+    }
+  }
+  const Sequence& sequence() const { return sequence_; }
+  const Tensor& lengths() const { return lengths_; }  // undefined if every row has T steps
+
+ private:
+  Sequence sequence_;
+  Tensor batch_sizes_, lengths_;
+  std::vector<int64_t> offsets_;
+};
+
+// What an engine needs to run on the current stream. The allocator aligns to 512 bytes, and hands memory out again only
+// behind this stream's work.
+class EngineContext {
+ public:
+  EngineContext(size_t workspace_bytes, const Tensor& like)
+      : workspace_(at::empty({static_cast<int64_t>(workspace_bytes)}, like.options().dtype(at::kByte))) {
+    context_.stream = c10::cuda::getCurrentCUDAStream().stream();
+    context_.workspace = workspace_.data_ptr();
+    context_.gemm = cublas_gemm();
+  }
+  const cuda::Context& get() const { return context_; }
+
+ private:
+  Tensor workspace_;
+  cuda::Context context_;
+};
+
+void check_engine(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+
+// The weights of one direction, or their gradients; those that are not there are undefined.
+struct Weights {
+  Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+
+  Weights(const Geometry& g, const Tensor* tensors, int64_t direction) {
+    tensors += direction * g.weights_per_direction();
+    w_ih = tensors[0];
+    w_hh = tensors[1];
+    if (g.biases) {
+      b_ih = tensors[2];
+      b_hh = tensors[3];
+    }
+    if (g.projection) w_hr = tensors[g.biases ? 4 : 2];
+  }
+};
+
+// igates [N, G*H] = x W_ih^T + b_ih, all steps at once
+void project_input(const Tensor& x, const Weights& weights, Tensor igates) {
+  if (weights.b_ih.defined()) {
+    at::addmm_out(igates, weights.b_ih, x, weights.w_ih.t());
+  } else {
+    at::mm_out(igates, x, weights.w_ih.t());
+  }
+}
+
+template <CellKind kind>
+ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+                      int64_t save_) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+  const Geometry g = check_layer(kind, arguments);
+  const Save save = check_save(kind, save_);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const LayerTensors layer(arguments);
+  const DeviceSequence sequence(g, arguments, layer);
+  ForwardTensors tensors(g, input, save, /*gaps=*/false);  // the engine writes the zeros past a length
+  if (g.empty()) {
+    finish_empty_forward(layer, tensors);
+    return tensors.result();
+  }
+
+  const Tensor x = layer.input.reshape({g.rows, g.input_size});
+  const Tensor igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, input.options());
+  LayerForward params = forward_params(g, save, layer, tensors);
+  params.sequence = sequence.sequence();
+  for (int64_t d = 0; d < g.directions; ++d) {
+    project_input(x, Weights(g, layer.weights.data(), d), igates[d]);
+    params.direction[d].igates = igates[d].data_ptr();
+  }
+  const EngineContext context(cuda::stepwise::forward_workspace_bytes(params), input);
+  check_engine(cuda::stepwise::forward(params, context.get()));
+  return tensors.result();
+}
+
+// The gradients that are sums over all rows: of the input and of the weights.
+void reduce_gradients(const Geometry& g, const LayerTensors& layer, const DeviceSequence& sequence,
+                      const Tensor& h_prev, const Tensor& grad_h, const Tensor& hidden, BackwardTensors& tensors) {
+  Tensor x = layer.input.reshape({g.rows, g.input_size});
+  if (tensors.mask[3] && sequence.lengths().defined()) {  // past a length the input may be anything, NaN too
+    const Tensor step = at::arange(g.steps, sequence.lengths().options()).unsqueeze(1);
+    x = x.masked_fill(step.ge(sequence.lengths()).view({g.rows, 1}), 0);
+  }
+  Tensor grad_x = tensors.mask[0] ? tensors.grad_input.view({g.rows, g.input_size}) : Tensor();
+  for (int64_t d = 0; d < g.directions; ++d) {
+    const Tensor grad_igates = tensors.grad_igates[d], grad_hgates = tensors.grad_hgates[d];
+    if (grad_x.defined()) {
+      const Weights weights(g, layer.weights.data(), d);
+      d == 0 ? at::mm_out(grad_x, grad_igates, weights.w_ih) : grad_x.addmm_(grad_igates, weights.w_ih);
+    }
+    if (!tensors.mask[3]) continue;
+    Weights grads(g, tensors.grad_weights.data(), d);
+    at::mm_out(grads.w_ih, grad_igates.t(), x);
+    at::mm_out(grads.w_hh, grad_hgates.t(), h_prev[d]);
+    if (g.biases) {
+      at::sum_out(grads.b_ih, grad_igates, 0);
+      g.info.split_gates ? at::sum_out(grads.b_hh, grad_hgates, 0) : grads.b_hh.copy_(grads.b_ih);
+    }
+    if (g.projection) at::mm_out(grads.w_hr, grad_h[d].t(), hidden[d]);
+  }
+}
+
+template <CellKind kind>
+BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                        const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+                        const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                        const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+  const Geometry g = check_layer(kind, arguments);
+  check_gradients(g, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const LayerTensors layer(arguments);
+  const DeviceSequence sequence(g, arguments, layer);
+  BackwardTensors tensors(g, layer, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved, output_mask,
+                          /*gaps=*/false);  // past a length the gradients of the gates are zero, and so all others
+  if (g.empty()) {
+    finish_empty_backward(tensors);
+    return tensors.result();
+  }
+
+  LayerBackward params = backward_params(g, layer, tensors);
+  params.sequence = sequence.sequence();
+  const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
+  const Tensor h_prev = rows_of(g.output_size);
+  const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
+  cuda::BackwardProducts products[2];
+  const bool recompute = saved.numel() == 0 && g.info.saved > 0;
+  const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
+  for (int64_t d = 0; d < g.directions; ++d) {
+    products[d].h_prev = h_prev[d].data_ptr();
+    if (g.projection) {
+      products[d].grad_h = grad_h[d].data_ptr();
+      products[d].hidden = hidden[d].data_ptr();
+    }
+    if (recompute) project_input(x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
+  }
+  const EngineContext context(cuda::stepwise::backward_workspace_bytes(params), input);
+  check_engine(cuda::stepwise::backward(params, products, context.get()));
+  reduce_gradients(g, layer, sequence, h_prev, grad_h, hidden, tensors);
+  return tensors.result();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
+#define RNNFAST_CUDA(name, Type)           \
+  m.impl(#name, &forward<CellKind::name>); \
+  m.impl(#name "_backward", &backward<CellKind::name>);
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CUDA)
+#undef RNNFAST_CUDA
+}
+
+}  // namespace rnnfast::ops

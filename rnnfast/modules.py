@@ -147,15 +147,13 @@ class _Layers(nn.RNNBase):
             text += f", backend={self.backend}"
         return text
 
-    # RNNBase keeps a second list of the weights, and of weak references to them, up to date in each of the following.
-    # Here the list is made when someone asks for it.
+    # RNNBase keeps a second list of the weights, and weak references to them, beside the parameters. Here the list is
+    # made when someone asks for it, and the methods that keep it up to date do nothing.
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
-    __setattr__ = nn.Module.__setattr__
-    _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def _init_flat_weights(self) -> None: ...

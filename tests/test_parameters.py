@@ -211,6 +211,18 @@ def test_meta_and_to_empty(name: str) -> None:
 
 
 @each_module
+def test_replica(name: str) -> None:
+    """As DataParallel makes one: the weights are plain attributes."""
+    module = make(name)
+    before = run(module)
+    replica = module._replicate_for_data_parallel()
+    for key, weight in module.named_parameters():
+        setattr(replica, key, 2 * weight)
+    check(replica, name, before)
+    torch.testing.assert_close(run(module), before, rtol=0, atol=0)
+
+
+@each_module
 def test_no_weight_is_kept_behind(name: str) -> None:
     """A replaced parameter is freed: the module holds no second reference."""
     import weakref

@@ -30,7 +30,7 @@ import rnnfast
 from rnnfast import ops
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
-DEMO = {"hidden": 128, "embedding": 64, "epochs": 8, "compare": True, "out": Path("runs/demo")}
+DEMO = {"hidden": 128, "embedding": 64, "epochs": 5, "compare": True, "out": Path("runs/demo")}
 
 ONLINE = {
     "cell": "rnn_sigmoid",

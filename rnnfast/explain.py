@@ -48,18 +48,18 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     layers = []
     for name, part in module.named_modules():
-        if not isinstance(part, (modules.RNN, modules.LSTM, modules.GRU, cells.RNNCell, cells.LSTMCell, cells.GRUCell)):
+        if not isinstance(part, (modules._Layers, cells._Cell)):
             continue
         engine, reason = _engine(part)
         label = f"{name} ({type(part).__name__})" if name else type(part).__name__
-        if isinstance(part, nn.RNNBase):
+        if isinstance(part, modules._Layers):
             layers += [LayerEngine(f"{label} layer {index}", engine, reason) for index in range(part.num_layers)]
         else:
             layers.append(LayerEngine(label, engine, reason))
     return Explanation(tuple(layers))
 
 
-def _engine(part: nn.Module) -> tuple[str, str]:
+def _engine(part: modules._Layers | cells._Cell) -> tuple[str, str]:
     """The engine's name, and why no faster one runs."""
     with nullcontext() if part.backend is None else ops.backend(part.backend):
         active, reason = ops.active_backend()
@@ -67,5 +67,6 @@ def _engine(part: nn.Module) -> tuple[str, str]:
         return active, reason
     device = next(part.parameters()).device.type
     if device == "cpu":
+        assert _extension.extension is not None  # or the reference would be active
         return f"cpu ({_extension.extension.instruction_set()})", ""
     return f"{device} stepwise", ""

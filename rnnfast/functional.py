@@ -8,6 +8,7 @@ projection's), N rows of a packed input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -114,11 +115,12 @@ def recurrent(
     )
 
     if batch_sizes is not None:
-        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = c_n if c0 is None else c_n.index_select(1, unsorted_indices)
-    elif not batched:
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, h_n if c0 is None else (h_n, c_n)
+    if not batched:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
         c_n = c_n if c0 is None else c_n.squeeze(1)
     elif batch_first:
@@ -174,9 +176,9 @@ def _layers(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack itself, time first: (output, h_n, c_n)."""
-    options = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset, "backend": backend}
+    run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, backend=backend)
     if len(weights) == 1:
-        return ops.layer(cell, input, h0, c0, weights[0], **options)[:3]
+        return run(input, h0, c0, weights[0])[:3]
 
     h_ns, c_ns = [], []
     for index, layer_weights in enumerate(weights):
@@ -184,7 +186,7 @@ def _layers(
             input = drop(input, dropout)
         slots = slice(index * directions, (index + 1) * directions)
         c0_layer = None if c0 is None else c0[slots]
-        input, h_n, c_n, _ = ops.layer(cell, input, h0[slots], c0_layer, layer_weights, **options)
+        input, h_n, c_n, _ = run(input, h0[slots], c0_layer, layer_weights)
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns)
@@ -206,33 +208,34 @@ def _pair(hx: State) -> tuple[Tensor, Tensor]:
     return hx[0], hx[1]
 
 
-def _state(name: str, state: Tensor, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
+def _state(name: str, state: State, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
     """``state`` as ``shape`` [L*D, B, P or H]; unbatched it comes without B."""
     expected = shape if batched else (shape[0], shape[2])
-    _check_tensor(name, state, input)
+    state = _check_tensor(name, state, input)
     if state.shape != expected:
         meaning = "(layers * directions, batch, features)" if batched else "(layers * directions, features)"
         raise RuntimeError(f"{name}: expected shape {expected} {meaning}, got {tuple(state.shape)}")
     return state if batched else state.unsqueeze(1)
 
 
-def _cell_state(name: str, state: Tensor, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
+def _cell_state(name: str, state: State, shape: tuple[int, int, int], batched: bool, input: Tensor) -> Tensor:
     """``state`` as ``shape`` [1, B, H]; it comes as [B, H], unbatched as [H]."""
     expected = shape[1:] if batched else shape[2:]
-    _check_tensor(name, state, input)
+    state = _check_tensor(name, state, input)
     if state.shape != expected:
         error = RuntimeError if state.dim() in (1, 2) else ValueError
         raise error(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
     return state.unsqueeze(0) if batched else state.view(shape)
 
 
-def _check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
+def _check_tensor(name: str, tensor: State, input: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
     if tensor.device != input.device:
         raise RuntimeError(f"{name}: expected the input's device {input.device}, got {tensor.device}")
+    return tensor
 
 
 def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Tensor:

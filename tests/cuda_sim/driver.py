@@ -213,6 +213,9 @@ class Simulator:
         grad_input = torch.zeros_like(layer.input)
         grad_weights = []
         x = layer.input.flatten(0, -2)
+        if layer.lengths is not None:
+            past = torch.arange(layer.steps).unsqueeze(1) >= layer.lengths
+            x = x.masked_fill(past.reshape(-1, 1), 0)
         for d in layer.directions:
             grad_input += (grad_igates[d] @ layer.weights_of(d)[0]).view_as(layer.input)
             grad_weights += [grad_igates[d].T @ x, grad_hgates[d].T @ h_prev[d]]

@@ -1,0 +1,155 @@
+"""The CUDA kernels, run on the CPU by the simulator of cuda_sim/, against the reference; and the simulator itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sample_inputs import SAMPLES, Sample, tensors_of
+from torch import Tensor
+
+from rnnfast import reference
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
+import build
+import driver
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+ENGINE = [build.HERE / "driver.cpp", *sorted((build.CSRC / "cuda").glob("*.cu"))]
+STATES = 1  # Save::states: backward recomputes the gates
+
+# Sizes that exercise what SAMPLES leave out: rows that vector loads divide, more units and rows than a block has threads.
+WIDE = [
+    Sample("lstm", steps=2, batch=5, hidden_size=8, directions=2, reset=True),
+    Sample("lstm", steps=2, batch=5, hidden_size=8, proj_size=4, directions=2, form="lengths"),
+    Sample("gru", steps=2, batch=5, hidden_size=8, directions=2, form="packed", reset=True),
+    Sample("rnn_tanh", steps=2, batch=9, hidden_size=12, directions=2, form="lengths", reset=True),
+    Sample("gru", steps=2, batch=2, hidden_size=516),
+    Sample("lstm", steps=1, batch=150, input_size=2, hidden_size=4),
+]
+
+
+@pytest.fixture(scope="module")
+def simulators() -> dict[str, driver.Simulator]:
+    return {}
+
+
+def simulator(simulators: dict[str, driver.Simulator], kind: str) -> driver.Simulator:
+    if kind not in simulators:
+        simulators[kind] = driver.Simulator(build.build("engine", kind, ENGINE, library=True))
+    return simulators[kind]
+
+
+def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int) -> None:
+    """Forward and backward of a sample on the simulator, against the reference in float64 on the same rounded values."""
+    arguments, options = sample.arguments(dtype)
+    cell, *tensors, weights = arguments
+    wide = [None if t is None else t.double().clone() for t in tensors]
+    wide_weights = [w.double().clone() for w in weights]
+    leaves = [t.requires_grad_() for t in tensors_of([cell, *wide, wide_weights])]
+    output, h_n, c_n, c = reference.layer(cell, *wide, wide_weights, **options)
+    expected = [output, h_n, *([c_n, c] if wide[2] is not None else [])]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(e.shape, generator=generator, dtype=torch.float64).to(dtype) for e in expected]
+    if options["lengths"] is not None:  # whatever stands past a length has no effect
+        past = torch.arange(sample.steps).unsqueeze(1) >= options["lengths"]
+        tensors[0] = tensors[0].masked_fill(past.unsqueeze(-1), float("nan"))
+    layer = driver.Layer(cell, *tensors, weights, **options)
+    got_output, got_h_n, got_c_n, saved = sim.forward(layer, save=save)
+    got = [got_output, got_h_n, *([got_c_n, saved.c] if wide[2] is not None else [])]
+    assert_close(got, expected, dtype)
+
+    # The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount.
+    if cell == "rnn_relu" and not torch.equal(got_output > 0, output > 0):
+        assert dtype in (torch.bfloat16, torch.float16)
+        return
+    expected_grads = torch.autograd.grad(expected, leaves, [g.double() for g in grads], materialize_grads=True)
+    grad_output, grad_h_n, *grad_c = grads
+    got_grads = sim.backward(layer, got_output, saved, grad_output, grad_h_n, *(grad_c or [None, None]))
+    assert_close(got_grads, list(expected_grads), dtype)
+
+
+def assert_close(got: list[Tensor | None], expected: list[Tensor], dtype: torch.dtype) -> None:
+    """The error of a sum goes with its largest terms: the bound is relative to the largest element."""
+    bound = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}[dtype] * torch.finfo(dtype).eps
+    for tensor, wanted in zip(got, expected, strict=True):
+        assert tensor is not None
+        scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+        torch.testing.assert_close(tensor.double(), wanted.detach(), rtol=0, atol=bound * scale)
+
+
+each_dtype = pytest.mark.parametrize("dtype", driver.DTYPES, ids=str)
+each_cell = pytest.mark.parametrize("cell", reference.CELLS)
+
+
+@each_dtype
+@each_cell
+def test_kernels_against_reference(simulators: dict[str, driver.Simulator], cell: str, dtype: torch.dtype) -> None:
+    sim = simulator(simulators, "sim")
+    for index, sample in enumerate(s for s in [*SAMPLES, *WIDE] if s.cell == cell):
+        for save in (driver.GATES, STATES):
+            sim.seed(2 * index + save)
+            compare(sim, sample, dtype, save)
+
+
+@each_dtype
+@each_cell
+def test_kernels_have_no_races_and_read_no_garbage(
+    simulators: dict[str, driver.Simulator], cell: str, dtype: torch.dtype
+) -> None:
+    sim = simulator(simulators, "check")
+    samples = [s for s in [*SAMPLES, *WIDE] if s.cell == cell]
+    offset = driver.DTYPES.index(dtype)
+    for index, sample in enumerate(samples):
+        if index % 2 == offset % 2 or sample in WIDE or sample.proj_size:  # two dtypes share each sample
+            sim.seed(index)
+            compare(sim, sample, dtype, (driver.GATES, STATES)[(index // 2 + offset // 2) % 2])
+
+
+def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver.Simulator]) -> None:
+    sim = simulator(simulators, "sim")
+    arguments, options = WIDE[0].arguments(torch.float32)
+    layer = driver.Layer(*arguments, **options)
+    results = []
+    for seed in range(12):
+        sim.seed(seed)
+        output, h_n, _, saved = sim.forward(layer)
+        grads = sim.backward(layer, output, saved, output, h_n, None, None)
+        results.append(torch.cat([tensor.flatten() for tensor in (output, h_n, *grads)]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def run_in_subprocess(program: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=300)
+
+
+def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
+    library = build.build("engine", "asan", ENGINE, library=True)
+    preload = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in ("libasan.so", "libubsan.so")]
+    done = run_in_subprocess(
+        [sys.executable, __file__, str(library)],
+        LD_PRELOAD=" ".join(preload),
+        ASAN_OPTIONS="detect_leaks=0",  # Python's own
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONPATH=os.pathsep.join([str(build.ROOT), str(Path(__file__).parent)]),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def main() -> None:
+    """The sanitizers' part of the tests, in a process that has loaded them first."""
+    torch.set_num_threads(1)
+    sim = driver.Simulator(Path(sys.argv[1]))
+    for index, sample in enumerate([*SAMPLES, *WIDE]):
+        sim.seed(index)
+        compare(sim, sample, driver.DTYPES[index % 4], (driver.GATES, STATES)[index // 4 % 2])
+
+
+if __name__ == "__main__":
+    main()

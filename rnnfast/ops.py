@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod  # unlike Size.numel, it leaves symbolic sizes symbolic
 from threading import local
 
 import torch
@@ -127,8 +128,7 @@ def _fake_layer(
     output = input.new_empty(*shape, directions * output_size)
     c_n = input.new_empty(0 if c0 is None else c0.shape)
     c = input.new_empty((*shape, directions * hidden_size) if save and c0 is not None else 0)
-    rows = shape.numel()
-    saved = input.new_empty((directions, rows, saved_values * hidden_size) if save == 2 and saved_values else 0)
+    saved = input.new_empty((directions, prod(shape), saved_values * hidden_size) if save == 2 and saved_values else 0)
     return output, input.new_empty(h0.shape), c_n, c, saved
 
 

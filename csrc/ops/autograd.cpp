@@ -71,7 +71,7 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
                           saved};
     kept.insert(kept.end(), weights.begin(), weights.end());
     context->save_for_backward(std::move(kept));
-    context->mark_non_differentiable({saved});
+    context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
     return {output, h_n, c_n, c, saved};
   }

@@ -1,0 +1,129 @@
+"""Derivatives of the operators' derivatives: numerically, against the reference, and where arguments depend on each
+other. The modules' own gradcheck is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sample_inputs import CELLS, Sample, each_cell, tensors_of
+from torch import Tensor
+from torch.testing import assert_close
+
+from rnnfast import ops, reference
+
+pytestmark = pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no operators")
+
+SMALL = {"steps": 3, "batch": 2, "input_size": 2, "hidden_size": 2}
+SAMPLES = [
+    Sample(cell, **SMALL, directions=directions, form=form, reset=reset)
+    for cell in CELLS
+    for directions, form, reset in (
+        (1, "padded", False),
+        (2, "padded", True),
+        (1, "packed", True),
+        (2, "packed", False),
+        (2, "lengths", True),
+    )
+] + [
+    Sample("lstm", **{**SMALL, "hidden_size": 3}, proj_size=2, directions=2, form="packed", reset=True),
+    Sample("gru", **SMALL, bias=False),
+    Sample("gru", **{**SMALL, "steps": 0}),
+    Sample("lstm", **{**SMALL, "batch": 0}),
+]
+each_small_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+
+
+def as_function(run: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The layer as a function of its floating arguments alone, and those arguments."""
+    arguments, options = sample.arguments(grad=True)
+    c0 = arguments[3]
+
+    def function(input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        state, weights = (None, rest) if c0 is None else (rest[0], rest[1:])
+        results = run(sample.cell, input, h0, state, list(weights), **options)
+        return tuple(result for result in results if result.requires_grad)
+
+    return function, tensors_of(arguments)
+
+
+@each_small_sample
+def test_gradients_numerically(sample: Sample) -> None:
+    function, arguments = as_function(ops.layer, sample)
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+@each_small_sample
+def test_a_graph_of_the_gradient_does_not_change_it(sample: Sample) -> None:
+    function, arguments = as_function(ops.layer, sample)
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        loss = sum(result.sin().sum() for result in function(*arguments))
+        return torch.autograd.grad(loss, arguments, create_graph=create_graph, materialize_grads=True)
+
+    for actual, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert_close(actual, wanted)
+
+
+@each_cell
+def test_third_derivative(cell: str, device: str) -> None:
+    def third(run: Callable[..., Any]) -> tuple[Tensor, ...]:
+        arguments, options = Sample(cell, **SMALL, directions=2).arguments(device=device, grad=True)
+        result = run(*arguments, **options)[0].square().sum()
+        for _ in range(2):
+            gradients = torch.autograd.grad(result, tensors_of(arguments), create_graph=True)
+            result = sum(gradient.square().sum() for gradient in gradients)
+        return torch.autograd.grad(result, tensors_of(arguments))
+
+    for actual, wanted in zip(third(ops.layer), third(reference.layer), strict=True):
+        assert_close(actual, wanted)
+
+
+@each_cell
+def test_arguments_that_depend_on_each_other(cell: str, device: str) -> None:
+    """The input is computed from a weight, one weight serves twice, and the initial states are one tensor."""
+    sample = replace(Sample(cell), input_size=5, hidden_size=5)
+
+    def second(run: Callable[..., Any]) -> tuple[Tensor, ...]:
+        arguments, options = sample.arguments(device=device, grad=True)
+        _, input, h0, c0, (w, _, *biases) = arguments
+        result = run(cell, input @ w[:5], h0, None if c0 is None else h0, [w, w, *biases], **options)[0]
+        (gradient,) = torch.autograd.grad(result.square().sum(), w, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [input, h0, w, *biases])
+
+    for actual, wanted in zip(second(ops.layer), second(reference.layer), strict=True):
+        assert_close(actual, wanted)
+
+
+@each_cell
+def test_second_derivative_of_the_outer_gradient_alone(cell: str, device: str) -> None:
+    """Nothing but the incoming gradient requires one: backward is linear in it, and so is its own derivative."""
+    arguments, options = Sample(cell, directions=2).arguments(device=device, grad=True)
+    output = ops.layer(*arguments, **options)[0]
+    incoming = torch.randn_like(output, requires_grad=True)
+    gradients = torch.autograd.grad(output, tensors_of(arguments), incoming, create_graph=True)
+    direction = [torch.randn_like(gradient) for gradient in gradients]
+    (product,) = torch.autograd.grad(gradients, incoming, direction)
+
+    def along(step: Tensor) -> Tensor:
+        moved = [a.detach() + step * b for a, b in zip(tensors_of(arguments), direction, strict=True)]
+        states = 3 if cell == "lstm" else 2
+        c0 = moved[2] if cell == "lstm" else None
+        return reference.layer(cell, moved[0], moved[1], c0, moved[states:], **options)[0]
+
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    assert_close(product, torch.autograd.functional.jvp(along, zero, torch.ones_like(zero))[1])
+
+
+@each_cell
+def test_a_gradient_penalty_trains(cell: str, device: str) -> None:
+    arguments, options = Sample(cell).arguments(device=device, grad=True)
+    loss = ops.layer(*arguments, **options)[0].square().sum()
+    gradients = torch.autograd.grad(loss, tensors_of(arguments), create_graph=True)
+    (loss + sum(gradient.square().sum() for gradient in gradients)).backward()
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors_of(arguments))

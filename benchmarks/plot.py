@@ -64,7 +64,7 @@ def main() -> None:
         axes.set_title(f"{title}: {len(panel) - losses} wins, {losses} losses", fontsize=10)
     axes = panels[0][0]
     axes.set_yticks(range(len(names)), [label(name) for name in names], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     for cell, colour in COLOURS.items():
         axes.scatter([], [], s=26, color=colour, label=cell.upper())
     axes.scatter([], [], s=60, marker="X", label="loss", facecolors="none", edgecolors=LOSS)

@@ -135,15 +135,15 @@ class Backward {
         s.sums_hr = sums(P, H);
       }
       if (l.grad_input.data) s.w_ih = columns(N, gates, I);
-      if (l.direction[d].grad_w_ih) {
+      if (l.direction[d].grad_w_hh) {
         s.sums_ih = sums(gates, I);
         s.sums_hh = sums(gates, P);
       }
       if (recomputes(l)) {
         const UnitBlocks blocks = gate_blocks(l);
         s.saved = carver.take<S>(N * Cell::kSaved * H);
-        if (!GateMatrix<S>::in_place(B, I)) s.forward_ih = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, I));
-        if (!GateMatrix<S>::in_place(B, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
+        if (!GateMatrix<S>::in_place(N, I)) s.forward_ih = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, I));
+        if (!GateMatrix<S>::in_place(N, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
         s.bias_ih = carver.take<Acc>(blocks.columns());
         s.bias_hh = carver.take<Acc>(blocks.columns());
       }
@@ -433,7 +433,7 @@ class Backward {
 
   static void grad_weights(const LayerBackward& l, const DirectionBackward& d, const Shared& shared, const Own& own,
                            int rank, int size) {
-    if (!d.grad_w_ih) return;
+    if (!d.grad_w_hh) return;
     const Sequence& s = l.sequence;
     const int64_t gates = G * l.hidden_size;
     auto slice = [&](int64_t m) {
@@ -445,13 +445,15 @@ class Backward {
     const Member alone{};
     const Backward self(l, d, alone, shared, own);
     const Share m = slice(gates);
-    WeightGradient<S>::run(
-        shared.igates, ld_gates(l), m.begin, m.end, l.input_size, s.rows,
-        [&](int64_t first, int64_t count, const S** rows) {
-          for_rows(s, first, count,
-                   [&](int64_t i, int64_t t, int64_t slot) { rows[i] = at<const S>(l.input, s, t, slot); });
-        },
-        own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
+    if (l.input_size > 0) {
+      WeightGradient<S>::run(
+          shared.igates, ld_gates(l), m.begin, m.end, l.input_size, s.rows,
+          [&](int64_t first, int64_t count, const S** rows) {
+            for_rows(s, first, count,
+                     [&](int64_t i, int64_t t, int64_t slot) { rows[i] = at<const S>(l.input, s, t, slot); });
+          },
+          own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
+    }
     WeightGradient<S>::run(
         shared.hgates, ld_gates(l), m.begin, m.end, l.output_size, s.rows,
         [&](int64_t first, int64_t count, const S** rows) {

@@ -27,8 +27,20 @@ class Forward {
     Acc* c;                            // [B, ld_c]
     Unit* hidden;                      // [B, ld_hidden] before the projection w_hr
   };
+  // Where a row of one step reads and writes.
+  struct StepRow {
+    const Operand* h;  // [P] the state before the step
+    Operand* next_h;   // [P] the state after it
+    Acc* c;            // [H] the cell state, updated in place
+    Operand* hidden;   // [H] the state before the projection; null without one
+    S* output;         // [P]
+    S* c_output;       // [H] or null
+    S* saved;          // [S*H] or null
+    bool drop;         // the next step starts from zero
+  };
   // What a thread has to itself.
   struct Own {
+    StepRow* rows;        // [B]
     Acc* igates;          // [capacity, columns of the thread's blocks]
     const Unit** inputs;  // [capacity]
     Unit* converted;      // [capacity, units of I], where inputs cannot be read in place
@@ -86,7 +98,7 @@ class Forward {
     const UnitBlocks hidden = hidden_blocks(l, m), output = output_blocks(l, m);
     const int64_t batch = l.sequence.batch;
     auto weights = [&](const UnitBlocks& blocks, int64_t k) {
-      if (GateMatrix<S>::in_place(batch, k)) return static_cast<Unit*>(nullptr);
+      if (GateMatrix<S>::in_place(l.sequence.rows, k)) return static_cast<Unit*>(nullptr);
       return carver.take<Unit>(GateMatrix<S>::packed_units(blocks, k));
     };
     Shared s{};
@@ -106,6 +118,7 @@ class Forward {
   static Own carve_own(const LayerForward& l, const Member& m, Carver& carver) {
     const int64_t rows = capacity(l, m);
     Own own{};
+    own.rows = carver.take<StepRow>(l.sequence.batch);
     own.igates = carver.take<Acc>(rows * hidden_blocks(l, m).columns());
     own.inputs = carver.take<const Unit*>(rows);
     if (!reads_in_place<S>(l.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(l.input_size));
@@ -211,17 +224,18 @@ class Forward {
   }
 
   void step(int64_t s, int64_t igates_row) {
-    const int64_t t = time(s), count = living(s);
+    const int64_t count = living(s);
+    for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row(s, rows_.begin + i);
     alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
     const Unit* h[kTileRows];
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes;
+      const Acc* igates = own_.igates + igates_row * ld_igates_ + hidden_.column(b) - first_column_;
       for_chunks(0, count, w_hh_.row_chunk(b), [&](int64_t i, int64_t n) {
-        for (int64_t r = 0; r < n; ++r) h[r] = h_row(s, rows_.begin + i + r);
+        for (int64_t r = 0; r < n; ++r) h[r] = reinterpret_cast<const Unit*>(own_.rows[i + r].h);
         w_hh_.multiply(b, h, n, hgates, columns);
         for (int64_t r = 0; r < n; ++r)
-          cell(s, t, rows_.begin + i + r, b,
-               own_.igates + (igates_row + i + r) * ld_igates_ + hidden_.column(b) - first_column_,
+          cell(own_.rows[i + r], hidden_.first(b), hidden_.size(b), igates + (i + r) * ld_igates_,
                hgates + r * columns);
       });
     }
@@ -230,57 +244,63 @@ class Forward {
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
       const int64_t columns = output_.vectors(b) * kLanes;
       for_chunks(0, count, w_hr_.row_chunk(b), [&](int64_t i, int64_t n) {
-        for (int64_t r = 0; r < n; ++r) h[r] = shared_.hidden + (rows_.begin + i + r) * ld_hidden_;
+        for (int64_t r = 0; r < n; ++r) h[r] = reinterpret_cast<const Unit*>(own_.rows[i + r].hidden);
         w_hr_.multiply(b, h, n, hgates, columns);
-        for (int64_t r = 0; r < n; ++r) {
-          const int64_t j = rows_.begin + i + r, first = output_.first(b), size = output_.size(b);
-          const bool drop = drops(t, j);
-          for (int64_t u = 0; u < size; u += kLanes)
-            write_h(s, t, j, first + u, size - u, V::load(hgates + r * columns + u), drop);
-        }
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t u = 0; u < output_.size(b); u += kLanes)
+            write_h(own_.rows[i + r], output_.first(b) + u, output_.size(b) - u, V::load(hgates + r * columns + u));
       });
     }
     m_.wait_step();
   }
 
-  // Whether the state that step t leaves is dropped before the next step reads it.
-  bool drops(int64_t t, int64_t slot) const {
-    return s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
+  StepRow step_row(int64_t s, int64_t slot) const {
+    const int64_t t = time(s);
+    StepRow row;
+    row.h = reinterpret_cast<const Operand*>(h_row(s, slot));
+    row.next_h = reinterpret_cast<Operand*>(h_row(s + 1, slot));
+    row.c = shared_.c + slot * ld_c_;
+    row.hidden = shared_.hidden ? reinterpret_cast<Operand*>(shared_.hidden + slot * ld_hidden_) : nullptr;
+    row.output = at<S>(d_.output, s_, t, slot);
+    row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
+    row.saved = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * l_.hidden_size : nullptr;
+    row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
+    return row;
   }
 
-  // The n (at most kLanes) outputs from unit u on: to the output and to the state that the next step reads.
-  void write_h(int64_t s, int64_t t, int64_t slot, int64_t u, int64_t n, V h, bool drop) {
-    n = std::min<int64_t>(n, kLanes);
-    store(at<S>(d_.output, s_, t, slot) + u, h, n);
-    store_operand<S>(reinterpret_cast<Operand*>(h_row(s + 1, slot)) + u, drop ? V(Acc(0)) : h, n);
+  // The n (at least one) outputs from unit u on: to the output and to the state that the next step reads.
+  static void write_h(const StepRow& row, int64_t u, int64_t n, V h) {
+    store(row.output + u, h, n);
+    store_operand<S>(row.next_h + u, row.drop ? V(Acc(0)) : h, n);
   }
 
-  void cell(int64_t s, int64_t t, int64_t slot, int64_t b, const Acc* igates, const Acc* hgates) {
-    const int64_t first = hidden_.first(b), size = hidden_.size(b), H = l_.hidden_size;
-    const bool drop = drops(t, slot);
-    S* saved_row = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * H : nullptr;
-    for (int64_t u = 0; u < size; u += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, size - u), unit = first + u;
-      V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], saved[Cell::kSaved + 1];
-      for (int g = 0; g < G; ++g) {
-        ig[g] = V::load(igates + g * size + u);
-        hg[g] = V::load(hgates + g * size + u);
-      }
-      if (Cell::kStates == 1) prev[0] = load(reinterpret_cast<const Operand*>(h_row(s, slot)) + unit, n);
-      Acc* c = shared_.c + slot * ld_c_ + unit;
-      if (Cell::kStates > 1) prev[1] = load(c, n);
-      Cell::forward(ig, hg, prev, state, saved);
-      if (Cell::kStates > 1) {
-        store(c, drop ? V(Acc(0)) : state[1], n);
-        if (d_.c.data) store(at<S>(d_.c, s_, t, slot) + unit, state[1], n);
-      }
-      if (saved_row)
-        for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * H + unit, saved[k], n);
-      if (shared_.hidden) {
-        store_operand<S>(reinterpret_cast<Operand*>(shared_.hidden + slot * ld_hidden_) + unit, state[0], n);
-      } else {
-        write_h(s, t, slot, unit, n, state[0], drop);
-      }
+  void cell(const StepRow& row, int64_t first, int64_t size, const Acc* igates, const Acc* hgates) const {
+    int64_t u = 0;
+    for (; u + kLanes <= size; u += kLanes) cell_vector(row, first + u, kLanes, size, igates + u, hgates + u);
+    if (u < size) cell_vector(row, first + u, size - u, size, igates + u, hgates + u);
+  }
+
+  // n units from `unit` on; the gates of a unit lie `stride` apart.
+  inline __attribute__((always_inline)) void cell_vector(const StepRow& row, int64_t unit, int64_t n, int64_t stride,
+                                                         const Acc* igates, const Acc* hgates) const {
+    V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], saved[Cell::kSaved + 1];
+    for (int g = 0; g < G; ++g) {
+      ig[g] = V::load(igates + g * stride);
+      hg[g] = V::load(hgates + g * stride);
+    }
+    if (Cell::kStates == 1) prev[0] = load(row.h + unit, n);
+    if (Cell::kStates > 1) prev[1] = load(row.c + unit, n);
+    Cell::forward(ig, hg, prev, state, saved);
+    if (Cell::kStates > 1) {
+      store(row.c + unit, row.drop ? V(Acc(0)) : state[1], n);
+      if (row.c_output) store(row.c_output + unit, state[1], n);
+    }
+    if (row.saved)
+      for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k], n);
+    if (row.hidden) {
+      store_operand<S>(row.hidden + unit, state[0], n);
+    } else {
+      write_h(row, unit, n, state[0]);
     }
   }
 

@@ -2,8 +2,7 @@
 // Must not know: cells, time, threads.
 //
 // Included once per instruction set, after simd.h. Every sum over k runs in the order of k in one accumulator per
-// output, whatever the tile, so that a row's result does not depend on the other rows. (DotMatrix has an order of its
-// own; see there.)
+// output, whatever the tile, so that a row's result does not depend on the other rows, nor on how a sequence is cut.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -156,20 +155,19 @@ struct UnitBlocks {
   int64_t columns() const { return count() == 0 ? 0 : column(count() - 1) + vectors(count() - 1) * lanes; }
 };
 
-// A weight matrix [G*H, K], row-major, as the right operand of rows times W^T.
-//
-// Packed: a block's columns in panels of up to four vectors, panel [units][vectors][lanes]; sums in the order of k.
-// In place ("dot"): for one or two rows, packing would cost more than the product. Lanes run along k and are added at
-// the end, sixteen columns at a time. Which of the two is used depends on the batch size and K alone, never on the
-// number of steps, so that a sequence fed in pieces gives the same bits as fed whole.
+// A weight matrix [G*H, K], row-major, as the right operand of rows times W^T. The product wants lanes along the
+// columns (the rows of W), so W is transposed, sixteen (kLanes) rows at a time: into panels [units][vectors][lanes] of
+// up to four vectors that are read at every step, or, where a few rows are all there is, in registers on the way.
 template <class S>
 class GateMatrix {
  public:
   using Unit = typename Product<S>::Unit;
   using Acc = acc_t<S>;
   static constexpr int kLanes = Vec<Acc>::kLanes;
+  static constexpr int kFewRows = 4;
 
-  static bool in_place(int64_t batch, int64_t k) { return batch <= 2 && k >= 2 * kLanes && reads_in_place<S>(k); }
+  // Whether `rows`, over all steps, are too few to pay for packing.
+  static bool in_place(int64_t rows, int64_t k) { return rows <= kFewRows && reads_in_place<S>(k); }
 
   // packed: storage for packed_units(), or null for in place.
   GateMatrix(const UnitBlocks& blocks, const S* weights, const S* bias, int64_t k, Unit* packed, Acc* bias_columns)
@@ -185,27 +183,31 @@ class GateMatrix {
 
   // Prepares block b; every block must be prepared before multiply reads it.
   void prepare(int64_t b) const {
-    const int64_t columns = blocks_.gates * blocks_.size(b);
-    for (int64_t v = 0; v < blocks_.vectors(b); ++v) {
-      const S* rows[kLanes];
-      Acc bias[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t column = v * kLanes + i;
-        rows[i] = column < columns ? weights_ + row_of(b, column) * k_ : nullptr;
-        bias[i] = column < columns && bias_ ? to_acc(bias_[row_of(b, column)]) : Acc(0);
-      }
-      memcpy(bias_columns_ + blocks_.column(b) + v * kLanes, bias, sizeof(bias));
-      if (!packed_) continue;
+    const int64_t size = blocks_.size(b), columns = blocks_.gates * size, vectors = blocks_.vectors(b);
+    Acc* bias = bias_columns_ + blocks_.column(b);
+    for (int64_t g = 0, column = 0; g < blocks_.gates; ++g)
+      for (int64_t u = 0; u < size; ++u, ++column)
+        bias[column] = bias_ ? to_acc(bias_[g * blocks_.units + blocks_.first(b) + u]) : Acc(0);
+    for (int64_t column = columns; column < vectors * kLanes; ++column) bias[column] = Acc(0);
+    if (!packed_) return;
+    for (int64_t v = 0; v < vectors; ++v) {
       const int64_t panel = v / kMaxVectors * kMaxVectors;
-      const int64_t width = std::min<int64_t>(kMaxVectors, blocks_.vectors(b) - panel) * kLanes;
+      const int64_t width = std::min<int64_t>(kMaxVectors, vectors - panel) * kLanes;
       Unit* to = packed_ + (blocks_.column(b) + panel * kLanes) * units_ + (v - panel) * kLanes;
-      pack_vector(rows, to, width);
+      const S* rows[kLanes];
+      find_rows(b, v, rows);
+      for (int64_t u = 0; u < units_; u += kLanes) {
+        Vec<Unit> block[kLanes];
+        load_transposed(rows, u, block);
+        const int n = int(std::min<int64_t>(kLanes, units_ - u));
+        for (int i = 0; i < n; ++i) block[i].store(to + (u + i) * width);
+      }
     }
   }
 
   // out[r][column - column(b)] = bias + rows[r] . W^T for the columns of block b.
   void multiply(int64_t b, const Unit* const* rows, int64_t count, Acc* out, int64_t ld_out) const {
-    if (!packed_) return dot(b, rows, count, out, ld_out);
+    if (!packed_) return multiply_in_place(b, rows, count, out, ld_out);
     const int64_t vectors = blocks_.vectors(b), column = blocks_.column(b);
     // One panel at a time: it stays in the cache while the rows pass.
     for (int64_t v = 0; v < vectors; v += kMaxVectors) {
@@ -220,77 +222,70 @@ class GateMatrix {
   }
 
   // The most rows that one pass over a block's panels takes.
-  int row_chunk(int64_t b) const { return packed_ ? kMaxRows[std::min<int64_t>(kMaxVectors, blocks_.vectors(b))] : 2; }
+  int row_chunk(int64_t b) const {
+    return packed_ ? kMaxRows[std::min<int64_t>(kMaxVectors, blocks_.vectors(b))] : kFewRows;
+  }
 
  private:
-  int64_t row_of(int64_t b, int64_t column) const {
-    const int64_t size = blocks_.size(b);
-    return column / size * blocks_.units + blocks_.first(b) + column % size;
+  // The rows of W that are the columns of vector v of block b. Columns that only pad repeat the last row: their results
+  // are never read.
+  void find_rows(int64_t b, int64_t v, const S* (&rows)[kLanes]) const {
+    const int64_t size = blocks_.size(b), last = blocks_.gates * size - 1;
+    int64_t gate = v * kLanes / size, unit = v * kLanes % size;
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = weights_ + (gate * blocks_.units + blocks_.first(b) + unit) * k_;
+      if (v * kLanes + i >= last) continue;
+      if (++unit == size) unit = 0, ++gate;
+    }
   }
 
-  // Sixteen (kLanes) rows of W become kLanes columns of a panel.
-  void pack_vector(const S* const (&rows)[kLanes], Unit* to, int64_t width) const {
+  // Units [u, u + kLanes) of sixteen rows, as columns; units past the end are zero.
+  void load_transposed(const S* const (&rows)[kLanes], int64_t u, Vec<Unit> (&block)[kLanes]) const {
     constexpr int kPair = Product<S>::kPair;
-    using Operand = typename Product<S>::Operand;
-    for (int64_t u = 0; u < units_; u += kLanes) {
-      Vec<Unit> block[kLanes];
-      const int64_t n = std::min<int64_t>(kLanes, units_ - u);
+    if (u + kLanes <= units_ && reads_in_place<S>(k_)) {
+      for (int i = 0; i < kLanes; ++i) block[i] = Vec<Unit>::load(reinterpret_cast<const Unit*>(rows[i]) + u);
+    } else {
       for (int i = 0; i < kLanes; ++i) {
         Unit part[kLanes] = {};
-        if (rows[i] && n == kLanes && reads_in_place<S>(k_)) {
-          block[i] = Vec<Unit>::load(reinterpret_cast<const Unit*>(rows[i]) + u);
-          continue;
-        }
-        if (rows[i]) copy_row<S>(rows[i] + u * kPair, std::min<int64_t>(n * kPair, k_ - u * kPair), part);
+        copy_row<S>(rows[i] + u * kPair, std::min<int64_t>(kLanes * kPair, k_ - u * kPair), part);
         block[i] = Vec<Unit>::load(part);
       }
-      static_assert(sizeof(Unit) == sizeof(Operand) * kPair, "a unit is a pair of operands, or one");
-      transpose(block);
-      for (int64_t i = 0; i < n; ++i) block[i].store(to + (u + i) * width);
     }
+    transpose(block);
   }
 
-  void dot(int64_t b, const Unit* const* rows, int64_t count, Acc* out, int64_t ld_out) const {
-    const int64_t columns = blocks_.gates * blocks_.size(b);
+  void multiply_in_place(int64_t b, const Unit* const* rows, int64_t count, Acc* out, int64_t ld_out) const {
+    switch (count) {
+      case 1:
+        return multiply_in_place<1>(b, rows, out, ld_out);
+      case 2:
+        return multiply_in_place<2>(b, rows, out, ld_out);
+      case 3:
+        return multiply_in_place<3>(b, rows, out, ld_out);
+      case 4:
+        return multiply_in_place<4>(b, rows, out, ld_out);
+    }
+  }
+  template <int MR>
+  void multiply_in_place(int64_t b, const Unit* const* a, Acc* out, int64_t ld_out) const {
     for (int64_t v = 0; v < blocks_.vectors(b); ++v) {
-      const Unit* w[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        w[i] = reinterpret_cast<const Unit*>(weights_ + row_of(b, std::min(v * kLanes + i, columns - 1)) * k_);
-      const Vec<Acc> bias = Vec<Acc>::load(bias_columns_ + blocks_.column(b) + v * kLanes);
-      for (int64_t r = 0; r < count; ++r) (dot_vector(w, rows[r]) + bias).store(out + r * ld_out + v * kLanes);
-    }
-  }
-
-  Vec<Acc> dot_vector(const Unit* const (&w)[kLanes], const Unit* a) const {
-    Vec<Acc> sum[kLanes];
-    constexpr int kHalf = kLanes / 2;
-    // Half of the columns at a time: pointers and sums stay in registers.
-    for (int half = 0; half < kLanes; half += kHalf) {
-      Vec<Acc> part[kHalf];
-      for (int i = 0; i < kHalf; ++i) part[i] = Vec<Acc>(Acc(0));
-      int64_t k = 0;
-      for (; k + kLanes <= units_; k += kLanes) {
-        const Vec<Unit> x = Vec<Unit>::load(a + k);
-        for (int i = 0; i < kHalf; ++i)
-          part[i] = Product<S>::multiply_add(part[i], x, Vec<Unit>::load(w[half + i] + k));
+      const S* rows[kLanes];
+      find_rows(b, v, rows);
+      Vec<Acc> sum[MR];
+      for (int r = 0; r < MR; ++r) sum[r] = Vec<Acc>::load(bias_columns_ + blocks_.column(b) + v * kLanes);
+      for (int64_t u = 0; u < units_; u += kLanes) {
+        Vec<Unit> block[kLanes];
+        load_transposed(rows, u, block);
+        const int n = int(std::min<int64_t>(kLanes, units_ - u));
+        if (n == kLanes) {
+          for (int i = 0; i < kLanes; ++i)
+            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], a[r][u + i], block[i]);
+        } else {
+          for (int i = 0; i < n; ++i)
+            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], a[r][u + i], block[i]);
+        }
       }
-      if (k < units_) {
-        const Vec<Unit> x = load_part(a + k, units_ - k);
-        for (int i = 0; i < kHalf; ++i)
-          part[i] = Product<S>::multiply_add(part[i], x, load_part(w[half + i] + k, units_ - k));
-      }
-      for (int i = 0; i < kHalf; ++i) sum[half + i] = part[i];
-    }
-    return sum_lanes(sum);
-  }
-
-  static Vec<Unit> load_part(const Unit* p, int64_t n) {
-    if constexpr (std::is_same_v<Unit, Acc>) {
-      return load(p, n);
-    } else {
-      Unit part[kLanes] = {};
-      memcpy(part, p, n * sizeof(Unit));
-      return Vec<Unit>::load(part);
+      for (int r = 0; r < MR; ++r) sum[r].store(out + r * ld_out + v * kLanes);
     }
   }
 
@@ -423,11 +418,21 @@ class WeightGradient {
 
   // out[m] = sum over rows of A[row][m], for m in [m_begin, m_end).
   static void column_sums(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, int64_t rows, S* out) {
-    for (int64_t m = m_begin; m < m_end; m += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, m_end - m);
-      Vec<Acc> sum(Acc(0));
-      for (int64_t row = 0; row < rows; ++row) sum = sum + load(a + row * lda + m, n);
-      store(out + m, sum, n);
+    // Several neighbouring vectors at once, so that each row is read as a stretch of memory.
+    constexpr int kVectors = 8;
+    for (int64_t first = m_begin; first < m_end; first += kVectors * kLanes) {
+      const int64_t n = std::min<int64_t>(kVectors * kLanes, m_end - first);
+      Vec<Acc> sum[kVectors];
+      for (auto& s : sum) s = Vec<Acc>(Acc(0));
+      for (int64_t row = 0; row < rows; ++row) {
+        const Operand* from = a + row * lda + first;
+        if (n == kVectors * kLanes) {
+          for (int v = 0; v < kVectors; ++v) sum[v] = sum[v] + load(from + v * kLanes);
+        } else {
+          for (int v = 0; v * kLanes < n; ++v) sum[v] = sum[v] + load(from + v * kLanes, n - v * kLanes);
+        }
+      }
+      for (int v = 0; v * kLanes < n; ++v) store(out + first + v * kLanes, sum[v], n - v * kLanes);
     }
   }
 
@@ -459,7 +464,8 @@ class WeightGradient {
     constexpr int kPair = Product<S>::kPair;
     for (int64_t u = 0; u < units_of<S>(depth); ++u, to += mr) {
       if constexpr (kPair == 1) {
-        for (int r = 0; r < mr; ++r) to[r] = a[u * lda + r];
+        // Whole vectors: what a store writes past its row, the next row's store overwrites.
+        for (int r = 0; r < mr; r += kLanes) Vec<Unit>::load(a + u * lda + r).store(to + r);
       } else {
         for (int r = 0; r < mr; ++r) {
           const uint32_t l = a[2 * u * lda + r].bits;

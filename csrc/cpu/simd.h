@@ -55,11 +55,16 @@ inline Vec<T> relu_mask(Vec<T> y) {
   return Vec<T>::of(y.v > T(0) ? Vec<T>(T(1)).v : typename Vec<T>::Native{});
 }
 
-// Comparisons are false for NaN, so that NaN stays.
+// NaN stays NaN: the comparisons are false for it, and the instructions return their second operand.
 inline VecF clamp(VecF x, float low, float high) {
+#if defined(RNNFAST_HAS_AVX512)
+  const __m512 above = _mm512_max_ps(__m512(VecF(low).v), __m512(x.v));
+  return VecF::of(VecF::Native(_mm512_min_ps(__m512(VecF(high).v), above)));
+#else
   x.v = x.v < low ? VecF(low).v : x.v;
   x.v = x.v > high ? VecF(high).v : x.v;
   return x;
+#endif
 }
 
 // exp(x) = scale * (1 + p) with scale = 2^n, x = n ln 2 + r, |r| <= ln(2) / 2 and p = exp(r) - 1.
@@ -72,11 +77,10 @@ inline void exp_parts(VecF x, VecF& scale, VecF& p) {
   // ln 2 in two parts, the first with few enough bits that n times it is exact.
   const VecF r = (x - n * VecF(0.693359375f)) - n * VecF(-2.12194440e-4f);
   scale.v = reinterpret_cast<VecF::Native>((reinterpret_cast<VecF::NativeBits>(shifted.v) << 23) + 0x3f800000);
-  // The Taylor series of (exp(r) - 1 - r) / r^2; the first term left out is below 2^-27 of exp(r).
-  VecF q = r * VecF(1.0f / 5040) + VecF(1.0f / 720);
-  q = q * r + VecF(1.0f / 120);
-  q = q * r + VecF(1.0f / 24);
-  q = q * r + VecF(1.0f / 6);
+  // The minimax polynomial of (exp(r) - 1 - r) / r^2 with weight r^2: exp(r) within 3.2e-9.
+  VecF q = r * VecF(1.39506476e-3f) + VecF(8.36895313e-3f);
+  q = q * r + VecF(4.16662022e-2f);
+  q = q * r + VecF(1.66665182e-1f);
   q = q * r + VecF(0.5f);
   p = q * (r * r) + r;
 }
@@ -234,7 +238,6 @@ struct Product {
   using Unit = Operand;
   static constexpr int kPair = 1;
   static Vec<Acc> multiply_add(Vec<Acc> sum, Unit a, Vec<Unit> w) { return Vec<Acc>(a) * w + sum; }
-  static Vec<Acc> multiply_add(Vec<Acc> sum, Vec<Unit> a, Vec<Unit> w) { return a * w + sum; }
 };
 
 #if defined(RNNFAST_HAS_AVX512_BF16)
@@ -244,51 +247,88 @@ struct Product<bf16> {
   using Acc = float;
   using Unit = int32_t;  // the bits of a pair of bf16
   static constexpr int kPair = 2;
-  static VecF multiply_add(VecF sum, Unit a, Vec<Unit> w) { return multiply_add(sum, Vec<Unit>(a), w); }
-  static VecF multiply_add(VecF sum, Vec<Unit> a, Vec<Unit> w) {
-    return VecF::of(VecF::Native(_mm512_dpbf16_ps(__m512(sum.v), __m512bh(__m512i(a.v)), __m512bh(__m512i(w.v)))));
+  static VecF multiply_add(VecF sum, Unit a, Vec<Unit> w) {
+    const __m512bh pair = __m512bh(_mm512_set1_epi32(a));
+    return VecF::of(VecF::Native(_mm512_dpbf16_ps(__m512(sum.v), pair, __m512bh(__m512i(w.v)))));
   }
 };
 #endif
 
-// The transpose of a kLanes x kLanes block held in registers: log2(kLanes) rounds of a perfect shuffle.
-template <class T, int... I>
-inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, I...>) {
-  constexpr int n = Vec<T>::kLanes;
+// ------------------------------------------------------------------------------------------------- transpose
+
+// Lane i of the result is lane Pattern::source(i) of a followed by b.
+template <class Pattern, class T, int... I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  low.v = __builtin_shufflevector(a.v, b.v, (I / 2 + (I % 2) * n)...);
-  high.v = __builtin_shufflevector(a.v, b.v, (n / 2 + I / 2 + (I % 2) * n)...);
+  return Vec<T>::of(__builtin_shufflevector(a.v, b.v, Pattern::source(I)...));
 #else
-  low.v = __builtin_shuffle(a.v, b.v, typename Vec<T>::NativeBits{(I / 2 + (I % 2) * n)...});
-  high.v = __builtin_shuffle(a.v, b.v, typename Vec<T>::NativeBits{(n / 2 + I / 2 + (I % 2) * n)...});
+  return Vec<T>::of(__builtin_shuffle(a.v, b.v, typename Vec<T>::NativeBits{Pattern::source(I)...}));
 #endif
 }
-template <class T>
-inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
-  interleave(a, b, low, high, std::make_integer_sequence<int, Vec<T>::kLanes>{});
+
+// Cuts the lanes into groups of kGroup, and the groups' elements into pieces of kPiece. The result alternates pieces of
+// a and of b: those of the groups' lower halves (kHigh = 0) or upper halves (1). Within 16 bytes this is one unpack
+// instruction.
+template <int kLanes, int kGroup, int kPiece, int kHigh>
+struct Interleave {
+  static constexpr int source(int i) {
+    const int group = i / kGroup, piece = i % kGroup / kPiece;
+    return (piece % 2) * kLanes + group * kGroup + kHigh * kGroup / 2 + piece / 2 * kPiece + i % kPiece;
+  }
+};
+// Halves of a and of b, or even and odd pieces of them: moves of whole 16-byte lanes.
+template <int kLanes, int kHigh>
+struct Halves {
+  static constexpr int source(int i) { return i / (kLanes / 2) * kLanes + kHigh * kLanes / 2 + i % (kLanes / 2); }
+};
+template <int kLanes, int kPiece, int kOdd>
+struct Pieces {
+  static constexpr int source(int i) {
+    const int piece = i / kPiece, half = kLanes / kPiece / 2;
+    return piece / half * kLanes + (piece % half * 2 + kOdd) * kPiece + i % kPiece;
+  }
+};
+template <class Pattern, class T>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+  return shuffle<Pattern>(a, b, std::make_integer_sequence<int, Vec<T>::kLanes>{});
 }
 
+// The transpose of a kLanes x kLanes block held in registers: first within the 16-byte lanes, then of the lanes. Two
+// shuffles a vector and stage of those that a processor does fastest.
 template <class T>
 inline void transpose(Vec<T> (&m)[Vec<T>::kLanes]) {
-  constexpr int n = Vec<T>::kLanes;
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
-    for (int i = 0; i < n / 2; ++i) interleave(m[i], m[i + n / 2], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < n; ++i) m[i] = next[i];
-  }
-}
-
-// Lane i of the result is the sum over the lanes of m[i]: the transpose's network, adding as it goes.
-template <class T>
-inline Vec<T> sum_lanes(Vec<T> (&m)[Vec<T>::kLanes]) {
-  for (int n = Vec<T>::kLanes; n > 1; n /= 2) {
-    for (int i = 0; i < n / 2; ++i) {
-      Vec<T> low, high;
-      interleave(m[i], m[i + n / 2], low, high);
-      m[i] = low + high;
+  constexpr int n = Vec<T>::kLanes, kIn = 16 / sizeof(T), kOf = n / kIn;
+  for (int g = 0; g < n; g += kIn) {
+    if constexpr (kIn == 4) {
+      const Vec<T> a = shuffle<Interleave<n, 4, 1, 0>>(m[g], m[g + 1]),
+                   b = shuffle<Interleave<n, 4, 1, 1>>(m[g], m[g + 1]);
+      const Vec<T> c = shuffle<Interleave<n, 4, 1, 0>>(m[g + 2], m[g + 3]);
+      const Vec<T> d = shuffle<Interleave<n, 4, 1, 1>>(m[g + 2], m[g + 3]);
+      m[g] = shuffle<Interleave<n, 4, 2, 0>>(a, c);
+      m[g + 1] = shuffle<Interleave<n, 4, 2, 1>>(a, c);
+      m[g + 2] = shuffle<Interleave<n, 4, 2, 0>>(b, d);
+      m[g + 3] = shuffle<Interleave<n, 4, 2, 1>>(b, d);
+    } else {
+      const Vec<T> a = m[g], b = m[g + 1];
+      m[g] = shuffle<Interleave<n, 2, 1, 0>>(a, b);
+      m[g + 1] = shuffle<Interleave<n, 2, 1, 1>>(a, b);
     }
   }
-  return m[0];
+  for (int j = 0; j < kIn; ++j) {
+    if constexpr (kOf == 2) {
+      const Vec<T> a = m[j], b = m[kIn + j];
+      m[j] = shuffle<Halves<n, 0>>(a, b);
+      m[kIn + j] = shuffle<Halves<n, 1>>(a, b);
+    } else if constexpr (kOf == 4) {
+      const Vec<T> a = shuffle<Halves<n, 0>>(m[j], m[kIn + j]), b = shuffle<Halves<n, 1>>(m[j], m[kIn + j]);
+      const Vec<T> c = shuffle<Halves<n, 0>>(m[2 * kIn + j], m[3 * kIn + j]);
+      const Vec<T> d = shuffle<Halves<n, 1>>(m[2 * kIn + j], m[3 * kIn + j]);
+      m[j] = shuffle<Pieces<n, kIn, 0>>(a, c);
+      m[kIn + j] = shuffle<Pieces<n, kIn, 1>>(a, c);
+      m[2 * kIn + j] = shuffle<Pieces<n, kIn, 0>>(b, d);
+      m[3 * kIn + j] = shuffle<Pieces<n, kIn, 1>>(b, d);
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------- denormals

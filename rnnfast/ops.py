@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from math import prod  # unlike Size.numel, it leaves symbolic sizes symbolic
 from threading import local
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,13 @@ def layer(
         _check_backend(backend)
     if backend == "reference" or extension is None:
         return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
-    # torch.ops costs several microseconds more than the direct way, but tracers and overrides see only what goes
-    # through it.
-    if torch.compiler.is_compiling() or has_torch_function((input, h0, *weights)):
+    # torch.ops costs microseconds more than the direct way, but tracers and overrides see only what goes through it.
+    if torch.compiler.is_compiling() or has_torch_function((input, h0, c0, *weights, batch_sizes, lengths, reset)):
         operator = getattr(torch.ops.rnnfast, cell).default
     else:
         operator = _direct[cell]
-    return operator(input, h0, c0, weights, batch_sizes, lengths, reset, save)[:4]
+    output, h_n, c_n, c, _ = operator(input, h0, c0, weights, batch_sizes, lengths, reset, save)
+    return output, h_n, c_n, c
 
 
 @contextmanager
@@ -149,11 +150,11 @@ def _fake_layer_backward(
     saved: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads = [
+    grad_input, grad_h0, grad_c0 = (
         input.new_empty(tensor.shape if wanted and tensor is not None else 0)
-        for tensor, wanted in zip((input, h0, c0), output_mask, strict=False)
-    ]
-    return *grads, [weight.new_empty(weight.shape) for weight in weights] if output_mask[3] else []
+        for tensor, wanted in zip((input, h0, c0), output_mask[:3], strict=True)
+    )
+    return grad_input, grad_h0, grad_c0, [weight.new_empty(weight.shape) for weight in weights if output_mask[3]]
 
 
 # ------------------------------------------------------------------------- the formula behind what has no kernel
@@ -221,7 +222,7 @@ def _reference_backward(
 
 if extension is not None:
     _direct = {cell: getattr(extension, cell) for cell in reference.CELLS}
-    _library = torch.library.Library("rnnfast", "IMPL")
+    _library: Any = torch.library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
     _library.impl("reference", _reference, "CompositeImplicitAutograd")
     _library.impl("reference_backward", _reference_backward, "CompositeImplicitAutograd")
     for _cell in reference.CELLS:

@@ -482,7 +482,8 @@ def test_modes_see_the_operator(cell: str) -> None:
         assert operator(cell) in recorder.seen
 
 
-def test_a_tensor_with_overrides_sees_the_operator() -> None:
+@pytest.mark.parametrize("watched", ["input", "h0", "c0", "weight", "batch_sizes", "lengths", "reset"])
+def test_a_tensor_with_overrides_sees_the_operator(watched: str) -> None:
     seen = []
 
     class Watched(Tensor):
@@ -491,9 +492,13 @@ def test_a_tensor_with_overrides_sees_the_operator() -> None:
             seen.append(func)
             return super().__torch_function__(func, types, args, kwargs)
 
-    (cell, input, *rest), options = Sample("gru").arguments()
-    ops.layer(cell, input.as_subclass(Watched), *rest, **options)
-    assert operator("gru") in seen
+    form = "packed" if watched == "batch_sizes" else "lengths"
+    (cell, input, h0, c0, weights), options = Sample("lstm", form=form, reset=True).arguments()
+    call = {"input": input, "h0": h0, "c0": c0, "weight": weights[-1], **options}
+    call[watched] = call[watched].as_subclass(Watched)
+    weights[-1] = call.pop("weight")
+    ops.layer(cell, weights=weights, **call)
+    assert operator("lstm") in seen
 
 
 # ------------------------------------------------------------------------------------------------ the choice of backend

@@ -142,6 +142,87 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+# ------------------------------------------------------------------------------------------------ the simulator itself
+FEATURES = ["sum", "transpose", "tile_of_warp", "mma", "warp_barrier"]
+# Each mistake of features.cu, with a build that must find it and a word of its report.
+MISTAKES = {
+    "BAD_no_warp_barrier": ("check", "uninitialised"),
+    "BAD_lock_step": ("check", "RACE"),
+    "BAD_same_value": ("check", "RACE"),
+    "BAD_host_pointer": ("check", "host memory"),
+    "BAD_use_after_free": ("sim", "illegal address"),
+    "BAD_uninitialised": ("check", "uninitialised"),
+    "BAD_past_the_end": ("sim", "offset 16 of an allocation of 16 bytes"),
+    "BAD_grid_barrier_in_plain_launch": ("sim", "without a cooperative launch"),
+    "BAD_shared_memory_without_attribute": ("sim", "above the limit"),
+    "BAD_cooperative_grid_too_large": ("sim", "cannot all be resident"),
+    "BAD_empty_grid": ("sim", "the grid is empty"),
+    "BAD_masks_disagree": ("sim", "lane 20, which is not there"),
+    "BAD_barrier_counts_differ": ("sim", "thread(s) of the block exited"),
+    "BAD_own_barrier_in_plain_launch": ("sim", "livelock"),
+    "BAD_volatile_spin": ("sim", "without reaching a synchronisation"),
+    "BAD_misaligned": ("asan", "misaligned address"),
+    "BAD_local_bounds": ("asan", "out of bounds for type"),
+}
+
+
+def subject(name: str, kind: str) -> str:
+    return str(build.build(name, kind, [build.HERE / "subjects" / f"{name}.cu"], library=False))
+
+
+@pytest.mark.parametrize("kind", build.BUILDS)
+def test_features_work(kind: str) -> None:
+    program = subject("features", kind)
+    names = run_in_subprocess([program]).stdout.split()
+    assert set(names) == {*FEATURES, *MISTAKES}
+    for name in FEATURES:
+        done = run_in_subprocess([program, name])
+        assert (done.returncode, done.stdout) == (0, "error 0 wrong 0\n"), f"{name}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_found(name: str) -> None:
+    kind, report = MISTAKES[name]
+    done = run_in_subprocess([subject("features", kind), name])
+    assert report in done.stderr
+    assert done.returncode != 0 or "error 0 " not in done.stdout
+
+
+PLANTED = [
+    "grid_sync no_block_barrier",
+    "mma no_block_barrier",
+    "grid_sync off_by_one_shared_read",
+    "cluster off_by_one_shared_read",
+    "grid_sync no_grid_barrier",
+    "flags no_grid_barrier",
+    "cluster no_grid_barrier",
+    "mma no_grid_barrier",
+    "mma no_cp_async_wait",
+    "grid_sync divergent_barrier",
+    "cluster uninitialised_state",
+    "grid_sync shuffle_after_exit",
+    "cluster exit_while_peers_write",
+    "grid_sync single_buffer",
+    "flags single_buffer",
+    "grid_sync off_by_one_global_write",
+    "mma swapped_fragments",
+    "flags no_release",
+]
+
+
+@pytest.mark.parametrize("kind", ["sim", "check"])
+@pytest.mark.parametrize("variant", ["grid_sync", "flags", "cluster", "mma"])
+def test_persistent_kernels_run(variant: str, kind: str) -> None:
+    done = run_in_subprocess([subject("lstm", kind), variant, "none", "6", "5"])
+    assert done.stdout == "0 of 6\n", done.stderr
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_planted_mistakes_are_found(mistake: str) -> None:
+    done = run_in_subprocess([subject("lstm", "check"), *mistake.split(), "3", "4"])
+    assert done.stdout == "3 of 3\n", done.stderr
+
+
 def main() -> None:
     """The sanitizers' part of the tests, in a process that has loaded them first."""
     torch.set_num_threads(1)

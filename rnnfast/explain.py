@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ class LayerEngine:
     """What will run one layer."""
 
     name: str  # of the module in the model, and the layer's number
-    engine: str  # "cpu (avx512)", "cuda stepwise", "reference"
+    engine: str  # "cpu (avx512)", "cuda stepwise", "reference"; "none" where nothing can run it
     reason: str  # why no faster engine runs; empty if there is none
 
     def __str__(self) -> str:
@@ -61,11 +60,13 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 def _engine(part: modules._Layers | cells._Cell) -> tuple[str, str]:
     """The engine's name, and why no faster one runs."""
-    with nullcontext() if part.backend is None else ops.backend(part.backend):
-        active, reason = ops.active_backend()
+    active, reason = ops.active_backend(part.backend)
     if active == "reference":
         return active, reason
     device = next(part.parameters()).device.type
+    missing = ops.missing_kernels(device)
+    if missing:
+        return "none", missing if device == "meta" else f"a call would raise: {missing}"
     if device == "cpu":
         assert _extension.extension is not None  # or the reference would be active
         return f"cpu ({_extension.extension.instruction_set()})", ""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from math import prod  # unlike Size.numel, it leaves symbolic sizes symbolic
 from threading import local
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def layer(
         ValueError: a dtype or a value that the operator does not take: lengths outside [0, T] (on the CPU; elsewhere
             they are clamped, for a check would wait for the device), batch_sizes that do not fit, another ``save``
             or ``backend``.
-        RuntimeError: a shape or a device that it does not take.
+        RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without.
     """
     if backend is None:
         backend = _choice.backend
@@ -95,15 +95,25 @@ def backend(name: str) -> Iterator[None]:
         _choice.backend = outer
 
 
-def active_backend() -> tuple[str, str]:
-    """What would run a layer called here, ``"operators"`` or ``"reference"``, and why it is not the operators."""
-    if _choice.backend == "reference":
+def active_backend(backend: str | None = None) -> tuple[str, str]:
+    """What would run a layer called here with ``backend``, ``"operators"`` or ``"reference"``, and why the latter."""
+    if (backend or _choice.backend) == "reference":
         return "reference", "backend 'reference' was chosen"
     if extension is None:
         return "reference", extension_error
     if torch._C._are_functorch_transforms_active():
         return "reference", "a transform of torch.func is active"
     return "operators", ""
+
+
+def missing_kernels(device_type: str) -> str:
+    """Why the operators do not run on a kind of device; empty if they do."""
+    if extension is None:
+        return extension_error
+    if device_type == "cuda":
+        reason = extension.build_info()["no_cuda_reason"]
+        return f"the extension rnnfast._C was built without CUDA kernels: {reason}" if reason else ""
+    return "" if device_type == "cpu" else f"there are no kernels for {device_type}"
 
 
 def _check_backend(name: str) -> None:
@@ -220,12 +230,23 @@ def _reference_backward(
     )
 
 
+# ------------------------------------------------------------------------------------ CUDA tensors in a CPU build
+def _refuse_cuda(*_arguments: object) -> NoReturn:
+    raise RuntimeError(
+        f"expected CPU tensors, got CUDA ones: {missing_kernels('cuda')}. Build rnnfast again with the nvcc of torch's "
+        "CUDA version, or choose backend='reference'"
+    )
+
+
 if extension is not None:
     _direct = {cell: getattr(extension, cell) for cell in reference.CELLS}
-    _library: Any = torch.library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
+    _library: Any = torch.library.Library("rnnfast", "IMPL")
     _library.impl("reference", _reference, "CompositeImplicitAutograd")
     _library.impl("reference_backward", _reference_backward, "CompositeImplicitAutograd")
     for _cell in reference.CELLS:
         torch.library.register_fake(f"rnnfast::{_cell}", partial(_fake_layer, extension.saved_values[_cell]))
         torch.library.register_fake(f"rnnfast::{_cell}_backward", _fake_layer_backward)
         _library.impl(_cell, partial(_reference_transformed, _cell), "FuncTorchDynamicLayerFrontMode")
+        if missing_kernels("cuda"):
+            _library.impl(_cell, _refuse_cuda, "CUDA")
+            _library.impl(f"{_cell}_backward", _refuse_cuda, "CUDA")

@@ -8,16 +8,22 @@ import pytest
 import torch
 from hypothesis import settings
 
+from rnnfast import ops, show_config
+
 # A slow machine is no failure, and a failure is to be seen again.
 settings.register_profile("rnnfast", deadline=None, derandomize=True)
 settings.load_profile("rnnfast")
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and not ops.missing_kernels("cuda") else ["cpu"]
+
+
+def pytest_report_header() -> list[str]:
+    return [*show_config().splitlines(), f"tested on: {', '.join(DEVICES)}"]
 
 
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Each kind of device that is here: a test that takes it runs on all of them."""
+    """Each kind of device that is here and has kernels: a test that takes it runs on all of them."""
     return str(request.param)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnfast
 from rnnfast import ops
@@ -46,6 +49,24 @@ def test_without_an_extension(model: nn.Module, monkeypatch: pytest.MonkeyPatch)
         str(rnnfast.explain(model["cell"]))
         == "GRUCell: reference (the extension rnnfast._C was not built: no compiler)"
     )
+
+
+@pytest.mark.parametrize("reason", ["no nvcc was found", ""])
+def test_cuda_needs_a_cuda_build(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """No GPU is needed: fake tensors have any device."""
+    monkeypatch.setattr(ops, "extension", SimpleNamespace(build_info=lambda: {"no_cuda_reason": reason}))
+    lstm = rnnfast.LSTM(3, 4)
+    with FakeTensorMode():
+        lstm.weight_ih_l0 = nn.Parameter(torch.empty(16, 3, device="cuda"))
+    explanation = str(rnnfast.explain(lstm))
+    cause = "a call would raise: the extension rnnfast._C was built without CUDA kernels: no nvcc was found"
+    assert explanation == "LSTM layer 0: " + (f"none ({cause})" if reason else "cuda stepwise")
+
+
+def test_other_devices_have_no_engine() -> None:
+    layer = rnnfast.explain(rnnfast.LSTM(3, 4, device="meta")).layers[0]
+    expected = ("none", "there are no kernels for meta")
+    assert (layer.engine, layer.reason) == (expected if ops.extension else ("reference", ops.extension_error))
 
 
 def test_nothing_to_explain() -> None:

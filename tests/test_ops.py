@@ -356,6 +356,20 @@ def test_bad_gradients(name: str) -> None:
         operator("lstm_backward")(*arguments, [True] * 4)
 
 
+@pytest.mark.skipif(not ops.missing_kernels("cuda"), reason="this extension has CUDA kernels")
+@pytest.mark.parametrize("name", [*CELLS, *(f"{cell}_backward" for cell in CELLS)])
+def test_cuda_tensors_in_a_cpu_build(name: str) -> None:
+    """Sent on as if a tensor were on CUDA, for which no GPU is needed."""
+    sample = Sample(name.removesuffix("_backward"))
+    if name == sample.cell:
+        arguments = [*positional(*sample.arguments()), 0]
+    else:
+        arguments = [*backward_arguments(sample), [True] * 4]
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=r"built without CUDA kernels: .*Build rnnfast again .*backend='reference'"):
+        operator(name).redispatch(cuda, *arguments)
+
+
 # ------------------------------------------------------------------------------------------------ torch's machinery
 # Full lengths: opcheck compares `saved` too, and what that holds past a row's end is nobody's.
 OPCHECKED = [replace(sample, row_lengths=(5, 5, 5)) if sample.form == "lengths" else sample for sample in FORMS]

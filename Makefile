@@ -32,10 +32,11 @@ demo: .venv/built ## train a character model on text, beside torch.nn
 test: .venv/built ## all tests
 	$(BIN)/python -m pytest tests -q
 
-lint: .venv/deps ## style of Python, C++ and CUDA
+lint: .venv/deps ## style of Python, C++ and CUDA; types of the package
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
 
 format: .venv/deps ## put the style right
 	$(BIN)/ruff check --fix

@@ -6,6 +6,8 @@ torch.nn cell of the same name, by way of ``torch.nn.RNNCellBase``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class _Cell(nn.RNNCellBase):
     def _weights(self) -> list[Tensor]:
         """The weights as they are now."""
         names = _NAMES if self.bias else _NAMES[:2]
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         try:
             return [parameters[name] for name in names]  # half a microsecond a weight less than an attribute
         except KeyError:  # a parametrization or weight_norm keeps some elsewhere
@@ -48,7 +50,7 @@ class _Cell(nn.RNNCellBase):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take this class's state, or that of the torch.nn cell of the same name."""
-        super().__setstate__({"backend": None, **state})
+        super().__setstate__({"backend": None, **state})  # type: ignore[no-untyped-call]
 
 
 class RNNCell(_Cell):
@@ -89,7 +91,7 @@ class RNNCell(_Cell):
         Without B both are unbatched. ``hx`` None means zeros. Raises ValueError for a wrong rank, RuntimeError for a
         wrong size, dtype or device.
         """
-        return functional.step(f"rnn_{self.nonlinearity}", input, hx, self._weights(), backend=self.backend)
+        return functional.step(f"rnn_{self.nonlinearity}", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
 
 
 class LSTMCell(_Cell):
@@ -103,7 +105,7 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the next states ``(h, c)``, each ``[B, hidden_size]``, as :meth:`RNNCell.forward` does its one."""
-        return functional.step("lstm", input, hx, self._weights(), backend=self.backend)
+        return functional.step("lstm", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
 
 
 class GRUCell(_Cell):
@@ -117,4 +119,4 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the next hidden state, as :meth:`RNNCell.forward` does."""
-        return functional.step("gru", input, hx, self._weights(), backend=self.backend)
+        return functional.step("gru", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from ._version import __version__
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, to_torch
 from .explain import explain
+from .functional import States
 from .modules import GRU, LSTM, RNN
 from .ops import backend
 
@@ -16,6 +17,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "States",
     "__version__",
     "backend",
     "convert",

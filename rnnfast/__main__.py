@@ -52,7 +52,7 @@ def results(cell: str, leaves: list[Tensor], backend: str | None) -> tuple[list[
     """The output and the final states, and the gradients of all leaves."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
     input, *weights = leaves
-    output, states = functional.recurrent(cell, input, None, [weights], bidirectional=True, backend=backend)
+    output, states = functional.recurrent(cell, input, None, [weights], bidirectional=True, backend=backend)[:2]
     outputs = [output, *(states if isinstance(states, tuple) else (states,))]
     # Every element has another weight in the loss, and both dtypes have the same.
     loss = sum((tensor * torch.linspace(-1, 1, tensor.numel()).to(tensor).view_as(tensor)).sum() for tensor in outputs)

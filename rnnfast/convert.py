@@ -19,6 +19,8 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
+_OWN_ATTRIBUTES = ("backend", "recompute", "batch_invariant", "_layer_names")  # which torch.nn's modules lack
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -55,7 +57,7 @@ def to_torch(model: ModuleT) -> ModuleT:
     if lone:
         raise ValueError(f"model: torch.nn has no recurrent layer with nonlinearity 'sigmoid', got {', '.join(lone)}")
     for module in found:
-        state = {key: value for key, value in module.__dict__.items() if key not in ("backend", "_layer_names")}
+        state = {key: value for key, value in module.__dict__.items() if key not in _OWN_ATTRIBUTES}
         if isinstance(module, nn.RNNBase):
             state["_flat_weights"] = module._flat_weights
         _become(module, _TORCHS, state)

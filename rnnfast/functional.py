@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 BACKENDS = (None, *ops.BACKENDS)
 
 
+class States(NamedTuple):
+    """The states of every layer after every step, differentiable, each in the form of the output.
+
+    A layer's tensor is ``[T, B, D*P]`` for h and ``[T, B, D*H]`` for c (the batch first if ``batch_first``, no batch if
+    unbatched), a PackedSequence where the input was one. The backward direction's features come second; at step t they
+    are its state after that step, which has seen the steps from t on. Past a row's length there are zeros.
+    """
+
+    h: tuple[Tensor | PackedSequence, ...]  # of each layer, before the dropout that the next one sees
+    c: tuple[Tensor | PackedSequence, ...]  # of each layer; empty for RNN and GRU
+
+
+Result: TypeAlias = (
+    "tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]"  # with return_states
+)
+
+
 def recurrent(
     cell: str,
     input: Tensor | PackedSequence,
@@ -35,8 +52,11 @@ def recurrent(
     dropout: float = 0.0,
     lengths: Tensor | None = None,
     reset: Tensor | PackedSequence | None = None,
+    return_states: bool = False,
+    recompute: bool = False,
+    batch_invariant: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor | PackedSequence, State]:
+) -> Result:
     """Run a stack of layers, with torch.nn's forms of input and result.
 
     Args:
@@ -52,13 +72,20 @@ def recurrent(
             they are clamped, for a check would wait for the device.
         reset: bool, shaped as the input without its features: where set, the state before that step is zero. For a
             PackedSequence, one too, or its data ``[N]``.
+        return_states: also return the states of every layer at every step.
+        recompute: keep the states alone for backward, which computes the gates again from them: less memory for more
+            time, and the same result. The reference formula keeps what autograd keeps.
+        batch_invariant: promise that output and states of a row, and the first derivatives by its input and its initial
+            states, are the same bit for bit whatever else is in the batch and wherever in it the row is. It holds on
+            the CPU at no cost.
         backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
 
     Returns:
-        ``(output, states)`` in exactly torch.nn's structure.
+        ``(output, state)`` in exactly torch.nn's structure; with ``return_states``, ``(output, state, States)``.
 
     Raises:
-        ValueError: input has the wrong rank or another dtype than the weights, or lengths come with a PackedSequence.
+        ValueError: input has the wrong rank or another dtype than the weights; lengths come with a PackedSequence;
+            batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
         TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
     """
@@ -110,22 +137,35 @@ def recurrent(
     if reset is not None:
         reset = _reset(reset, x, batched, batch_first and batch_sizes is None)
 
+    if batch_invariant:
+        _check_batch_invariant(x, dropout if len(weights) > 1 else 0.0, backend)
+    save = 0
+    if recompute or return_states:
+        save = _save((x, h0, c0), weights, recompute, return_states)
+    states: list[tuple[Tensor, Tensor]] | None = [] if return_states else None
+
     output, h_n, c_n = _layers(
-        cell, x, h0, c0, weights, slots // len(weights), dropout, batch_sizes, lengths, reset, backend
+        cell, x, h0, c0, weights, slots // len(weights), dropout, batch_sizes, lengths, reset, save, states, backend
     )
 
-    if batch_sizes is not None:
-        if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-            c_n = c_n if c0 is None else c_n.index_select(1, unsorted_indices)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, h_n if c0 is None else (h_n, c_n)
-    if not batched:
-        output, h_n = output.squeeze(1), h_n.squeeze(1)
-        c_n = c_n if c0 is None else c_n.squeeze(1)
-    elif batch_first:
-        output = output.transpose(0, 1)
-    return output, h_n if c0 is None else (h_n, c_n)
+    def formed(steps: Tensor) -> Tensor | PackedSequence:
+        """What a layer gives for every step, in the form of the input."""
+        if batch_sizes is not None:
+            return PackedSequence(steps, batch_sizes, sorted_indices, unsorted_indices)
+        if not batched:
+            return steps.squeeze(1)
+        return steps.transpose(0, 1) if batch_first else steps
+
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(1, unsorted_indices)
+        c_n = c_n if c0 is None else c_n.index_select(1, unsorted_indices)
+    elif not batched:
+        h_n, c_n = h_n.squeeze(1), c_n if c0 is None else c_n.squeeze(1)
+    state = h_n if c0 is None else (h_n, c_n)
+    if states is None:
+        return formed(output), state
+    h, c = zip(*states, strict=True)
+    return formed(output), state, States(tuple(map(formed, h)), () if c0 is None else tuple(map(formed, c)))
 
 
 def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], *, backend: str | None = None) -> State:
@@ -173,12 +213,17 @@ def _layers(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    save: int,
+    states: list[tuple[Tensor, Tensor]] | None,  # takes every layer's h and c of every step
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack itself, time first: (output, h_n, c_n)."""
-    run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, backend=backend)
+    run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, save=save, backend=backend)
     if len(weights) == 1:
-        return run(input, h0, c0, weights[0])[:3]
+        output, h_n, c_n, c = run(input, h0, c0, weights[0])
+        if states is not None:
+            states.append((output, c))
+        return output, h_n, c_n
 
     h_ns, c_ns = [], []
     for index, layer_weights in enumerate(weights):
@@ -186,10 +231,35 @@ def _layers(
             input = drop(input, dropout)
         slots = slice(index * directions, (index + 1) * directions)
         c0_layer = None if c0 is None else c0[slots]
-        input, h_n, c_n, _ = run(input, h0[slots], c0_layer, layer_weights)
+        input, h_n, c_n, c = run(input, h0[slots], c0_layer, layer_weights)
+        if states is not None:
+            states.append((input, c))
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns)
+
+
+def _save(
+    inputs: Sequence[Tensor | None], weights: Sequence[Sequence[Tensor]], recompute: bool, return_states: bool
+) -> int:
+    """What :func:`rnnfast.ops.layer` is to keep: with gradients gates or states, without them at most the states."""
+    tensors = (tensor for group in (inputs, *weights) for tensor in group)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return 1 if recompute else 2
+    return 1 if return_states else 0
+
+
+def _check_batch_invariant(input: Tensor, dropout: float, backend: str | None) -> None:
+    active, reason = ops.active_backend(backend)
+    if active == "reference":
+        raise ValueError(f"batch_invariant: expected False where the reference formula runs ({reason}), got True")
+    if input.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"batch_invariant: expected False on {input.device.type}, where the order of a matrix product's sums "
+            "depends on the batch, got True"
+        )
+    if dropout:
+        raise ValueError("batch_invariant: expected False with dropout, whose mask depends on the batch, got True")
 
 
 def _check_input(input: Tensor, w_ih: Tensor, dtype_error: type[Exception]) -> None:

@@ -16,10 +16,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 
+# What a torch.nn layer's state, or an old one, may lack.
+_DEFAULTS = {"proj_size": 0, "recompute": False, "batch_invariant": False, "backend": None}
+
 
 class _Layers(nn.RNNBase):
     """What RNN, LSTM and GRU share."""
 
+    recompute: bool
+    batch_invariant: bool
     backend: str | None
 
     def __init__(
@@ -35,6 +40,8 @@ class _Layers(nn.RNNBase):
         proj_size: int,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
+        recompute: bool,
+        batch_invariant: bool,
         backend: str | None,
     ) -> None:
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
@@ -44,6 +51,7 @@ class _Layers(nn.RNNBase):
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
+        _check_bools(recompute=recompute, batch_invariant=batch_invariant)
         functional.check_choice("backend", backend, functional.BACKENDS)
         known_mode = "RNN_TANH" if mode == "RNN_SIGMOID" else mode  # the same parameters, and RNNBase knows no sigmoid
         super().__init__(
@@ -60,6 +68,8 @@ class _Layers(nn.RNNBase):
             dtype,
         )
         self.mode = mode
+        self.recompute = recompute
+        self.batch_invariant = batch_invariant
         self.backend = backend
         self._name_layers()
 
@@ -70,7 +80,8 @@ class _Layers(nn.RNNBase):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
-    ) -> tuple[Tensor | PackedSequence, functional.State]:
+        return_states: bool = False,
+    ) -> functional.Result:
         """Run the layers over a sequence.
 
         Sizes: T steps, B rows, L layers, D directions, H_out = proj_size or hidden_size.
@@ -85,16 +96,20 @@ class _Layers(nn.RNNBase):
             reset: bool, ``[T, B]`` (``[B, T]`` if batch_first, ``[T]`` unbatched, one for each element when packed):
                 where set, the state before that step is zero, and no gradient crosses. The backward direction has
                 the same boundary, so it starts afresh at the step before.
+            return_states: whether to return every layer's states at every step, too.
 
         Returns:
             ``(output, h_n)``, for LSTM ``(output, (h_n, c_n))``: the last layer's output at every step, with D * H_out
-            features, in the form of the input, and the final states in the form of hx.
+            features, in the form of the input, and the final states in the form of hx. With ``return_states`` a third
+            element, :class:`rnnfast.States`: ``h`` with a tensor ``[T, B, D*H_out]`` a layer, and ``c`` with one
+            ``[T, B, D*hidden_size]`` a layer of an LSTM, both in the form of the input.
 
         The dtypes are float64, float32, bfloat16 and float16, one for all of input, hx and weights; under autocast the
         layers run in its dtype.
 
         Raises:
-            ValueError: input has the wrong rank or another dtype than the weights; lengths with a PackedSequence.
+            ValueError: input has the wrong rank or another dtype than the weights; lengths with a PackedSequence;
+                batch_invariant where it does not hold.
             RuntimeError: an argument has the wrong shape, dtype or device; lengths (on the CPU) are not in 0 .. T.
             TypeError: an argument is of a wrong type.
         """
@@ -108,12 +123,15 @@ class _Layers(nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             lengths=lengths,
             reset=reset,
+            return_states=return_states,
+            recompute=self.recompute,
+            batch_invariant=self.batch_invariant,
             backend=self.backend,
         )
 
     def _layer_weights(self) -> list[list[Tensor]]:
         """Every layer's weights, both directions, as they are now."""
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         try:
             return [[parameters[name] for name in names] for names in self._layer_names]
         except KeyError:  # a parametrization, weight_norm or a replica of DataParallel keeps some elsewhere
@@ -143,6 +161,9 @@ class _Layers(nn.RNNBase):
         text = super().extra_repr()
         if self.mode == "RNN_SIGMOID":
             text += ", nonlinearity=sigmoid"
+        for name in ("recompute", "batch_invariant"):
+            if getattr(self, name):
+                text += f", {name}=True"
         if self.backend is not None:
             text += f", backend={self.backend}"
         return text
@@ -151,7 +172,7 @@ class _Layers(nn.RNNBase):
     # made when someone asks for it, and the methods that keep it up to date do nothing.
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
@@ -168,7 +189,7 @@ class _Layers(nn.RNNBase):
         kept = {
             key: value for key, value in state.items() if not key.startswith("_flat_weight") and key != "all_weights"
         }
-        nn.Module.__setstate__(self, {"proj_size": 0, "backend": None, **kept})
+        nn.Module.__setstate__(self, {**_DEFAULTS, **kept})
         self._name_layers()
 
 
@@ -188,11 +209,15 @@ class RNN(_Layers):
         dropout: probability, in training, of zeroing an element of every layer's output but the last's.
         bidirectional: whether each layer also runs from the end to the beginning.
         device, dtype: of the parameters.
+        recompute: whether training keeps the states alone for backward, which computes the gates again from them: less
+            memory for more time, the same result.
+        batch_invariant: whether a row's output, states and first derivatives must not depend, in a single bit, on what
+            else is in the batch. It holds on the CPU at no cost; elsewhere, and with dropout, forward says no.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
 
     Raises:
         ValueError: a size below 1, dropout outside [0, 1], an unknown nonlinearity or backend, a proj_size.
-        TypeError: a size is no int, bias or batch_first no bool.
+        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
     nonlinearity: str
@@ -211,6 +236,8 @@ class RNN(_Layers):
         dtype: torch.dtype | None = None,
         *,
         proj_size: int = 0,
+        recompute: bool = False,
+        batch_invariant: bool = False,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -227,6 +254,8 @@ class RNN(_Layers):
             0,
             device,
             dtype,
+            recompute,
+            batch_invariant,
             backend,
         )
         self.nonlinearity = nonlinearity
@@ -243,13 +272,13 @@ class LSTM(_Layers):
     equations and their sources are in :mod:`rnnfast.reference`.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend: as for
-            :class:`RNN`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
+            batch_invariant, backend: as for :class:`RNN`.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
 
     Raises:
         ValueError: a size below 1, dropout outside [0, 1], proj_size outside 0 .. hidden_size - 1, unknown backend.
-        TypeError: a size is no int, bias or batch_first no bool.
+        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
     def __init__(
@@ -265,6 +294,8 @@ class LSTM(_Layers):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
+        recompute: bool = False,
+        batch_invariant: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -279,6 +310,8 @@ class LSTM(_Layers):
             proj_size,
             device,
             dtype,
+            recompute,
+            batch_invariant,
             backend,
         )
 
@@ -294,12 +327,12 @@ class GRU(_Layers):
     equations and their sources are in :mod:`rnnfast.reference`.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, backend: as for
-            :class:`RNN`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
+            batch_invariant, backend: as for :class:`RNN`.
 
     Raises:
         ValueError: a size below 1, dropout outside [0, 1], a proj_size, an unknown backend.
-        TypeError: a size is no int, bias or batch_first no bool.
+        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
     def __init__(
@@ -315,6 +348,8 @@ class GRU(_Layers):
         dtype: torch.dtype | None = None,
         *,
         proj_size: int = 0,
+        recompute: bool = False,
+        batch_invariant: bool = False,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -330,6 +365,8 @@ class GRU(_Layers):
             0,
             device,
             dtype,
+            recompute,
+            batch_invariant,
             backend,
         )
 
@@ -340,6 +377,12 @@ def _check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name}: expected an int, got {size!r}")
         if size <= 0:
             raise ValueError(f"{name}: expected an int above 0, got {size}")
+
+
+def _check_bools(**values: bool) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
 def _check_no_projection(proj_size: int) -> None:

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cell/cells.h"
+#include "cell/cell_list.h"
 
 namespace rnnfast {
 

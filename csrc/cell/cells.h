@@ -1,27 +1,13 @@
-// Owns: the list of cells. A new cell is one header beside this file and one line here; operators, engines, tests and
-// benchmarks follow from the list.
+// Owns: the equations of every cell in the list, and what can be said of a cell without them.
 // Must not know: engines, tensors.
 #pragma once
 
+#include "cell_list.h"
 #include "elman.h"
 #include "gru.h"
 #include "lstm.h"
 
-// X(name of the operator and of the cell in Python, type)
-#define RNNFAST_FOR_EACH_CELL(X)                           \
-  X(rnn_tanh, ::rnnfast::ElmanCell<::rnnfast::Tanh>)       \
-  X(rnn_relu, ::rnnfast::ElmanCell<::rnnfast::Relu>)       \
-  X(rnn_sigmoid, ::rnnfast::ElmanCell<::rnnfast::Sigmoid>) \
-  X(lstm, ::rnnfast::LstmCell)                             \
-  X(gru, ::rnnfast::GruCell)
-
 namespace rnnfast {
-
-enum class CellKind : int {
-#define RNNFAST_CELL_KIND(name, Type) name,
-  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL_KIND)
-#undef RNNFAST_CELL_KIND
-};
 
 // What an engine-independent layer needs to know of a cell.
 struct CellInfo {

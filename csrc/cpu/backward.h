@@ -74,13 +74,13 @@ class Backward {
 
  private:
   static Plan plan_of(const LayerBackward& l, int threads) {
-    return make_plan(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence,
-                     size_of(l.dtype), threads);
+    return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
+                     threads);
   }
   // The products over all steps can use threads that the loop cannot.
   static int team_size(const LayerBackward& l, int threads) {
-    const double cycles = row_cycles(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size) *
-                          double(l.sequence.rows) * l.directions;
+    const double cycles =
+        row_cycles(G, l.input_size, l.hidden_size, l.output_size) * double(l.sequence.rows) * l.directions;
     return cycles < 1e5 ? 1 : threads;
   }
   static bool projects(const LayerBackward& l) { return l.direction[0].weights.w_hr != nullptr; }

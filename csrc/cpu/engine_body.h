@@ -4,6 +4,9 @@
 // Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
 // defined.
 
+// The equations come after the target pragma: a function compiled for another instruction set is never inlined.
+#include "../cell/cells.h"
+//
 #include "simd.h"
 //
 #include "product.h"

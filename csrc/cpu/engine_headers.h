@@ -1,4 +1,5 @@
-// Owns: what every engine_<isa>.cpp includes before it names its instruction set.
+// Owns: what every engine_<isa>.cpp includes before it names its instruction set: all that has inline functions which
+// are not its own.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +18,5 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include "../cell/cells.h"
 #include "engine.h"
 #include "threads.h"

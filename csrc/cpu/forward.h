@@ -18,6 +18,7 @@ class Forward {
   using V = Vec<Acc>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
+  static constexpr int kAbreast = 2;  // rows that go through the cell side by side
 
   // What the threads of one direction share.
   struct Shared {
@@ -73,8 +74,8 @@ class Forward {
 
  private:
   static Plan plan_of(const LayerForward& l, int threads) {
-    return make_plan(cell_info(l.cell), l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence,
-                     size_of(l.dtype), threads);
+    return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
+                     threads);
   }
   static Member widest_member(const LayerForward& l, const Plan& plan) {
     const bool split = l.directions == 2 && plan.threads > 1;
@@ -148,8 +149,6 @@ class Forward {
         ld_c_(ld_acc(l_.hidden_size)),
         ld_hidden_(ld_units(l_.hidden_size)) {
     for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
-    first_column_ = blocks_.begin < blocks_.end ? hidden_.column(blocks_.begin) : 0;
-    ld_igates_ = hidden_.columns();
   }
 
   void run() {
@@ -171,6 +170,9 @@ class Forward {
   // The thread's rows that live at the s-th step.
   int64_t living(int64_t s) const {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
+  }
+  Acc* igates(int64_t b) const {
+    return own_.igates + (hidden_.column(b) - hidden_.column(blocks_.begin)) * capacity(l_, m_);
   }
   Unit* h_row(int64_t s, int64_t slot) const { return shared_.h[s & 1] + slot * ld_h_; }
 
@@ -219,7 +221,7 @@ class Forward {
       }
     }
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b)
-      w_ih_.multiply(b, own_.inputs, count, own_.igates + hidden_.column(b) - first_column_, ld_igates_);
+      w_ih_.multiply(b, own_.inputs, count, igates(b), hidden_.vectors(b) * kLanes);
     return s;
   }
 
@@ -230,13 +232,16 @@ class Forward {
     const Unit* h[kTileRows];
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes;
-      const Acc* igates = own_.igates + igates_row * ld_igates_ + hidden_.column(b) - first_column_;
+      const Acc* igates = this->igates(b) + igates_row * columns;
       for_chunks(0, count, w_hh_.row_chunk(b), [&](int64_t i, int64_t n) {
         for (int64_t r = 0; r < n; ++r) h[r] = reinterpret_cast<const Unit*>(own_.rows[i + r].h);
+        // The product takes longer than these lines take to arrive.
+        for (int64_t e = 0; e < n * columns; e += 64 / sizeof(Acc)) __builtin_prefetch(igates + i * columns + e);
         w_hh_.multiply(b, h, n, hgates, columns);
-        for (int64_t r = 0; r < n; ++r)
-          cell(own_.rows[i + r], hidden_.first(b), hidden_.size(b), igates + (i + r) * ld_igates_,
-               hgates + r * columns);
+        int64_t r = 0;
+        for (; r + kAbreast <= n; r += kAbreast)
+          cell<kAbreast>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
+        for (; r < n; ++r) cell<1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
       });
     }
     m_.wait_step();
@@ -274,33 +279,42 @@ class Forward {
     store_operand<S>(row.next_h + u, row.drop ? V(Acc(0)) : h, n);
   }
 
-  void cell(const StepRow& row, int64_t first, int64_t size, const Acc* igates, const Acc* hgates) const {
+  // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row.
+  template <int N>
+  void cell(const StepRow* rows, int64_t b, const Acc* igates, const Acc* hgates) const {
+    const int64_t first = hidden_.first(b), size = hidden_.size(b), columns = hidden_.vectors(b) * kLanes;
     int64_t u = 0;
-    for (; u + kLanes <= size; u += kLanes) cell_vector(row, first + u, kLanes, size, igates + u, hgates + u);
-    if (u < size) cell_vector(row, first + u, size - u, size, igates + u, hgates + u);
+    for (; u + kLanes <= size; u += kLanes)
+      cell_vectors<N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
+    if (u < size) cell_vectors<N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
   }
 
-  // n units from `unit` on; the gates of a unit lie `stride` apart.
-  inline __attribute__((always_inline)) void cell_vector(const StepRow& row, int64_t unit, int64_t n, int64_t stride,
-                                                         const Acc* igates, const Acc* hgates) const {
-    V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], saved[Cell::kSaved + 1];
+  // n units from `unit` on; the gates of a unit lie `stride` apart, those of the next row `columns`.
+  template <int N>
+  inline __attribute__((always_inline)) void cell_vectors(const StepRow* rows, int64_t unit, int64_t n, int64_t stride,
+                                                          int64_t columns, const Acc* igates, const Acc* hgates) const {
+    using W = Batch<Acc, N>;
+    W ig[G], hg[G], prev[2], state[2], saved[Cell::kSaved + 1];
     for (int g = 0; g < G; ++g) {
-      ig[g] = V::load(igates + g * stride);
-      hg[g] = V::load(hgates + g * stride);
+      ig[g] = W::map([&](int r) { return V::load(igates + r * columns + g * stride); });
+      hg[g] = W::map([&](int r) { return V::load(hgates + r * columns + g * stride); });
     }
-    if (Cell::kStates == 1) prev[0] = load(row.h + unit, n);
-    if (Cell::kStates > 1) prev[1] = load(row.c + unit, n);
+    if (Cell::kStates == 1) prev[0] = W::map([&](int r) { return load(rows[r].h + unit, n); });
+    if (Cell::kStates > 1) prev[1] = W::map([&](int r) { return load(rows[r].c + unit, n); });
     Cell::forward(ig, hg, prev, state, saved);
-    if (Cell::kStates > 1) {
-      store(row.c + unit, row.drop ? V(Acc(0)) : state[1], n);
-      if (row.c_output) store(row.c_output + unit, state[1], n);
-    }
-    if (row.saved)
-      for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k], n);
-    if (row.hidden) {
-      store_operand<S>(row.hidden + unit, state[0], n);
-    } else {
-      write_h(row, unit, n, state[0]);
+    for (int r = 0; r < N; ++r) {
+      const StepRow& row = rows[r];
+      if (Cell::kStates > 1) {
+        store(row.c + unit, row.drop ? V(Acc(0)) : state[1].part[r], n);
+        if (row.c_output) store(row.c_output + unit, state[1].part[r], n);
+      }
+      if (row.saved)
+        for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k].part[r], n);
+      if (row.hidden) {
+        store_operand<S>(row.hidden + unit, state[0].part[r], n);
+      } else {
+        write_h(row, unit, n, state[0].part[r]);
+      }
     }
   }
 
@@ -332,7 +346,6 @@ class Forward {
   Own own_{};
   const Share rows_, blocks_, output_share_;
   const int64_t ld_h_, ld_c_, ld_hidden_;
-  int64_t first_column_ = 0, ld_igates_ = 0;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

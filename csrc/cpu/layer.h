@@ -37,14 +37,14 @@ struct Plan {
 };
 
 // Cycles of one step of one row, roughly: a multiply-add per lane and cycle, and the nonlinearities.
-inline double row_cycles(const CellInfo& cell, int64_t inputs, int64_t hidden, int64_t outputs) {
-  return double(cell.gates) * hidden * (inputs + outputs) / 16 + 2.5 * cell.gates * hidden + 60;
+inline double row_cycles(int gates, int64_t inputs, int64_t hidden, int64_t outputs) {
+  return double(gates) * hidden * (inputs + outputs) / 16 + 2.5 * gates * hidden + 60;
 }
 
-inline Plan make_plan(const CellInfo& cell, int64_t inputs, int64_t hidden, int64_t outputs, int directions,
+inline Plan make_plan(int gates, int64_t inputs, int64_t hidden, int64_t outputs, int directions,
                       const Sequence& sequence, size_t element, int max_threads) {
   Plan plan;
-  const double row = row_cycles(cell, inputs, hidden, outputs);
+  const double row = row_cycles(gates, inputs, hidden, outputs);
   // Waking a team costs some microseconds; below this there is nothing to win.
   if (max_threads <= 1 || row * sequence.rows * directions < 1e5) return plan;
   const int each = max_threads / directions;  // threads a direction
@@ -52,7 +52,7 @@ inline Plan make_plan(const CellInfo& cell, int64_t inputs, int64_t hidden, int6
     plan.threads = directions == 2 ? 2 : 1;
     return plan;
   }
-  const double bytes = double(cell.gates) * hidden * outputs * element;
+  const double bytes = double(gates) * hidden * outputs * element;
   const double second_level_cache = 768 << 10;
   if (sequence.batch >= each && (bytes <= second_level_cache || sequence.batch >= 32 * each)) {
     plan.threads = each * directions;

@@ -419,18 +419,24 @@ class WeightGradient {
   // out[m] = sum over rows of A[row][m], for m in [m_begin, m_end).
   static void column_sums(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, int64_t rows, S* out) {
     // Several neighbouring vectors at once, so that each row is read as a stretch of memory.
-    constexpr int kVectors = 8;
+    constexpr int kVectors = 8, kSumRows = 32;
     for (int64_t first = m_begin; first < m_end; first += kVectors * kLanes) {
       const int64_t n = std::min<int64_t>(kVectors * kLanes, m_end - first);
       Vec<Acc> sum[kVectors];
       for (auto& s : sum) s = Vec<Acc>(Acc(0));
-      for (int64_t row = 0; row < rows; ++row) {
-        const Operand* from = a + row * lda + first;
-        if (n == kVectors * kLanes) {
-          for (int v = 0; v < kVectors; ++v) sum[v] = sum[v] + load(from + v * kLanes);
-        } else {
-          for (int v = 0; v * kLanes < n; ++v) sum[v] = sum[v] + load(from + v * kLanes, n - v * kLanes);
+      // Sums of a few rows first: the rounding error of one long sum would show in a float32 bias gradient.
+      for (int64_t row = 0; row < rows; row += kSumRows) {
+        Vec<Acc> part[kVectors];
+        for (auto& p : part) p = Vec<Acc>(Acc(0));
+        for (int64_t r = row; r < std::min(rows, row + kSumRows); ++r) {
+          const Operand* from = a + r * lda + first;
+          if (n == kVectors * kLanes) {
+            for (int v = 0; v < kVectors; ++v) part[v] = part[v] + load(from + v * kLanes);
+          } else {
+            for (int v = 0; v * kLanes < n; ++v) part[v] = part[v] + load(from + v * kLanes, n - v * kLanes);
+          }
         }
+        for (int v = 0; v < kVectors; ++v) sum[v] = sum[v] + part[v];
       }
       for (int v = 0; v * kLanes < n; ++v) store(out + first + v * kLanes, sum[v], n - v * kLanes);
     }

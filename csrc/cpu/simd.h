@@ -7,6 +7,9 @@
 // to one fused multiply-add where there is one (-ffp-contract=fast). No include guard: every instruction set needs its
 // own copy.
 
+// Everything here is inlined by force: a call would spill every vector register around it.
+#define RNNFAST_INLINE inline __attribute__((always_inline))
+
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 struct bf16 {
@@ -27,36 +30,36 @@ struct Vec {
   Native v;
 
   Vec() = default;
-  Vec(T x) : v(x - Native{}) {}
-  static Vec of(Native native) {
+  RNNFAST_INLINE Vec(T x) : v(x - Native{}) {}
+  static RNNFAST_INLINE Vec of(Native native) {
     Vec x;
     x.v = native;
     return x;
   }
 
-  static Vec load(const T* p) { return of(Native(*reinterpret_cast<const Unaligned*>(p))); }
-  void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
+  static RNNFAST_INLINE Vec load(const T* p) { return of(Native(*reinterpret_cast<const Unaligned*>(p))); }
+  RNNFAST_INLINE void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
 
-  friend Vec operator+(Vec a, Vec b) { return of(a.v + b.v); }
-  friend Vec operator-(Vec a, Vec b) { return of(a.v - b.v); }
-  friend Vec operator*(Vec a, Vec b) { return of(a.v * b.v); }
-  friend Vec operator/(Vec a, Vec b) { return of(a.v / b.v); }
+  friend RNNFAST_INLINE Vec operator+(Vec a, Vec b) { return of(a.v + b.v); }
+  friend RNNFAST_INLINE Vec operator-(Vec a, Vec b) { return of(a.v - b.v); }
+  friend RNNFAST_INLINE Vec operator*(Vec a, Vec b) { return of(a.v * b.v); }
+  friend RNNFAST_INLINE Vec operator/(Vec a, Vec b) { return of(a.v / b.v); }
 };
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
 template <class T>
-inline Vec<T> relu(Vec<T> x) {
+RNNFAST_INLINE Vec<T> relu(Vec<T> x) {
   return Vec<T>::of(x.v < T(0) ? typename Vec<T>::Native{} : x.v);
 }
 template <class T>
-inline Vec<T> relu_mask(Vec<T> y) {
+RNNFAST_INLINE Vec<T> relu_mask(Vec<T> y) {
   return Vec<T>::of(y.v > T(0) ? Vec<T>(T(1)).v : typename Vec<T>::Native{});
 }
 
 // NaN stays NaN: the comparisons are false for it, and the instructions return their second operand.
-inline VecF clamp(VecF x, float low, float high) {
+RNNFAST_INLINE VecF clamp(VecF x, float low, float high) {
 #if defined(RNNFAST_HAS_AVX512)
   const __m512 above = _mm512_max_ps(__m512(VecF(low).v), __m512(x.v));
   return VecF::of(VecF::Native(_mm512_min_ps(__m512(VecF(high).v), above)));
@@ -69,7 +72,7 @@ inline VecF clamp(VecF x, float low, float high) {
 
 // exp(x) = scale * (1 + p) with scale = 2^n, x = n ln 2 + r, |r| <= ln(2) / 2 and p = exp(r) - 1.
 // Keeping p apart from the 1 is what makes exp(x) - 1 exact near zero. |x| must be below 88.
-inline void exp_parts(VecF x, VecF& scale, VecF& p) {
+RNNFAST_INLINE void exp_parts(VecF x, VecF& scale, VecF& p) {
   // Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the sum.
   const VecF magic(12582912.0f);
   const VecF shifted = x * VecF(1.44269504f) + magic;
@@ -86,7 +89,7 @@ inline void exp_parts(VecF x, VecF& scale, VecF& p) {
 }
 
 // 1 / x for x in [1, 2^126].
-inline VecF reciprocal(VecF x) {
+RNNFAST_INLINE VecF reciprocal(VecF x) {
 #if defined(RNNFAST_HAS_AVX512)
   // Fourteen bits from the table, doubled by one Newton step; a division would keep the one divider busy.
   const VecF y = VecF::of(VecF::Native(_mm512_rcp14_ps(__m512(x.v))));
@@ -96,14 +99,14 @@ inline VecF reciprocal(VecF x) {
 #endif
 }
 
-inline VecF sigmoid(VecF x) {
+RNNFAST_INLINE VecF sigmoid(VecF x) {
   VecF scale, p;
   exp_parts(clamp(VecF(0.0f) - x, -87.0f, 87.0f), scale, p);
   return reciprocal(VecF(1.0f) + (scale + scale * p));
 }
 
 // tanh(x) = e / (e + 2) with e = exp(2 x) - 1; beyond 9.02 the result rounds to 1.
-inline VecF tanh(VecF x) {
+RNNFAST_INLINE VecF tanh(VecF x) {
   VecF scale, p;
   const VecF twice = clamp(x + x, -18.04f, 18.04f);
   exp_parts(twice, scale, p);
@@ -111,14 +114,53 @@ inline VecF tanh(VecF x) {
   return e * reciprocal(e + VecF(2.0f));
 }
 
-inline VecD sigmoid(VecD x) {
+RNNFAST_INLINE VecD sigmoid(VecD x) {
   for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = rnnfast::sigmoid(double(x.v[i]));
   return x;
 }
-inline VecD tanh(VecD x) {
+RNNFAST_INLINE VecD tanh(VecD x) {
   for (int i = 0; i < VecD::kLanes; ++i) x.v[i] = rnnfast::tanh(double(x.v[i]));
   return x;
 }
+
+// Several vectors that go through the same equations side by side. A cell's nonlinearities depend on each other, so one
+// vector alone would wait for its own results most of the time.
+template <class T, int N>
+struct Batch {
+  Vec<T> part[N];
+
+  Batch() = default;
+  Batch(T x) {
+    for (auto& p : part) p = Vec<T>(x);
+  }
+  template <class F>
+  static RNNFAST_INLINE Batch map(const F& f) {
+    Batch y;
+    for (int i = 0; i < N; ++i) y.part[i] = f(i);
+    return y;
+  }
+  friend RNNFAST_INLINE Batch operator+(const Batch& a, const Batch& b) {
+    return map([&](int i) { return a.part[i] + b.part[i]; });
+  }
+  friend RNNFAST_INLINE Batch operator-(const Batch& a, const Batch& b) {
+    return map([&](int i) { return a.part[i] - b.part[i]; });
+  }
+  friend RNNFAST_INLINE Batch operator*(const Batch& a, const Batch& b) {
+    return map([&](int i) { return a.part[i] * b.part[i]; });
+  }
+  friend RNNFAST_INLINE Batch sigmoid(const Batch& x) {
+    return map([&](int i) { return sigmoid(x.part[i]); });
+  }
+  friend RNNFAST_INLINE Batch tanh(const Batch& x) {
+    return map([&](int i) { return tanh(x.part[i]); });
+  }
+  friend RNNFAST_INLINE Batch relu(const Batch& x) {
+    return map([&](int i) { return relu(x.part[i]); });
+  }
+  friend RNNFAST_INLINE Batch relu_mask(const Batch& x) {
+    return map([&](int i) { return relu_mask(x.part[i]); });
+  }
+};
 
 // ------------------------------------------------------------------------------------------- storage <-> arithmetic
 // acc_t<S> is the arithmetic type of a storage type S. load<S> and store<S> move kLanes values, or the first n.
@@ -126,22 +168,22 @@ inline VecD tanh(VecD x) {
 template <class S>
 using acc_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-inline float to_acc(float x) { return x; }
-inline double to_acc(double x) { return x; }
-inline float to_acc(bf16 x) {
+RNNFAST_INLINE float to_acc(float x) { return x; }
+RNNFAST_INLINE double to_acc(double x) { return x; }
+RNNFAST_INLINE float to_acc(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float y;
   memcpy(&y, &bits, 4);
   return y;
 }
-inline float to_acc(f16 x) {
+RNNFAST_INLINE float to_acc(f16 x) {
   _Float16 y;
   memcpy(&y, &x.bits, 2);
   return float(y);
 }
 
 template <class S>
-inline S from_acc(acc_t<S> x) {
+RNNFAST_INLINE S from_acc(acc_t<S> x) {
   if constexpr (std::is_same_v<S, bf16>) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -157,27 +199,27 @@ inline S from_acc(acc_t<S> x) {
   }
 }
 
-inline VecF load(const float* p) { return VecF::load(p); }
-inline VecD load(const double* p) { return VecD::load(p); }
-inline void store(float* p, VecF x) { x.store(p); }
-inline void store(double* p, VecD x) { x.store(p); }
+RNNFAST_INLINE VecF load(const float* p) { return VecF::load(p); }
+RNNFAST_INLINE VecD load(const double* p) { return VecD::load(p); }
+RNNFAST_INLINE void store(float* p, VecF x) { x.store(p); }
+RNNFAST_INLINE void store(double* p, VecD x) { x.store(p); }
 
 typedef uint16_t Half __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
 typedef uint16_t HalfUnaligned __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t Wide __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 
-inline VecF load(const bf16* p) {
+RNNFAST_INLINE VecF load(const bf16* p) {
   const Half narrow = *reinterpret_cast<const HalfUnaligned*>(p);
   return VecF::of(reinterpret_cast<VecF::Native>(__builtin_convertvector(narrow, Wide) << 16));
 }
-inline void store(bf16* p, VecF x) {
+RNNFAST_INLINE void store(bf16* p, VecF x) {
   const Wide bits = reinterpret_cast<Wide>(x.v);
   const Wide even = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const Wide rounded = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : even;
   *reinterpret_cast<HalfUnaligned*>(p) = __builtin_convertvector(rounded, Half);
 }
 
-inline VecF load(const f16* p) {
+RNNFAST_INLINE VecF load(const f16* p) {
 #if defined(RNNFAST_HAS_AVX512)
   return VecF::of(VecF::Native(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
 #elif defined(RNNFAST_HAS_F16C)
@@ -188,7 +230,7 @@ inline VecF load(const f16* p) {
   return y;
 #endif
 }
-inline void store(f16* p, VecF x) {
+RNNFAST_INLINE void store(f16* p, VecF x) {
 #if defined(RNNFAST_HAS_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(x.v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(RNNFAST_HAS_F16C)
@@ -200,7 +242,7 @@ inline void store(f16* p, VecF x) {
 
 // The first n lanes; the others are zero.
 template <class S>
-inline Vec<acc_t<S>> load(const S* p, int64_t n) {
+RNNFAST_INLINE Vec<acc_t<S>> load(const S* p, int64_t n) {
   using V = Vec<acc_t<S>>;
   if (n >= V::kLanes) return load(p);
 #if defined(RNNFAST_HAS_AVX512)
@@ -213,7 +255,7 @@ inline Vec<acc_t<S>> load(const S* p, int64_t n) {
 }
 
 template <class S>
-inline void store(S* p, Vec<acc_t<S>> x, int64_t n) {
+RNNFAST_INLINE void store(S* p, Vec<acc_t<S>> x, int64_t n) {
   using V = Vec<acc_t<S>>;
   if (n >= V::kLanes) return store(p, x);
 #if defined(RNNFAST_HAS_AVX512)
@@ -237,7 +279,7 @@ struct Product {
   using Acc = acc_t<S>;
   using Unit = Operand;
   static constexpr int kPair = 1;
-  static Vec<Acc> multiply_add(Vec<Acc> sum, Unit a, Vec<Unit> w) { return Vec<Acc>(a) * w + sum; }
+  static RNNFAST_INLINE Vec<Acc> multiply_add(Vec<Acc> sum, Unit a, Vec<Unit> w) { return Vec<Acc>(a) * w + sum; }
 };
 
 #if defined(RNNFAST_HAS_AVX512_BF16)
@@ -247,7 +289,7 @@ struct Product<bf16> {
   using Acc = float;
   using Unit = int32_t;  // the bits of a pair of bf16
   static constexpr int kPair = 2;
-  static VecF multiply_add(VecF sum, Unit a, Vec<Unit> w) {
+  static RNNFAST_INLINE VecF multiply_add(VecF sum, Unit a, Vec<Unit> w) {
     const __m512bh pair = __m512bh(_mm512_set1_epi32(a));
     return VecF::of(VecF::Native(_mm512_dpbf16_ps(__m512(sum.v), pair, __m512bh(__m512i(w.v)))));
   }
@@ -258,7 +300,7 @@ struct Product<bf16> {
 
 // Lane i of the result is lane Pattern::source(i) of a followed by b.
 template <class Pattern, class T, int... I>
-inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+RNNFAST_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
   return Vec<T>::of(__builtin_shufflevector(a.v, b.v, Pattern::source(I)...));
 #else
@@ -289,14 +331,14 @@ struct Pieces {
   }
 };
 template <class Pattern, class T>
-inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+RNNFAST_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
   return shuffle<Pattern>(a, b, std::make_integer_sequence<int, Vec<T>::kLanes>{});
 }
 
 // The transpose of a kLanes x kLanes block held in registers: first within the 16-byte lanes, then of the lanes. Two
 // shuffles a vector and stage of those that a processor does fastest.
 template <class T>
-inline void transpose(Vec<T> (&m)[Vec<T>::kLanes]) {
+RNNFAST_INLINE void transpose(Vec<T> (&m)[Vec<T>::kLanes]) {
   constexpr int n = Vec<T>::kLanes, kIn = 16 / sizeof(T), kOf = n / kIn;
   for (int g = 0; g < n; g += kIn) {
     if constexpr (kIn == 4) {

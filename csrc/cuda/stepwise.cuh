@@ -1,9 +1,12 @@
-// Owns: what the forward and the backward of the stepwise engine share: which rows live, where a reset cuts, how
-// threads map to units and rows, and the way from (cell, dtype) to a template. Must not know: equations, tensors.
+// Owns: what forward and backward of the stepwise engine share: which rows live, where a reset cuts, how threads map to
+// units and rows, the way from (cell, dtype) to a template.
+// Must not know: equations, tensors.
 #pragma once
 
 #include <algorithm>
 
+#include "cell/cells.h"
+#include "cell/cells.h"
 #include "launch.cuh"
 #include "params.h"
 #include "storage.cuh"

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cell/cells.h"
 #include "params.h"
 #include "storage.cuh"
 

@@ -118,7 +118,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     cpp = [path for path in sources("csrc/ops/*.cpp") if path not in cuda_ops]
     cpp += sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
     facts = {
         "RNNFAST_VERSION": package_version(),
         "RNNFAST_TORCH_VERSION": str(torch.__version__),

@@ -1,0 +1,46 @@
+"""The documentation is true where a machine can tell: its examples run, its links and the files it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+FILE = re.compile(r"`((?:csrc|rnnfast|tests|benchmarks|examples|docs)/[\w./-]+)`")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def run_examples(name: str, text: str) -> int:
+    """Runs the examples of one page in one namespace, and counts them; a traceback names the page's line."""
+    namespace: dict[str, object] = {}
+    examples = list(EXAMPLE.finditer(text))
+    for example in examples:
+        lines_before = text.count("\n", 0, example.start(1))
+        exec(compile("\n" * lines_before + example[1], name, "exec"), namespace)
+    return len(examples)
+
+
+@each_page
+def test_examples_run(page: Path) -> None:
+    count = run_examples(str(page), page.read_text())
+    assert count or page.name != "README.md"
+
+
+@each_page
+def test_what_is_named_exists(page: Path) -> None:
+    text = page.read_text()
+    missing = [name for name in LINK.findall(text) if not (page.parent / name).exists()]
+    missing += [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_a_wrong_example_is_seen() -> None:
+    with pytest.raises(NameError) as error:
+        run_examples("page.md", "Text.\n\n```python\nx = 1\n```\n\n```python\nassert x == 1\nprint(y)\n```\n")
+    assert error.traceback[-1].lineno == 8  # from 0

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_sim import build, driver
 from sample_inputs import SAMPLES, Sample, tensors_of
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
-from rnnfast import reference
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import build
-import driver
+from rnnfast import ops, reference
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 ENGINE = [build.HERE / "driver.cpp", *sorted((build.CSRC / "cuda").glob("*.cu"))]
 STATES = 1  # Save::states: backward recomputes the gates
 
-# Sizes that exercise what SAMPLES leave out: rows that vector loads divide, more units and rows than a block has threads.
+# Sizes that SAMPLES leave out: rows that vector loads divide, more units and more rows than a block has threads.
 WIDE = [
     Sample("lstm", steps=2, batch=5, hidden_size=8, directions=2, reset=True),
     Sample("lstm", steps=2, batch=5, hidden_size=8, proj_size=4, directions=2, form="lengths"),
@@ -46,38 +44,56 @@ def simulator(simulators: dict[str, driver.Simulator], kind: str) -> driver.Simu
     return simulators[kind]
 
 
+class Problem:
+    """A sample in a dtype, with random gradients of its results, and what float64 says of the same rounded values."""
+
+    def __init__(self, sample: Sample, dtype: torch.dtype) -> None:
+        (cell, input, h0, c0, weights), self.options = sample.arguments(dtype)
+        wide = [cell, *(None if t is None else t.double().clone() for t in (input, h0, c0))]
+        wide.append([w.double().clone() for w in weights])
+        self.leaves = [leaf.requires_grad_() for leaf in tensors_of(wide)]
+        output, h_n, c_n, c = reference.layer(*wide, **self.options)
+        self.states = 1 if c0 is None else 2
+        self.results = [output, h_n, c_n, c][: 2 * self.states]
+        generator = torch.Generator().manual_seed(1)
+        self.grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype) for r in self.results]
+        lengths = self.options["lengths"]
+        if lengths is not None:  # what stands past a length has no effect
+            past = torch.arange(sample.steps).unsqueeze(1) >= lengths
+            input = input.masked_fill(past.unsqueeze(-1), float("nan"))
+        self.arguments = [cell, input, h0, c0, weights]
+        self.dtype = dtype
+
+    def gradients(self) -> list[Tensor]:
+        """Of input, h0, c0 where there is one, and the weights."""
+        grads = [grad.double() for grad in self.grads]
+        return list(torch.autograd.grad(self.results, self.leaves, grads, materialize_grads=True))
+
+    def differentiable(self, output: Tensor) -> bool:
+        """The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount."""
+        if self.arguments[0] != "rnn_relu" or torch.equal(output > 0, self.results[0] > 0):
+            return True
+        assert self.dtype in (torch.bfloat16, torch.float16)
+        return False
+
+
 def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int) -> None:
-    """Forward and backward of a sample on the simulator, against the reference in float64 on the same rounded values."""
-    arguments, options = sample.arguments(dtype)
-    cell, *tensors, weights = arguments
-    wide = [None if t is None else t.double().clone() for t in tensors]
-    wide_weights = [w.double().clone() for w in weights]
-    leaves = [t.requires_grad_() for t in tensors_of([cell, *wide, wide_weights])]
-    output, h_n, c_n, c = reference.layer(cell, *wide, wide_weights, **options)
-    expected = [output, h_n, *([c_n, c] if wide[2] is not None else [])]
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(e.shape, generator=generator, dtype=torch.float64).to(dtype) for e in expected]
-    if options["lengths"] is not None:  # whatever stands past a length has no effect
-        past = torch.arange(sample.steps).unsqueeze(1) >= options["lengths"]
-        tensors[0] = tensors[0].masked_fill(past.unsqueeze(-1), float("nan"))
-    layer = driver.Layer(cell, *tensors, weights, **options)
-    got_output, got_h_n, got_c_n, saved = sim.forward(layer, save=save)
-    got = [got_output, got_h_n, *([got_c_n, saved.c] if wide[2] is not None else [])]
-    assert_close(got, expected, dtype)
-
-    # The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount.
-    if cell == "rnn_relu" and not torch.equal(got_output > 0, output > 0):
-        assert dtype in (torch.bfloat16, torch.float16)
-        return
-    expected_grads = torch.autograd.grad(expected, leaves, [g.double() for g in grads], materialize_grads=True)
-    grad_output, grad_h_n, *grad_c = grads
-    got_grads = sim.backward(layer, got_output, saved, grad_output, grad_h_n, *(grad_c or [None, None]))
-    assert_close(got_grads, list(expected_grads), dtype)
+    """Forward and backward of a sample on the simulator, against the reference."""
+    problem = Problem(sample, dtype)
+    layer = driver.Layer(*problem.arguments, **problem.options)
+    output, h_n, c_n, saved = sim.forward(layer, save=save)
+    assert_close([output, h_n, c_n, saved.c][: 2 * problem.states], problem.results, dtype)
+    if problem.differentiable(output):
+        grad_output, grad_h_n, grad_c_n, grad_c = [*problem.grads, None, None][:4]
+        assert_close(
+            sim.backward(layer, output, saved, grad_output, grad_h_n, grad_c_n, grad_c), problem.gradients(), dtype
+        )
 
 
-def assert_close(got: list[Tensor | None], expected: list[Tensor], dtype: torch.dtype) -> None:
+def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
     """The error of a sum goes with its largest terms: the bound is relative to the largest element."""
-    bound = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}[dtype] * torch.finfo(dtype).eps
+    roundings = 16 if dtype.itemsize == 2 else 64
+    bound = roundings * torch.finfo(dtype).eps
     for tensor, wanted in zip(got, expected, strict=True):
         assert tensor is not None
         scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
@@ -125,13 +141,69 @@ def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+# ------------------------------------------------------------------------------------------------ the operators
+@pytest.fixture(scope="module")
+def operators() -> DispatchKeySet:
+    """The CUDA operators of csrc/ops, on host tensors and the simulator: a key that dispatches to them."""
+    if ops.extension is None:
+        pytest.skip("the extension is not built, so there are no operators")
+    sources = [build.HERE / "operators" / "operators.cpp"]
+    library = build.build("operators", "sim", ENGINE[1:], library=True, torch_sources=sources)
+    torch.ops.load_library(str(library))
+    return DispatchKeySet(DispatchKey.PrivateUse1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@each_cell
+def test_operators_against_reference(operators: DispatchKeySet, cell: str, dtype: torch.dtype) -> None:
+    forward = getattr(torch.ops.rnnfast, cell).default
+    backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
+    for index, sample in enumerate(s for s in [*SAMPLES, *WIDE] if s.cell == cell):
+        problem = Problem(sample, dtype)
+        arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
+        save = (driver.GATES, STATES)[index % 2]
+        output, h_n, c_n, c, saved = forward.redispatch(operators, *arguments, save)
+        assert_close([output, h_n, c_n, c][: 2 * problem.states], problem.results, dtype)
+        assert (saved.numel() > 0) == (save == driver.GATES and cell in ("lstm", "gru") and output.numel() > 0)
+        if not problem.differentiable(output):
+            continue
+        grads = [*problem.grads, None, None][:4]
+        grad_input, grad_h0, grad_c0, grad_weights = backward.redispatch(
+            operators, *grads, *arguments, output, c, saved, [True] * 4
+        )
+        got = [grad_input, grad_h0, *([grad_c0] if problem.states == 2 else []), *grad_weights]
+        assert_close(got, problem.gradients(), dtype)
+
+
+def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:
+    problem = Problem(WIDE[0], torch.float64)
+    arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
+    output, _, _, c, saved = torch.ops.rnnfast.lstm.default.redispatch(operators, *arguments, driver.GATES)
+    for wanted in range(4):
+        mask = [k == wanted for k in range(4)]
+        *states, weights = torch.ops.rnnfast.lstm_backward.default.redispatch(
+            operators, None, problem.grads[1], None, None, *arguments, output, c, saved, mask
+        )
+        assert [*(tensor.numel() > 0 for tensor in states), len(weights) > 0] == mask
+
+
+def test_operators_refuse_lengths_above_the_steps(operators: DispatchKeySet) -> None:
+    sample = Sample("gru", form="lengths", row_lengths=(1, 9, 2))
+    arguments, options = sample.arguments()
+    with pytest.raises(ValueError, match=r"lengths\[1\] is 9"):
+        torch.ops.rnnfast.gru.default.redispatch(
+            operators, *arguments[1:], None, options["lengths"], None, driver.GATES
+        )
+
+
 def run_in_subprocess(program: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, **env}, timeout=300)
 
 
 def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
     library = build.build("engine", "asan", ENGINE, library=True)
-    preload = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in ("libasan.so", "libubsan.so")]
+    names = ("libasan.so", "libubsan.so")
+    preload = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names]
     done = run_in_subprocess(
         [sys.executable, __file__, str(library)],
         LD_PRELOAD=" ".join(preload),

@@ -1,19 +1,17 @@
-"""All CUDA sources compile with nvcc, without a warning and without a spilled register, where there is an nvcc; no GPU is
-needed. What faces torch compiles against a CPU wheel's headers, given stand-ins (cuda_stubs/) for those it lacks."""
+"""All CUDA sources compile with nvcc, where there is one, without a warning and without a spilled register; no GPU is
+needed. What faces torch compiles against a CPU wheel's headers, given stand-ins (cuda_stubs/) for those it lacks.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cuda_sim import build
 from torch.utils import cpp_extension
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #ifdef CUDA_SIM
-#include "cuda_sim/matrix.h"
+#include <cuda_sim/matrix.h>
 #else
 // A static shared array: RNNFAST_SHARED(float, tile, [16][17]).
 #define RNNFAST_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from torch.utils import cpp_extension
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
@@ -54,8 +56,11 @@ def missing() -> str | None:
     return None
 
 
-def build(name: str, kind: str, sources: Sequence[Path], *, library: bool) -> Path:
-    """Compile `sources` for the simulator, in the build `kind`; return the program, or the shared library."""
+def build(name: str, kind: str, sources: Sequence[Path], *, library: bool, torch_sources: Sequence[Path] = ()) -> Path:
+    """Compile kernel `sources` for the simulator, in the build `kind`; return the program, or the shared library.
+
+    `torch_sources` are compiled as they are, against torch's headers with cuda_sim/operators/ in front.
+    """
     objects = HERE / "build" / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     headers = toolkit_headers()
@@ -65,18 +70,32 @@ def build(name: str, kind: str, sources: Sequence[Path], *, library: bool) -> Pa
     kernel_flags = ["-x", "c++", "-include", "cuda_sim.h", *KERNEL_FLAGS[kind]]
     jobs = [(path, [*COMMON, *WARNINGS, *includes, *runtime_flags]) for path in RUNTIME]
     jobs += [(path, [*COMMON, *WARNINGS, *includes, *kernel_flags]) for path in sources]
+    jobs += [(path, [*COMMON, *_torch_flags(headers)]) for path in torch_sources]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda job: _compile(*job, objects), jobs))
 
     link = ["-shared"] if library else []
     link += ["-fsanitize=address,undefined"] if kind == "asan" else []
     link += ["-ldl", "-lpthread"]
+    link += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"] if torch_sources else []
     key = hashlib.sha256(" ".join([*map(str, compiled), *link]).encode()).hexdigest()[:16]
     result = HERE / "build" / f"{name}-{kind}-{key}{'.so' if library else ''}"
     if not result.exists():
         _run(["g++", *map(str, compiled), *link, "-o", f"{result}.new"])
         Path(f"{result}.new").rename(result)
     return result
+
+
+def _torch_flags(headers: Path) -> list[str]:
+    system = [HERE / "operators", *cpp_extension.include_paths(), headers]
+    return [
+        "-std=c++20",
+        "-O0",
+        "-g0",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'ops'}",
+        *(flag for path in system for flag in ("-isystem", str(path))),
+    ]
 
 
 def _compile(source: Path, flags: list[str], objects: Path) -> Path:

@@ -1,6 +1,7 @@
-// Owns: the checks of every access of a kernel: races by vector clocks, uninitialised reads, bounds, host pointers. It
-// is a run-time library of our own for the hooks that g++ -fsanitize=thread emits: kernel files are compiled with that
-// flag, this file and the link without it. Must not know: kernels, how the scheduler chooses.
+// Owns: the checks of every access of a kernel: races by vector clocks, uninitialised reads, bounds, host pointers.
+// It is a run-time library of our own for the hooks of g++ -fsanitize=thread: kernel files are compiled with that flag,
+// this file and the link without it.
+// Must not know: kernels, how the scheduler chooses.
 #include <dlfcn.h>
 #include <sys/mman.h>
 

@@ -129,8 +129,8 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
   abandon_kernel();
 }
 
-// A thread that spins on plain memory never comes back to the scheduler. The timer counts this process's CPU time, which
-// other processes do not stretch.
+// A thread that spins on plain memory never comes back to the scheduler. The timer counts this process's CPU time,
+// which other processes do not stretch.
 void on_timer(int) {
   constexpr int kSeconds = 3;
   static uint64_t switches;

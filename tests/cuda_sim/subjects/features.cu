@@ -247,8 +247,7 @@ int main(int argc, char** argv) {
        [&]() -> Outcome { return {launch(grid_barrier_kernel, {5000, 256, 0, true}, out.data)}; }},
       {"BAD_empty_grid", [&]() -> Outcome { return {launch(read_kernel, {dim3(1, 0), 32}, input, out.data)}; }},
       {"BAD_masks_disagree", [&]() -> Outcome { return {launch(masks_kernel, {}, integers.data)}; }},
-      {"BAD_barrier_counts_differ",
-       [&]() -> Outcome { return {launch(barrier_count_kernel, {1, 64}, out.data, 3)}; }},
+      {"BAD_barrier_counts_differ", [&]() -> Outcome { return {launch(barrier_count_kernel, {1, 64}, out.data, 3)}; }},
       {"BAD_own_barrier_in_plain_launch",
        [&]() -> Outcome {
          const DeviceArray<unsigned> arrived(std::vector<unsigned>(1));

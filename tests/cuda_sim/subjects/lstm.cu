@@ -327,7 +327,7 @@ cudaError_t run(Variant variant, const Parameters& p) {
 
 cudaError_t run(Variant variant, Mistake mistake, const Parameters& p) {
   switch (mistake) {
-#define MISTAKE(name)  \
+#define MISTAKE(name) \
   case Mistake::name: \
     return run<Mistake::name>(variant, p);
     MISTAKE(no_block_barrier)
@@ -353,7 +353,10 @@ struct Data {
   std::vector<float> gx, u, h0, c0;
 
   explicit Data(int steps)
-      : steps(steps), gx(steps * kBatch * 4 * kHidden), u(4 * kHidden * kHidden), h0(kBatch * kHidden),
+      : steps(steps),
+        gx(steps * kBatch * 4 * kHidden),
+        u(4 * kHidden * kHidden),
+        h0(kBatch * kHidden),
         c0(kBatch * kHidden) {
     unsigned state = 12345;
     const auto fill = [&](std::vector<float>& values, float scale) {

@@ -1,0 +1,12 @@
+// Owns: the CUDA operators of csrc/ops for host tensors and the simulator, under a dispatch key that torch leaves free.
+// One compilation, since each would parse torch's headers anew.
+// Must not know: what they do.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "checks.cpp"
+#include "gemm_host.cpp"
+#include "layer.cpp"
+
+#define CUDA PrivateUse1
+#include "layer_cuda.cpp"

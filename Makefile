@@ -30,7 +30,7 @@ demo: .venv/built ## train a character model on text, beside torch.nn
 	$(BIN)/python examples/char_lm.py --demo
 
 test: .venv/built ## all tests
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests
 
 lint: .venv/deps ## style of Python, C++ and CUDA; types of the package
 	$(BIN)/ruff check
@@ -52,8 +52,9 @@ bench: .venv/built ## time the layers against torch.nn on the CPU
 gpu-check: ## on a machine with a GPU, in the Python that has its torch: build, test, time
 	RNNFAST_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m rnnfast
-	$(PYTHON) -m pytest tests -q
+	$(PYTHON) -m pytest tests
 	$(PYTHON) benchmarks/run.py --device cuda
 
 clean: ## remove everything that was made
-	rm -rf .venv build dist *.egg-info rnnfast/*.so rnnfast/not_built.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info rnnfast/*.so rnnfast/not_built.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks \
+	  tests/cuda_sim/build

@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "cell/cells.h"
-#include "cell/cells.h"
 #include "launch.cuh"
 #include "params.h"
 #include "storage.cuh"

@@ -135,7 +135,7 @@ def recurrent(
     if lengths is not None:
         lengths = _lengths(lengths, x, batched, batch_sizes is not None)
     if reset is not None:
-        reset = _reset(reset, x, batched, batch_first and batch_sizes is None)
+        reset = _reset(reset, x, batched, batch_first and batch_sizes is None, batch_sizes)
 
     if batch_invariant:
         _check_batch_invariant(x, dropout if len(weights) > 1 else 0.0, backend)
@@ -325,8 +325,14 @@ def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Ten
     return lengths.to(torch.int64).reshape(-1)
 
 
-def _reset(reset: Tensor | PackedSequence, input: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def _reset(
+    reset: Tensor | PackedSequence, input: Tensor, batched: bool, batch_first: bool, batch_sizes: Tensor | None
+) -> Tensor:
     if isinstance(reset, PackedSequence):
+        if batch_sizes is None:
+            raise TypeError("reset: expected a bool Tensor, the input being no PackedSequence, got a PackedSequence")
+        if not torch.compiler.is_compiling() and not torch.equal(reset.batch_sizes, batch_sizes):
+            raise RuntimeError("reset: expected the input's batch_sizes, got others")
         reset = reset.data
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__

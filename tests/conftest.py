@@ -21,6 +21,12 @@ def pytest_report_header() -> list[str]:
     return [*show_config().splitlines(), f"tested on: {', '.join(DEVICES)}"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--configurations", type=int, default=300, metavar="N", help="random configurations to test (default: 300)"
+    )
+
+
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device that is here and has kernels: a test that takes it runs on all of them."""

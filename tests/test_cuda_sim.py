@@ -302,6 +302,10 @@ def main() -> None:
     for index, sample in enumerate([*SAMPLES, *WIDE]):
         sim.seed(index)
         compare(sim, sample, driver.DTYPES[index % 4], (driver.GATES, STATES)[index // 4 % 2])
+    sim.shift(1)  # vector loads would be misaligned
+    for sample in WIDE:
+        compare(sim, sample, torch.float32, STATES)
+        compare(sim, sample, torch.bfloat16, driver.GATES)
 
 
 if __name__ == "__main__":

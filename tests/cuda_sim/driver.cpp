@@ -13,16 +13,18 @@ namespace {
 
 using namespace rnnfast;
 
-// Device copy of a host tensor. What is only written starts as NaN, uninitialised for the checker.
+// Device copy of a host tensor, `shift` bytes behind an aligned address. What is only written starts as NaN,
+// uninitialised for the checker.
 class Buffer {
  public:
   enum class Use { in, out, in_out };
-  Buffer(void* host, size_t bytes, Use use) : host_(host), bytes_(bytes), use_(use) {
+  Buffer(void* host, size_t bytes, Use use, size_t shift) : host_(host), bytes_(bytes), use_(use) {
     if (!host) return;
-    if (cudaMalloc(&device_, bytes) != cudaSuccess) abort();
+    if (cudaMalloc(&allocation_, bytes + shift) != cudaSuccess) abort();
+    device_ = static_cast<char*>(allocation_) + shift;
     if (use != Use::out) cudaMemcpy(device_, host, bytes, cudaMemcpyHostToDevice);
   }
-  ~Buffer() { cudaFree(device_); }
+  ~Buffer() { cudaFree(allocation_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -35,14 +37,18 @@ class Buffer {
   }
 
  private:
-  void *host_, *device_ = nullptr;
+  void *host_, *allocation_ = nullptr, *device_ = nullptr;
   size_t bytes_;
   Use use_;
 };
 
+// How many elements the tensors of a layer lie behind an aligned address.
+size_t shift_in_elements = 0;
+
 // Copies the tensors that a struct of parameters points to, and points it to the copies.
 class DeviceTensors {
  public:
+  void shift(size_t bytes) { shift_ = bytes; }
   void in(const void*& pointer, size_t bytes) { pointer = add(const_cast<void*>(pointer), bytes, Buffer::Use::in); }
   void in(void*& pointer, size_t bytes) { pointer = add(pointer, bytes, Buffer::Use::in); }
   void out(void*& pointer, size_t bytes) { pointer = add(pointer, bytes, Buffer::Use::out); }
@@ -56,10 +62,11 @@ class DeviceTensors {
 
  private:
   void* add(void* host, size_t bytes, Buffer::Use use) {
-    buffers_.push_back(std::make_unique<Buffer>(host, bytes, use));
+    buffers_.push_back(std::make_unique<Buffer>(host, bytes, use, shift_));
     return buffers_.back()->device();
   }
   std::vector<std::unique_ptr<Buffer>> buffers_;
+  size_t shift_ = 0;
 };
 
 // ------------------------------------------------------------------------------------------------ matrix product
@@ -150,6 +157,7 @@ int with_workspace(size_t bytes, const Call& call) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }
 EXPORT const char* sim_last_message() { return cuda_sim::last_message(); }
 
@@ -160,6 +168,7 @@ EXPORT int sim_forward(const LayerForward* host) {
   DeviceTensors tensors;
   const Sizes z(layer);
   move_sequence(tensors, layer.sequence);
+  tensors.shift(shift_in_elements * z.element);
   Rows output = layer.direction[0].output, c = layer.direction[0].c;
   tensors.out(output.data, z.N * layer.directions * z.P * z.element);
   tensors.out(c.data, z.N * layer.directions * z.H * z.element);
@@ -186,6 +195,7 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
   const Sizes z(layer);
   const bool recomputes = layer.direction[0].saved == nullptr;
   move_sequence(tensors, layer.sequence);
+  tensors.shift(shift_in_elements * z.element);
   Rows rows[] = {layer.direction[0].output, layer.direction[0].c, layer.direction[0].grad_output,
                  layer.direction[0].grad_c};
   const size_t features[] = {z.P, z.H, z.P, z.H};

@@ -134,6 +134,7 @@ class Simulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.sim_set_seed.argtypes = [c_uint64]
+        self.library.sim_set_shift.argtypes = [c_size_t]
         self.library.sim_last_message.restype = ctypes.c_char_p
         self.library.sim_forward.argtypes = [POINTER(LayerForward)]
         self.library.sim_backward.argtypes = [POINTER(LayerBackward), POINTER(Products)]
@@ -144,6 +145,10 @@ class Simulator:
 
     def seed(self, seed: int) -> None:
         self.library.sim_set_seed(seed)
+
+    def shift(self, elements: int) -> None:
+        """Where the tensors of all later layers lie: so many elements behind an aligned address."""
+        self.library.sim_set_shift(elements)
 
     def _check(self, error: int) -> None:
         if error:

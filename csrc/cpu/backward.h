@@ -53,22 +53,28 @@ class Backward {
 
   static void run(const LayerBackward& layer, void* workspace, int threads) {
     const Plan plan = plan_of(layer, threads);
-    const int team = team_size(layer, threads);
-    Barrier barriers[2], everyone;
-    run_team(team, [&](int rank, int size) {
+    auto with_buffers = [&](int rank, const auto& f) {
       FlushDenormals flush;
       Carver carver(workspace);
       Shared shared[2];
       Own own;
       carve(layer, threads, carver, shared, &own, rank);
-      const int loop = std::min(plan.threads, size);
-      if (rank < loop)
-        for_directions(layer.directions, rank, loop, plan.divide, barriers, [&](int d, const Member& member) {
+      f(shared, own);
+    };
+    Barrier barriers[2], everyone;
+    run_team(plan.threads, [&](int rank, int size) {
+      with_buffers(rank, [&](const Shared* shared, const Own& own) {
+        for_directions(layer.directions, rank, size, plan.divide, barriers, [&](int d, const Member& member) {
           Backward(layer, layer.direction[d], member, shared[d], own).run();
         });
-      everyone.wait(size);
-      grad_input(layer, shared, own, rank, size, everyone);
-      for (int d = 0; d < layer.directions; ++d) grad_weights(layer, layer.direction[d], shared[d], own, rank, size);
+      });
+    });
+    // The products over all steps can use threads that the loop cannot.
+    run_team(team_size(layer, threads), [&](int rank, int size) {
+      with_buffers(rank, [&](const Shared* shared, const Own& own) {
+        grad_input(layer, shared, own, rank, size, everyone);
+        for (int d = 0; d < layer.directions; ++d) grad_weights(layer, layer.direction[d], shared[d], own, rank, size);
+      });
     });
   }
 
@@ -77,7 +83,6 @@ class Backward {
     return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
                      threads);
   }
-  // The products over all steps can use threads that the loop cannot.
   static int team_size(const LayerBackward& l, int threads) {
     const double cycles =
         row_cycles(G, l.input_size, l.hidden_size, l.output_size) * double(l.sequence.rows) * l.directions;

@@ -72,33 +72,37 @@ OuterTile<S> pick_outer_tile(int rows, std::integer_sequence<int, MR...>) {
   static constexpr OuterTile<S> table[] = {outer_tile<S, MR + 1, NV>...};
   return table[rows - 1];
 }
+// Tiles see operands and sums only: storage types that differ in neither share them.
+template <class S>
+using TileType = std::conditional_t<std::is_same_v<typename Product<S>::Operand, acc_t<S>>, acc_t<S>, S>;
+
 template <int NV>
 using RowCounts = std::make_integer_sequence<int, kMaxRows[NV]>;
 
 template <class S>
-RowTile<S> pick_row_tile(int rows, int vectors) {
+RowTile<TileType<S>> pick_row_tile(int rows, int vectors) {
   switch (vectors) {
     case 1:
-      return pick_row_tile<S, 1>(rows, RowCounts<1>{});
+      return pick_row_tile<TileType<S>, 1>(rows, RowCounts<1>{});
     case 2:
-      return pick_row_tile<S, 2>(rows, RowCounts<2>{});
+      return pick_row_tile<TileType<S>, 2>(rows, RowCounts<2>{});
     case 3:
-      return pick_row_tile<S, 3>(rows, RowCounts<3>{});
+      return pick_row_tile<TileType<S>, 3>(rows, RowCounts<3>{});
     default:
-      return pick_row_tile<S, 4>(rows, RowCounts<4>{});
+      return pick_row_tile<TileType<S>, 4>(rows, RowCounts<4>{});
   }
 }
 template <class S>
-OuterTile<S> pick_outer_tile(int rows, int vectors) {
+OuterTile<TileType<S>> pick_outer_tile(int rows, int vectors) {
   switch (vectors) {
     case 1:
-      return pick_outer_tile<S, 1>(rows, RowCounts<1>{});
+      return pick_outer_tile<TileType<S>, 1>(rows, RowCounts<1>{});
     case 2:
-      return pick_outer_tile<S, 2>(rows, RowCounts<2>{});
+      return pick_outer_tile<TileType<S>, 2>(rows, RowCounts<2>{});
     case 3:
-      return pick_outer_tile<S, 3>(rows, RowCounts<3>{});
+      return pick_outer_tile<TileType<S>, 3>(rows, RowCounts<3>{});
     default:
-      return pick_outer_tile<S, 4>(rows, RowCounts<4>{});
+      return pick_outer_tile<TileType<S>, 4>(rows, RowCounts<4>{});
   }
 }
 

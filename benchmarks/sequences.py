@@ -4,9 +4,9 @@
     python benchmarks/sequences.py --only rl_small --cell lstm --json FILE
 
 A ratio is the time with by the time without, both measured in turns in one process: 1.10 is 10 % more. "resets" sets
-3 % of the mask; "lengths" fills half of the padded steps; "states" returns every layer's states. Memory is the most that
-torch's allocator had given out at once in one training step, beyond what it had before: with the gates kept, with them
-computed again, and with torch.nn.
+3 % of the mask; "lengths" fills half of the padded steps; "states" returns every layer's states. Memory is the most
+that torch's allocator had given out at once in one training step, beyond what it had before: with the gates kept,
+with them computed again, and with torch.nn.
 """
 
 from __future__ import annotations

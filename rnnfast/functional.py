@@ -272,9 +272,11 @@ def _check_input(input: Tensor, w_ih: Tensor, dtype_error: type[Exception]) -> N
 
 
 def _pair(hx: State) -> tuple[Tensor, Tensor]:
-    if isinstance(hx, Tensor) or len(hx) != 2:
-        got = "a Tensor" if isinstance(hx, Tensor) else f"{len(hx)} of them"
-        raise RuntimeError(f"hx: expected two states (h_0, c_0), got {got}")
+    if not isinstance(hx, (tuple, list)):
+        error = RuntimeError if isinstance(hx, Tensor) else TypeError  # as torch.nn
+        raise error(f"hx: expected two states (h_0, c_0), got a {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"hx: expected two states (h_0, c_0), got {len(hx)} of them")
     return hx[0], hx[1]
 
 
@@ -311,18 +313,20 @@ def _check_tensor(name: str, tensor: State, input: Tensor) -> Tensor:
 def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Tensor:
     if packed:
         raise ValueError("lengths: expected None with a PackedSequence, which has its own")
-    if not isinstance(lengths, Tensor) or lengths.dtype == torch.bool or lengths.is_floating_point():
+    no_integers = not isinstance(lengths, Tensor) or lengths.dtype == torch.bool
+    if no_integers or lengths.is_floating_point() or lengths.is_complex():
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths: expected a Tensor of integers, got {got}")
     steps, batch = input.shape[:2]
     if lengths.shape != ((batch,) if batched else ()):
         expected = f"shape ({batch},), one for each row" if batched else "shape (), the input being unbatched"
         raise RuntimeError(f"lengths: expected {expected}, got {tuple(lengths.shape)}")
+    lengths = lengths.to(torch.int64)  # first: unsigned types have no minimum of their own in torch
     if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise RuntimeError(f"lengths: expected values from 0 to {steps} (T), got {low} to {high}")
-    return lengths.to(torch.int64).reshape(-1)
+    return lengths.reshape(-1)
 
 
 def _reset(

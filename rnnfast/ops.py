@@ -122,6 +122,19 @@ def _check_backend(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- fake kernels
+# One meta tensor among others is enough to bring a call here, where the result of the others would have no values.
+def _check_devices(
+    input: Tensor, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, lengths: Tensor | None
+) -> None:
+    device, cpu = input.device, torch.device("cpu")
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"expected every tensor on the input's device {device}, got one on {tensor.device}")
+    for name, tensor in (("batch_sizes", batch_sizes), ("lengths", lengths)):
+        if tensor is not None and tensor.device not in (device, cpu):
+            raise RuntimeError(f"{name}: expected cpu or the input's device {device}, got {tensor.device}")
+
+
 def _fake_layer(
     saved_values: int,  # of the cell, per unit and step
     input: Tensor,
@@ -133,6 +146,7 @@ def _fake_layer(
     reset: Tensor | None,
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(input, (h0, c0, *weights, reset), batch_sizes, lengths)
     directions, _, output_size = h0.shape
     hidden_size = output_size if c0 is None else c0.shape[2]
     shape = input.shape[:-1]
@@ -160,6 +174,8 @@ def _fake_layer_backward(
     saved: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads = (grad_output, grad_h_n, grad_c_n, grad_c)
+    _check_devices(input, (h0, c0, *weights, reset, output, c, saved, *grads), batch_sizes, lengths)
     grad_input, grad_h0, grad_c0 = (
         input.new_empty(tensor.shape if wanted and tensor is not None else 0)
         for tensor, wanted in zip((input, h0, c0), output_mask[:3], strict=True)

@@ -142,6 +142,8 @@ def test_states_of_an_lstm() -> None:
     for hx, got in ((h, "a Tensor"), ((h,), "1 of them"), ((h, h, h), "3 of them")):
         with pytest.raises(RuntimeError, match=rf"hx: expected two states \(h_0, c_0\), got {got}"):
             module(X, hx)
+    with pytest.raises(TypeError, match=r"hx: expected two states \(h_0, c_0\), got a int"):
+        rnnfast.LSTM(3, 4)(X, 1)
     with pytest.raises(TypeError, match=r"hx\[0\]: expected a Tensor, got NoneType"):
         module(X, (None, None))
 
@@ -196,6 +198,7 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor(5), RuntimeError, r"lengths: expected shape \(2,\), one for each row, got \(\)"),
     (torch.tensor([5.0, 1.0]), TypeError, "lengths: expected a Tensor of integers, got torch.float32"),
     (torch.tensor([True, False]), TypeError, "lengths: expected a Tensor of integers, got torch.bool"),
+    (torch.tensor([5j, 1j]), TypeError, "lengths: expected a Tensor of integers, got torch.complex64"),
     ([5, 1], TypeError, "lengths: expected a Tensor of integers, got list"),
 ]
 
@@ -215,6 +218,28 @@ def test_lengths_with_other_forms(name: str) -> None:
         module(PACKED, lengths=torch.tensor([5, 3]))
     with pytest.raises(RuntimeError, match=r"lengths: expected shape \(\), the input being unbatched, got \(1,\)"):
         module(X[:, 0], lengths=torch.tensor([3]))
+
+
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64])
+def test_lengths_of_every_integer_type(name: str, dtype: torch.dtype) -> None:
+    module = getattr(rnnfast, name)(3, 4)
+    lengths = torch.tensor([5, 2])
+    assert torch.equal(module(X, lengths=lengths.to(dtype))[0], module(X, lengths=lengths)[0])
+    with pytest.raises(RuntimeError, match="lengths: expected values from 0 to 5"):
+        module(X, lengths=torch.tensor([5, 6]).to(dtype))
+
+
+@each_layer
+@pytest.mark.skipif(rnnfast.ops.extension is None, reason="the reference path's operations check for themselves")
+def test_one_tensor_on_meta_among_others(name: str) -> None:
+    """It brings the call to the kernels without data, whose results have no values."""
+    module = getattr(rnnfast, name)(3, 4)
+    with pytest.raises(RuntimeError, match="lengths: expected cpu or the input's device cpu, got meta"):
+        module(X, lengths=torch.tensor([5, 2], device="meta"))
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.to("meta"))
+    with pytest.raises(RuntimeError, match="expected every tensor on the input's device cpu, got one on meta"):
+        module(X)
 
 
 RESETS: list[tuple[Any, Any, type[Exception], str]] = [

@@ -112,6 +112,11 @@ class Backward {
   static int64_t ld_gates(const LayerBackward& l) { return round_up(G * l.hidden_size, Product<S>::kPair); }
   static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
   static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
+  // Recomputed gates are read once, right before their gradients are written: one buffer serves both where they are
+  // alike.
+  static bool reuses_saved(const LayerBackward& l) {
+    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved * l.hidden_size == ld_gates(l);
+  }
   static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
 
   static void carve(const LayerBackward& l, int threads, Carver& carver, Shared* shared, Own* own, int rank = 0) {
@@ -130,7 +135,8 @@ class Backward {
       s.w_hh = columns(N, gates, P);
       s.grad_h = carver.take<Acc>(B * ld_acc(P));
       if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
-      s.igates = carver.take<Operand>(N * ld_gates(l));
+      if (recomputes(l)) s.saved = carver.take<S>(N * Cell::kSaved * H);
+      s.igates = reuses_saved(l) ? reinterpret_cast<Operand*>(s.saved) : carver.take<Operand>(N * ld_gates(l));
       s.hgates = Cell::kSplitGates ? carver.take<Operand>(N * ld_gates(l)) : s.igates;
       if (projects(l)) {
         s.w_hr = columns(N, P, H);
@@ -146,7 +152,6 @@ class Backward {
       }
       if (recomputes(l)) {
         const UnitBlocks blocks = gate_blocks(l);
-        s.saved = carver.take<S>(N * Cell::kSaved * H);
         if (!GateMatrix<S>::in_place(N, I)) s.forward_ih = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, I));
         if (!GateMatrix<S>::in_place(N, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
         s.bias_ih = carver.take<Acc>(blocks.columns());

@@ -1,8 +1,10 @@
 // Owns: the matrix products of the engine: register tiles, packed weight panels, weight gradients.
 // Must not know: cells, time, threads.
 //
-// Included once per instruction set, after simd.h. Every sum over k runs in the order of k in one accumulator per
-// output, whatever the tile, so that a row's result does not depend on the other rows, nor on how a sequence is cut.
+// Included once per instruction set, after simd.h. Every sum over k has one order, whatever the tile: kSumUnits of k
+// after each other in one accumulator, and these parts added up, the bias or whatever is added to first. So a row's
+// result does not depend on the other rows, nor on how a sequence is cut, and a long sum loses no more than a short
+// one.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -15,6 +17,8 @@ constexpr int kMaxRows[5] = {0, 8, 6, 4, 3};
 constexpr int kMaxVectors = 4;
 constexpr int kTileRows = 8;
 
+constexpr int64_t kSumUnits = 256;
+
 // out[r][:] = init[r][:] + sum over k of a(r, k) * w[k][:], for MR rows and NV vectors of columns.
 template <class S, int MR, int NV, class A>
 inline __attribute__((always_inline)) void tile(A a, const typename Product<S>::Unit* w, int64_t ldw, int64_t units,
@@ -23,19 +27,29 @@ inline __attribute__((always_inline)) void tile(A a, const typename Product<S>::
   using V = Vec<acc_t<S>>;
   using U = Vec<typename P::Unit>;
   constexpr int kLanes = V::kLanes;
-  V sum[MR][NV];
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) sum[r][v] = init ? V::load(init + r * ld_init + v * kLanes) : V(acc_t<S>(0));
-  for (int64_t k = 0; k < units; ++k) {
-    U row[NV];
-    for (int v = 0; v < NV; ++v) row[v] = U::load(w + k * ldw + v * kLanes);
-    for (int r = 0; r < MR; ++r) {
-      const typename P::Unit x = a(r, k);
-      for (int v = 0; v < NV; ++v) sum[r][v] = P::multiply_add(sum[r][v], x, row[v]);
+  for (int64_t begin = 0;;) {
+    const int64_t end = begin + kSumUnits < units ? begin + kSumUnits : units;
+    V sum[MR][NV];
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) sum[r][v] = V(acc_t<S>(0));
+    for (int64_t k = begin; k < end; ++k) {
+      U row[NV];
+      for (int v = 0; v < NV; ++v) row[v] = U::load(w + k * ldw + v * kLanes);
+      for (int r = 0; r < MR; ++r) {
+        const typename P::Unit x = a(r, k);
+        for (int v = 0; v < NV; ++v) sum[r][v] = P::multiply_add(sum[r][v], x, row[v]);
+      }
     }
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) {
+        if (init) sum[r][v] = V::load(init + r * ld_init + v * kLanes) + sum[r][v];
+        sum[r][v].store(out + r * ld_out + v * kLanes);
+      }
+    if (end == units) return;
+    begin = end;
+    init = out;
+    ld_init = ld_out;
   }
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) sum[r][v].store(out + r * ld_out + v * kLanes);
 }
 
 // Rows of the left operand anywhere in memory, one pointer each.
@@ -275,8 +289,12 @@ class GateMatrix {
     for (int64_t v = 0; v < blocks_.vectors(b); ++v) {
       const S* rows[kLanes];
       find_rows(b, v, rows);
-      Vec<Acc> sum[MR];
-      for (int r = 0; r < MR; ++r) sum[r] = Vec<Acc>::load(bias_columns_ + blocks_.column(b) + v * kLanes);
+      Vec<Acc> total[MR], sum[MR];
+      for (int r = 0; r < MR; ++r) {
+        total[r] = Vec<Acc>::load(bias_columns_ + blocks_.column(b) + v * kLanes);
+        sum[r] = Vec<Acc>(Acc(0));
+      }
+      static_assert(kSumUnits % kLanes == 0, "a part of the sum is whole blocks");
       for (int64_t u = 0; u < units_; u += kLanes) {
         Vec<Unit> block[kLanes];
         load_transposed(rows, u, block);
@@ -288,8 +306,13 @@ class GateMatrix {
           for (int i = 0; i < n; ++i)
             for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], a[r][u + i], block[i]);
         }
+        if ((u + kLanes) % kSumUnits != 0 && u + kLanes < units_) continue;
+        for (int r = 0; r < MR; ++r) {
+          total[r] = total[r] + sum[r];
+          sum[r] = Vec<Acc>(Acc(0));
+        }
       }
-      for (int r = 0; r < MR; ++r) sum[r].store(out + r * ld_out + v * kLanes);
+      for (int r = 0; r < MR; ++r) total[r].store(out + r * ld_out + v * kLanes);
     }
   }
 

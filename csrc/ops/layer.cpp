@@ -116,7 +116,10 @@ BackwardTensors::BackwardTensors(const Geometry& g, const LayerTensors& layer, c
   if (mask[3]) {
     for (const Tensor& weight : layer.weights) grad_weights.push_back(at::empty_like(weight));
   }
-  grad_igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, like.options());
+}
+
+void BackwardTensors::allocate_gate_gradients(const Geometry& g) {
+  grad_igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, grad_h0.options());
   grad_hgates = g.info.split_gates ? at::empty_like(grad_igates) : grad_igates;
 }
 

@@ -34,6 +34,8 @@ struct BackwardTensors {
   BackwardTensors(const Geometry& geometry, const LayerTensors& layer, const OptionalTensor& grad_output,
                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
                   const Tensor& output, const Tensor& c, const Tensor& saved, const OutputMask& mask, bool gaps);
+  // Scratch for engines that leave the products over all steps to the operator.
+  void allocate_gate_gradients(const Geometry& geometry);
   // The gradients that the mask wants; the others without elements.
   BackwardResult result() const;
 
@@ -41,7 +43,7 @@ struct BackwardTensors {
   Tensor output, c, saved;                         // in
   Tensor grad_input, grad_h0, grad_c0;             // out; engines always write those of the states
   std::vector<Tensor> grad_weights;                // out, in the operator's order; none unless wanted
-  Tensor grad_igates, grad_hgates;                 // [D, N, G*H] scratch; the same tensor unless the gates are split
+  Tensor grad_igates, grad_hgates;                 // [D, N, G*H]; the same tensor unless the gates are split
   OutputMask mask;
 };
 

@@ -15,9 +15,19 @@ namespace {
 
 int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-Tensor allocate_workspace(size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));  // the allocator aligns to 64
-}
+// A step of a small layer takes microseconds, so its workspace is not worth an allocation.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    if (bytes > sizeof(small_)) large_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
+  }
+  void* data() { return large_.defined() ? large_.data_ptr() : small_; }  // the allocator aligns to 64, too
+
+ private:
+  alignas(64) static thread_local char small_[32 << 10];
+  Tensor large_;
+};
+alignas(64) thread_local char Workspace::small_[32 << 10];
 
 // The arrays behind a Sequence.
 class HostSequence {
@@ -91,8 +101,8 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   LayerForward params = forward_params(geometry, save, layer, tensors);
   params.sequence = host.sequence();
   const int threads = max_threads();
-  const Tensor workspace = allocate_workspace(cpu::forward_workspace_bytes(params, threads));
-  cpu::forward(params, workspace.data_ptr(), threads);
+  Workspace workspace(cpu::forward_workspace_bytes(params, threads));
+  cpu::forward(params, workspace.data(), threads);
   return tensors.result();
 }
 
@@ -134,8 +144,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     }
   }
   const int threads = max_threads();
-  const Tensor workspace = allocate_workspace(cpu::backward_workspace_bytes(params, threads));
-  cpu::backward(params, workspace.data_ptr(), threads);
+  Workspace workspace(cpu::backward_workspace_bytes(params, threads));
+  cpu::backward(params, workspace.data(), threads);
   return tensors.result();
 }
 

@@ -169,6 +169,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     return tensors.result();
   }
 
+  tensors.allocate_gate_gradients(g);
   LayerBackward params = backward_params(g, layer, tensors);
   params.sequence = sequence.sequence();
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };

@@ -1,0 +1,146 @@
+"""The CPU engine by itself: every instruction set, odd sizes, more threads than cores, denormals, memory.
+
+Owns: what must hold whatever the processor offers. What an operator promises on any device is in test_ops.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnfast
+from rnnfast import _extension, ops, reference
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "lstm": 4, "gru": 3}
+SETS = _extension.extension.instruction_sets() if _extension.extension else []
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not loaded: there is no CPU engine to test")
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest):
+    """Each that this processor has, forced in turn."""
+    extension = _extension.extension
+    before = extension.instruction_set()
+    extension.set_instruction_set(request.param)
+    assert extension.instruction_set() == request.param
+    yield request.param
+    extension.set_instruction_set(before)
+
+
+def arguments(cell: str, steps: int, batch: int, inputs: int, hidden: int, outputs: int, dtype: torch.dtype):
+    """[input, h0, c0 or None, *weights] of two directions, rounded to dtype, with weights of a trained size."""
+    gates = GATES[cell] * hidden
+    shapes = [(steps, batch, inputs), (2, batch, outputs), (2, batch, hidden) if cell == "lstm" else None]
+    for _ in range(2):
+        shapes += [(gates, inputs), (gates, outputs), (gates,), (gates,)]
+        shapes += [(outputs, hidden)] if outputs != hidden else []
+    scale = max(hidden, inputs) ** -0.5
+    states = (1.0, 1.0, 1.0)
+    scales = [*states, *(scale for _ in shapes[3:])]
+    return [s and (torch.randn(s) * k).to(dtype) for s, k in zip(shapes, scales, strict=True)]
+
+
+def results(layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype, **options) -> list[Tensor]:
+    """Outputs and all gradients, with fixed gradients of the outputs."""
+    leaves = [t if t is None else t.to(dtype).requires_grad_() for t in tensors]
+    outputs = [t for t in layer(cell, *leaves[:3], leaves[3:], **options) if t.numel()]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator).to(tensors[0].dtype).to(dtype) for t in outputs]
+    return outputs + list(torch.autograd.grad(outputs, [t for t in leaves if t is not None], grads))
+
+
+def allowed_error(plain: list[Tensor], want: list[Tensor]) -> float:
+    """Twice the error of the plain formula in the same dtype, and one more rounding of the results.
+
+    The formula in float64 is what is compared with: there the floor is the error of sums in another order.
+    """
+    dtype = plain[0].dtype
+    floor = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+    return 2 * error(plain, want) + floor * float(torch.cat([w.detach().flatten() for w in want]).norm())
+
+
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The norm of the error of all results together."""
+    return float(
+        torch.cat([(g.detach().double() - w.detach()).flatten() for g, w in zip(got, want, strict=True)]).norm()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 3, 17, 50, 130])
+@pytest.mark.parametrize("cell", GATES)
+def test_every_instruction_set(cell: str, hidden: int, dtype: torch.dtype, instruction_set: str) -> None:
+    if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
+        cell = "rnn_tanh"  # where rounding moves a unit across relu's corner, gradients differ by right
+    inputs = {1: 1, 3: 5, 17: 33, 50: 7, 130: 64}[hidden]
+    # One row, less than a tile, more than a tile; of the small layers many rows, for an error that is no accident.
+    batches = ((1, 2), (3, 1), (19 if hidden > 3 else 301, 2))
+    tensors = [arguments(cell, 5, batch, inputs, hidden, hidden, dtype) for batch, _ in batches]
+    want = [tensor for t in tensors for tensor in results(reference.layer, cell, t, torch.float64)]
+    plain = [tensor for t in tensors for tensor in results(reference.layer, cell, t, dtype)]
+    allowed = allowed_error(plain, want)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = []
+        for t, (_, save) in zip(tensors, batches, strict=True):
+            got += results(ops.layer, cell, t, dtype, save=save)
+        assert error(got, want) <= allowed, threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_projection(dtype: torch.dtype, instruction_set: str) -> None:
+    tensors = arguments("lstm", 6, 7, 5, 37, 11, dtype)
+    want = results(reference.layer, "lstm", tensors, torch.float64)
+    allowed = allowed_error(results(reference.layer, "lstm", tensors, dtype), want)
+    for save in (1, 2):
+        assert error(results(ops.layer, "lstm", tensors, dtype, save=save), want) <= allowed
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 96, 192), (12, 40, 64, 128), (9, 5, 200, 70)], ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_equal_bits_on_any_number_of_threads(cell: str, shape: tuple[int, int, int, int]) -> None:
+    """Sizes for which the engine divides the rows, the units, or neither."""
+    steps, batch, inputs, hidden = shape
+    tensors = arguments(cell, steps, batch, inputs, hidden, hidden, torch.float32)
+    torch.set_num_threads(1)
+    want = results(ops.layer, cell, tensors, torch.float32)
+    for threads in (2, 3, 4, 2):
+        torch.set_num_threads(threads)
+        for got, one in zip(results(ops.layer, cell, tensors, torch.float32), want, strict=True):
+            assert torch.equal(got, one), threads
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_denormals_stay_the_caller_s_business(name: str, instruction_set: str) -> None:
+    """The engine flushes denormals while it runs, and the setting of the calling thread outlives it."""
+    layer = getattr(rnnfast, name)(4, 8)
+    denormal = torch.tensor([1e-40])
+    assert (denormal * 1.0).item() > 0
+    output, _ = layer(torch.full((3, 2, 4), 1e-40).requires_grad_())
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert (denormal * 1.0).item() > 0
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_backward_keeps_no_more_than_torch_nn_s(name: str) -> None:
+    def kept_bytes(layer: torch.nn.Module) -> int:
+        storages: dict[int, int] = {}
+
+        weights = {parameter.data_ptr() for parameter in layer.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # there anyway
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept.append(layer(torch.randn(50, 16, 32).requires_grad_()))
+        return sum(storages.values())
+
+    kept: list[object] = []  # results stay alive, so that no storage's address is used twice
+    assert kept_bytes(getattr(rnnfast, name)(32, 64)) <= kept_bytes(getattr(torch.nn, name)(32, 64))

@@ -146,15 +146,22 @@ struct LayerBackward {
 // threads is the most it may use; it uses fewer where more do not pay.
 namespace cpu {
 
-size_t forward_workspace_bytes(const LayerForward& layer, int threads);
-void forward(const LayerForward& layer, void* workspace, int threads);
+struct Engine {
+  const char* name;  // its instruction set
+  size_t (*forward_workspace_bytes)(const LayerForward& layer, int threads);
+  void (*forward)(const LayerForward& layer, void* workspace, int threads);
+  size_t (*backward_workspace_bytes)(const LayerBackward& layer, int threads);
+  void (*backward)(const LayerBackward& layer, void* workspace, int threads);
+};
 
-size_t backward_workspace_bytes(const LayerBackward& layer, int threads);
-void backward(const LayerBackward& layer, void* workspace, int threads);
+// The engine in use, of this CPU's best instruction set unless another was forced. A call takes it once: another thread
+// may change it, and instruction sets differ in the workspace they want.
+const Engine& engine();
 
-// The instruction set in use: "generic", "avx2", "avx512" or "avx512_bf16".
-const char* instruction_set();
-// Forces one; returns false, and changes nothing, where this CPU lacks it or the name is unknown.
+// Instruction sets are "generic", "avx2", "avx512" and "avx512_bf16".
+bool has_instruction_set(const char* name);
+// Forces one for the calls that begin later; returns false, and changes nothing, where this CPU lacks it or the name is
+// unknown.
 bool set_instruction_set(const char* name);
 
 }  // namespace cpu

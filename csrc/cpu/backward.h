@@ -115,7 +115,7 @@ class Backward {
   // Recomputed gates are read once, right before their gradients are written: one buffer serves both where they are
   // alike.
   static bool reuses_saved(const LayerBackward& l) {
-    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved * l.hidden_size == ld_gates(l);
+    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved == G && ld_gates(l) == G * l.hidden_size;
   }
   static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
 

@@ -1,8 +1,10 @@
 // Owns: the choice of instruction set, once per process or by name.
 // Must not know: how an engine works.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 
 #include "engine.h"
 
@@ -42,11 +44,14 @@ std::atomic<const Engine*>& current() {
   return engine;
 }
 
-const Engine& engine() { return *current().load(std::memory_order_relaxed); }
-
 }  // namespace
 
-const char* instruction_set() { return engine().name; }
+const Engine& engine() { return *current().load(std::memory_order_relaxed); }
+
+bool has_instruction_set(const char* name) {
+  return std::any_of(std::begin(kEngines), std::end(kEngines),
+                     [&](const Engine* engine) { return !strcmp(engine->name, name) && runs_here(name); });
+}
 
 bool set_instruction_set(const char* name) {
   for (const Engine* candidate : kEngines)
@@ -55,17 +60,6 @@ bool set_instruction_set(const char* name) {
       return true;
     }
   return false;
-}
-
-size_t forward_workspace_bytes(const LayerForward& layer, int threads) {
-  return engine().forward_workspace_bytes(layer, threads);
-}
-void forward(const LayerForward& layer, void* workspace, int threads) { engine().forward(layer, workspace, threads); }
-size_t backward_workspace_bytes(const LayerBackward& layer, int threads) {
-  return engine().backward_workspace_bytes(layer, threads);
-}
-void backward(const LayerBackward& layer, void* workspace, int threads) {
-  engine().backward(layer, workspace, threads);
 }
 
 }  // namespace rnnfast::cpu

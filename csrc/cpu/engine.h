@@ -1,18 +1,10 @@
-// Owns: the table of entry points that every instruction set provides.
+// Owns: the names of the engines, one for each instruction set.
 // Must not know: how they work.
 #pragma once
 
 #include "../params.h"
 
 namespace rnnfast::cpu {
-
-struct Engine {
-  const char* name;
-  size_t (*forward_workspace_bytes)(const LayerForward&, int threads);
-  void (*forward)(const LayerForward&, void* workspace, int threads);
-  size_t (*backward_workspace_bytes)(const LayerBackward&, int threads);
-  void (*backward)(const LayerBackward&, void* workspace, int threads);
-};
 
 namespace generic {
 extern const Engine kEngine;

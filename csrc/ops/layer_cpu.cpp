@@ -101,8 +101,9 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   LayerForward params = forward_params(geometry, save, layer, tensors);
   params.sequence = host.sequence();
   const int threads = max_threads();
-  Workspace workspace(cpu::forward_workspace_bytes(params, threads));
-  cpu::forward(params, workspace.data(), threads);
+  const cpu::Engine& engine = cpu::engine();
+  Workspace workspace(engine.forward_workspace_bytes(params, threads));
+  engine.forward(params, workspace.data(), threads);
   return tensors.result();
 }
 
@@ -144,8 +145,9 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     }
   }
   const int threads = max_threads();
-  Workspace workspace(cpu::backward_workspace_bytes(params, threads));
-  cpu::backward(params, workspace.data(), threads);
+  const cpu::Engine& engine = cpu::engine();
+  Workspace workspace(engine.backward_workspace_bytes(params, threads));
+  engine.backward(params, workspace.data(), threads);
   return tensors.result();
 }
 

@@ -30,14 +30,11 @@ py::dict build_info() {
   return info;
 }
 
-// Whether a CPU has one is known by trying; the one in use is put back.
 py::list instruction_sets() {
-  const std::string in_use = rnnfast::cpu::instruction_set();
   py::list available;
   for (const char* name : kInstructionSets) {
-    if (rnnfast::cpu::set_instruction_set(name)) available.append(name);
+    if (rnnfast::cpu::has_instruction_set(name)) available.append(name);
   }
-  rnnfast::cpu::set_instruction_set(in_use.c_str());
   return available;
 }
 
@@ -52,7 +49,7 @@ void set_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of rnnfast.";
   m.def("build_info", &build_info, "What the extension was built with.");
-  m.def("instruction_set", &rnnfast::cpu::instruction_set, "The CPU engine's instruction set in use.");
+  m.def("instruction_set", [] { return rnnfast::cpu::engine().name; }, "The CPU engine's instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU has.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"), "Forces an instruction set.");
   rnnfast::ops::bind(m);

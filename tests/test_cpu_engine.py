@@ -5,6 +5,9 @@ Owns: what must hold whatever the processor offers. What an operator promises on
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -144,3 +147,28 @@ def test_backward_keeps_no_more_than_torch_nn_s(name: str) -> None:
 
     kept: list[object] = []  # results stay alive, so that no storage's address is used twice
     assert kept_bytes(getattr(rnnfast, name)(32, 64)) <= kept_bytes(getattr(torch.nn, name)(32, 64))
+
+
+def test_instruction_sets_may_change_beside_a_call() -> None:
+    """Each call keeps to the engine it began with, whose workspace it asked for."""
+    extension = _extension.extension
+    before = extension.instruction_set()
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for name in SETS:
+                extension.set_instruction_set(name)
+                time.sleep(0)  # lets the calls have the interpreter
+
+    layer, x = rnnfast.GRU(5, 37), torch.randn(20, 7, 5)
+    want, _ = layer(x)
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(200):
+            torch.testing.assert_close(layer(x)[0], want)
+    finally:
+        done.set()
+        thread.join()
+        extension.set_instruction_set(before)

@@ -147,6 +147,9 @@ def recurrent(
     output, h_n, c_n = _layers(
         cell, x, h0, c0, weights, slots // len(weights), dropout, batch_sizes, lengths, reset, save, states, backend
     )
+    if cell == "gru":
+        output, h_n = _as_state(output, h0), _as_state(h_n, h0)
+        states = None if states is None else [(_as_state(h, h0), c) for h, c in states]
 
     def formed(steps: Tensor) -> Tensor | PackedSequence:
         """What a layer gives for every step, in the form of the input."""
@@ -196,6 +199,8 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
         h0, c0 = _cell_state("hx", hx, shape, batched, x), None
 
     _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, backend=backend)
+    if cell in ("lstm", "gru"):
+        h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
     h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
     if not batched:
         h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
@@ -247,6 +252,11 @@ def _save(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return 1 if recompute else 2
     return 1 if return_states else 0
+
+
+def _as_state(result: Tensor, state: Tensor) -> Tensor:
+    """``result`` in the dtype of the initial state, which the CPU's autocast leaves to torch.nn's GRU and cells."""
+    return result.to(state.dtype) if result.dtype != state.dtype and result.device.type == "cpu" else result
 
 
 def _check_batch_invariant(input: Tensor, dropout: float, backend: str | None) -> None:

@@ -60,10 +60,11 @@ def layer(
     the transforms of ``torch.func`` take the reference formula.
 
     Raises:
-        ValueError: a dtype or a value that the operator does not take: lengths outside [0, T] (on the CPU; elsewhere
-            they are clamped, for a check would wait for the device), batch_sizes that do not fit, another ``save``
-            or ``backend``.
-        RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without.
+        ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
+            fit, another ``save`` or ``backend``.
+        RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without; a
+            tensor of another dtype than the input; lengths outside [0, T] (on the CPU; elsewhere they are clamped, for
+            a check would wait for the device).
     """
     if backend is None:
         backend = _choice.backend

@@ -103,7 +103,12 @@ def layer(
 
     All floating tensors share one dtype. For the 16-bit ones sums, nonlinearities and the cell state are float32, and
     h is rounded at every step. Under autocast the layer runs in autocast's dtype.
+
+    Raises ValueError for another cell or batch_sizes that do not fit, RuntimeError for a tensor of another dtype than
+    the input, and for another shape what the operations of torch raise.
     """
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
     autocast_dtype = _autocast_dtype(input)
     if autocast_dtype is not None:
         input, h0, *rest = (_cast(tensor, autocast_dtype) for tensor in (input, h0, *weights))
@@ -113,7 +118,7 @@ def layer(
 
     for tensor in (h0, *weights) if c0 is None else (h0, c0, *weights):
         if tensor.dtype != input.dtype:
-            raise ValueError(f"expected input, states and weights of one dtype, got {input.dtype} and {tensor.dtype}")
+            raise RuntimeError(f"expected input, states and weights of one dtype, got {input.dtype} and {tensor.dtype}")
 
     directions, batch = h0.shape[:2]
     states = (h0,) if c0 is None else (h0, c0)

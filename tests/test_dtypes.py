@@ -103,32 +103,31 @@ def test_error_of_cells(name: str, dtype: torch.dtype, backend: str, device: str
 @each_layer
 @each_backend
 def test_autocast(name: str, backend: str, device: str) -> None:
-    """Under autocast a layer runs in its dtype, with at most the error of torch.nn's.
+    """Under autocast a layer has torch.nn's dtypes, with at most its error.
 
-    torch.nn has the same dtypes, but for what the CPU's autocast does not list: GRU, LSTMCell and GRUCell.
+    The CPU's autocast does not list GRU, LSTMCell and GRUCell, whose states keep their dtype.
     """
     dtype = torch.bfloat16
     theirs, ours = pair(name, torch.float32, device, num_layers=2, bidirectional=True, backend=backend)
     input = torch.randn(30, 5, 24, device=device)
     with torch.autocast(device, dtype):
         got, expected = run(ours, input, False), run(theirs, input, False)
-    states = 3 if name == "LSTM" else 2
-    assert [part.dtype for part in got] == [dtype] * states + [torch.float32] * (len(got) - states)
-    if device == "cuda" or name != "GRU":
-        assert [part.dtype for part in got] == [part.dtype for part in expected]
+    assert [part.dtype for part in got] == [part.dtype for part in expected]
     check_errors(got, expected, run(theirs.double(), input.double(), False), dtype)
 
 
 @each_backend
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_autocast_of_cells(name: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_of_cells(name: str, state: torch.dtype | None, backend: str, device: str) -> None:
     theirs, ours = pair(name, torch.float32, device, backend=backend)
     input = torch.randn(9, 24, device=device)
+    hx = None if state is None else torch.zeros(9, theirs.hidden_size, device=device, dtype=state)
+    if name == "LSTMCell" and hx is not None:
+        hx = (hx, hx)
     with torch.autocast(device, torch.bfloat16):
-        got, expected = flatten(ours(input)), flatten(theirs(input))
-    assert {part.dtype for part in got} == {torch.bfloat16}
-    if device == "cuda" or name == "RNNCell":
-        assert [part.dtype for part in got] == [part.dtype for part in expected]
+        got, expected = flatten(ours(input, hx)), flatten(theirs(input, hx))
+    assert [part.dtype for part in got] == [part.dtype for part in expected]
     check_errors(got, expected, flatten(theirs.double()(input.double())), torch.bfloat16)
 
 

@@ -176,8 +176,14 @@ def test_narrow_cell_state_is_float32(dtype: torch.dtype) -> None:
 def test_mixed_dtypes_are_refused() -> None:
     arguments, options = Sample("gru").arguments()
     arguments[2] = arguments[2].float()
-    with pytest.raises(ValueError, match=r"one dtype, got torch.float64 and torch.float32"):
+    with pytest.raises(RuntimeError, match=r"one dtype, got torch.float64 and torch.float32"):
         reference.layer(*arguments, **options)
+
+
+def test_another_cell_is_refused() -> None:
+    x = torch.zeros(2, 1, 3)
+    with pytest.raises(ValueError, match="cell: expected one of rnn_tanh, .*gru, got 'peephole'"):
+        reference.layer("peephole", x, x[:1], None, [])
 
 
 @each_cell

@@ -18,8 +18,8 @@ void check_shape(const CellInfo& cell, const char* argument, const Tensor& tenso
 }
 
 void check_like(const CellInfo& cell, const char* argument, const Tensor& tensor, const Tensor& input) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == input.scalar_type(), "rnnfast.", cell.name, ": ", argument, " has dtype ",
-                    tensor.scalar_type(), ", it takes the input's, ", input.scalar_type());
+  TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "rnnfast.", cell.name, ": ", argument, " has dtype ",
+              tensor.scalar_type(), ", it takes the input's, ", input.scalar_type());
   TORCH_CHECK(tensor.device() == input.device(), "rnnfast.", cell.name, ": ", argument, " is on ", tensor.device(),
               ", it takes the input's device, ", input.device());
 }
@@ -69,19 +69,20 @@ void read_weights(Geometry& g, const LayerArguments& a) {
 
 void check_weights(const Geometry& g, const LayerArguments& a) {
   const int64_t gates = g.info.gates * g.hidden_size;
+  const auto check = [&](const char* argument, const Tensor& weight, const Shape& takes) {
+    check_shape(g.info, argument, weight, takes);
+    check_like(g.info, argument, weight, a.input);
+  };
   for (int64_t d = 0; d < g.directions; ++d) {
     const Tensor* w = &a.weights[d * g.weights_per_direction()];
-    check_shape(g.info, "w_ih", w[0], {"[G*H, I]", {gates, g.input_size}});
-    check_shape(g.info, "w_hh", w[1], {"[G*H, P]", {gates, g.output_size}});
+    check("w_ih", w[0], {"[G*H, I]", {gates, g.input_size}});
+    check("w_hh", w[1], {"[G*H, P]", {gates, g.output_size}});
     if (g.biases) {
-      check_shape(g.info, "b_ih", w[2], {"[G*H]", {gates}});
-      check_shape(g.info, "b_hh", w[3], {"[G*H]", {gates}});
+      check("b_ih", w[2], {"[G*H]", {gates}});
+      check("b_hh", w[3], {"[G*H]", {gates}});
     }
-    if (g.projection) {
-      check_shape(g.info, "w_hr", w[g.biases ? 4 : 2], {"[P, H]", {g.output_size, g.hidden_size}});
-    }
+    if (g.projection) check("w_hr", w[g.biases ? 4 : 2], {"[P, H]", {g.output_size, g.hidden_size}});
   }
-  for (const Tensor& weight : a.weights) check_like(g.info, "a weight", weight, a.input);
 }
 
 void check_sequence(const Geometry& g, const LayerArguments& a) {
@@ -142,6 +143,7 @@ Geometry check_layer(CellKind cell, const LayerArguments& a) {
   TORCH_CHECK(a.input.size(-1) == g.input_size, "rnnfast.", g.info.name, ": input has ", a.input.size(-1),
               " features, the weights take I = ", g.input_size);
 
+  check_weights(g, a);
   check_like(g.info, "h0", a.h0, a.input);
   check_shape(g.info, "h0", a.h0, {"[D, B, P]", {g.directions, g.batch, g.output_size}});
   TORCH_CHECK(
@@ -151,7 +153,6 @@ Geometry check_layer(CellKind cell, const LayerArguments& a) {
     check_like(g.info, "c0", *a.c0, a.input);
     check_shape(g.info, "c0", *a.c0, {"[D, B, H]", {g.directions, g.batch, g.hidden_size}});
   }
-  check_weights(g, a);
   check_sequence(g, a);
   return g;
 }
@@ -174,8 +175,8 @@ void check_lengths(const Geometry& g, const Tensor& lengths) {
   const Tensor contiguous = lengths.contiguous();
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < g.batch; ++b) {
-    TORCH_CHECK_VALUE(values[b] >= 0 && values[b] <= g.steps, "rnnfast.", g.info.name, ": lengths[", b, "] is ",
-                      values[b], ", it takes 0 to T = ", g.steps);
+    TORCH_CHECK(values[b] >= 0 && values[b] <= g.steps, "rnnfast.", g.info.name, ": lengths[", b, "] is ", values[b],
+                ", it takes 0 to T = ", g.steps);
   }
 }
 

@@ -32,11 +32,12 @@ struct Geometry {
   bool empty() const { return rows == 0 || hidden_size == 0; }
 };
 
-// Throws ValueError for a dtype or a value, RuntimeError for a shape or a device, as torch.nn does. Reads no data, and
-// so does not synchronise with a device.
+// Throws ValueError for a dtype that the operator does not take, RuntimeError for a shape, a device, or a dtype other than
+// the input's, as torch.nn does. Reads no data, and so does not synchronise with a device.
 Geometry check_layer(CellKind cell, const LayerArguments& arguments);
 
-// Throw ValueError for the values of what check_layer has passed. Both tensors are on the CPU.
+// Throw ValueError for batch_sizes, RuntimeError for lengths, as torch.nn.utils.rnn does, for the values of what
+// check_layer has passed. Both tensors are on the CPU.
 void check_batch_sizes(const Geometry& geometry, const Tensor& batch_sizes);
 void check_lengths(const Geometry& geometry, const Tensor& lengths);
 

@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml
 CPP = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint format nvcc-check bench gpu-check clean
+.PHONY: help demo examples test build lint format nvcc-check bench gpu-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,10 @@ build: .venv/built ## the virtual environment, with the package built in place
 
 demo: .venv/built ## train a character model on text, beside torch.nn
 	$(BIN)/python examples/char_lm.py --demo
+
+examples: .venv/built ## every application for under a minute each, on data that needs no download
+	$(BIN)/python examples/char_lm.py --epochs 1 --hidden 64 --compare --out runs/examples/char_lm
+	$(BIN)/python examples/news.py --epochs 3 --compare --out runs/examples/news
 
 test: .venv/built ## all tests
 	$(BIN)/python -m pytest tests

@@ -14,14 +14,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from common import Run, pick_device, plot_curves, seed_everything, train
+from common import (
+    Run,
+    pick_device,
+    plot_curves,
+    positive,
+    print_reports,
+    rate,
+    recurrent,
+    seed_everything,
+    synchronize,
+    train,
+    training_arguments,
+)
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,17 +122,6 @@ class SigmoidRNN(nn.RNN):
         return input, torch.stack(state)
 
 
-def recurrent(library: ModuleType, cell: str, *sizes: int) -> nn.Module:
-    """The recurrent layers of ``library``, rnnfast or torch.nn: one import is all that differs."""
-    if cell == "lstm":
-        return library.LSTM(*sizes)
-    if cell == "gru":
-        return library.GRU(*sizes)
-    if cell == "rnn_sigmoid" and library is nn:
-        return SigmoidRNN(*sizes)
-    return library.RNN(*sizes, nonlinearity=cell.removeprefix("rnn_"))
-
-
 class CharModel(nn.Module):
     """Embedding (0: one-hot), recurrent layers, linear read-out: characters [T, B] -> logits [T, B, V], the state."""
 
@@ -129,7 +131,10 @@ class CharModel(nn.Module):
         super().__init__()
         one_hot = nn.Embedding.from_pretrained(torch.eye(vocabulary))
         self.embedding = nn.Embedding(vocabulary, embedding) if embedding else one_hot
-        self.rnn = recurrent(library, cell, embedding or vocabulary, hidden, layers)
+        if cell == "rnn_sigmoid" and library is nn:
+            self.rnn: nn.Module = SigmoidRNN(embedding or vocabulary, hidden, layers)
+        else:
+            self.rnn = recurrent(library, cell, embedding or vocabulary, hidden, layers)
         self.readout = nn.Linear(hidden, vocabulary)
 
     def forward(self, codes: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -152,16 +157,32 @@ def held_out_bits(model: CharModel, codes: Tensor) -> float:
 
 
 @torch.no_grad()
-def sample(model: CharModel, prompt: Tensor, length: int, temperature: float, seed: int) -> list[int]:
-    """Continues ``prompt`` [N] by ``length`` characters, each drawn from the model and fed back."""
+def sample(model: CharModel, prompt: Tensor, temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    """Continues ``prompt`` [N] endlessly: a character drawn from the ``top_k`` likeliest (0: all) is the next step."""
     generator = torch.Generator().manual_seed(seed)
-    codes: list[int] = []
     logits, state = model(prompt.unsqueeze(1))
-    for _ in range(length):
-        probabilities = (logits[-1, 0].float().cpu() / temperature).softmax(0)
-        codes.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        logits, state = model(prompt.new_tensor([[codes[-1]]]), state)
-    return codes
+    while True:
+        scores = logits[-1, 0].float().cpu() / temperature
+        if top_k:
+            scores = scores.masked_fill(scores < scores.topk(min(top_k, len(scores))).values[-1], -math.inf)
+        code = int(torch.multinomial(scores.softmax(0), 1, generator=generator))
+        yield code
+        logits, state = model(prompt.new_tensor([[code]]), state)
+
+
+def sample_side_by_side(
+    samplers: Mapping[str, Iterator[int]], length: int, device: torch.device
+) -> tuple[list[int], dict[str, float]]:
+    """``length`` characters of each in turns: those of the first, and every one's characters per second."""
+    codes: dict[str, list[int]] = {name: [next(sampler)] for name, sampler in samplers.items()}  # reads the prompt
+    seconds = dict.fromkeys(samplers, 0.0)
+    for _ in range(length - 1):
+        for name, sampler in samplers.items():
+            start = time.perf_counter()
+            codes[name].append(next(sampler))
+            synchronize(device)
+            seconds[name] += time.perf_counter() - start
+    return next(iter(codes.values())), {name: (length - 1) / max(seconds[name], 1e-9) for name in samplers}
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -175,30 +196,21 @@ class WindowRun(Run):
     ) -> None:
         self.windows = list(windows(codes, steps))
         self.held_out = held_out
-        super().__init__(model, epochs * len(self.windows), (len(codes) - 1) * codes.size(1) / len(self.windows))
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+        characters = (len(codes) - 1) * codes.size(1) / len(self.windows)
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+        super().__init__(model, epochs * len(self.windows), characters, optimizer)
 
     def update(self) -> Tensor:
         window = self.updates % len(self.windows)
         inputs, targets = self.windows[window]
         logits, state = self.model(inputs, self.state if window else None)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.descend(loss)
         self.state = detach(state)
         return loss.detach()
 
-    def evaluate(self) -> float:
-        return held_out_bits(self.model, self.held_out)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, content: dict[str, Any]) -> None:
-        super().load_state_dict(content)
-        self.optimizer.load_state_dict(content["optimizer"])
+    def evaluate(self) -> dict[str, float]:
+        return {"held_out": held_out_bits(self.model, self.held_out)}
 
 
 # ----------------------------------------------------------------------------------------------- one update a character
@@ -256,8 +268,8 @@ class OnlineRun(Run):
         self.state = h_n
         return -log_probabilities[0, self.targets[position + 1]]
 
-    def evaluate(self) -> float:
-        return held_out_bits(self.model, self.held_out)
+    def evaluate(self) -> dict[str, float]:
+        return {"held_out": held_out_bits(self.model, self.held_out)}
 
 
 class PublishedModel(nn.Module):
@@ -283,8 +295,8 @@ class PublishedRun(Run):
 
     def __init__(self, like: CharModel, codes: Tensor, passes: int, learning_rate: float) -> None:
         self.codes = codes
-        super().__init__(PublishedModel(like), passes * (len(codes) - 1), 1)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=learning_rate)
+        model = PublishedModel(like)
+        super().__init__(model, passes * (len(codes) - 1), 1, torch.optim.SGD(model.parameters(), lr=learning_rate))
 
     def update(self) -> Tensor:
         position = self.updates % (len(self.codes) - 1)
@@ -297,15 +309,15 @@ class PublishedRun(Run):
         return loss.detach()
 
 
-# --------------------------------------------------------------------------------------------------------- programme
+# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def plot(path: Path, runs: dict[str, Run], published: Sequence[float]) -> None:
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for name, run in runs.items():
-        characters = [report["characters"] for report in run.reports]
+        characters = [report["items"] for report in run.reports]
         curves[f"{name}, training"] = characters, [report["loss"] / math.log(2) for report in run.reports]
-        if not math.isnan(run.reports[-1]["held_out"]):
+        if "held_out" in run.reports[-1]:
             curves[f"{name}, held out"] = characters, [report["held_out"] for report in run.reports]
     if published:
         curves["published, training"] = (
@@ -313,26 +325,6 @@ def plot(path: Path, runs: dict[str, Run], published: Sequence[float]) -> None:
             [loss / math.log(2) for loss in published],
         )
     plot_curves(path, curves, "characters trained on", "bits per character")
-
-
-def print_reports(runs: dict[str, Run]) -> None:
-    """Every report of every run, side by side, and what the whole training took."""
-    print("loss: mean training loss in nats per character; held out: loss in bits per character; char/s: in training")
-    reports = list(zip(*(run.reports for run in runs.values()), strict=True))
-    columns = {"characters": [f"{row[0]['characters']:,.0f}" for row in reports]}
-    for key, title, form in (
-        ("loss", "loss", ".4f"),
-        ("held_out", "held out", ".3f"),
-        ("speed", "char/s", ",.0f"),
-    ):
-        for index, name in enumerate(runs):
-            columns[f"{title}\n{name}"] = [format(row[index][key], form) for row in reports]
-    print(tabulate(columns, headers="keys", disable_numparse=True, stralign="right"))
-    for name, run in runs.items():
-        print(f"{name}: {run.seconds():.1f} s of training, {run.speed():,.0f} characters/s")
-    if len(runs) == 2:
-        (ours, our_run), (theirs, their_run) = runs.items()
-        print(f"{ours} trains at {our_run.speed() / their_run.speed():.2f} times the speed of {theirs}")
 
 
 def print_passes(ours: Run, plain: Run | None, published: Sequence[float]) -> None:
@@ -367,7 +359,6 @@ def print_passes(ours: Run, plain: Run | None, published: Sequence[float]) -> No
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; default: the topics of Python's help()")
-    parser.add_argument("--compare", action="store_true", help="train the same model with torch.nn, slice by slice")
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--demo", action="store_true", help="a small LSTM with --compare: under 3 minutes on 2 cores")
     preset.add_argument("--online", action="store_true", help="the published experiment: one update a character")
@@ -384,30 +375,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="features of a character, 0: one-hot; default: %(default)s",
     )
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=positive, default=10, metavar="N", help="default: %(default)s")
-    training.add_argument(
-        "--batch", type=positive, default=32, metavar="N", help="texts side by side; default: %(default)s"
+    model.add_argument(
+        "--steps", type=positive, default=64, metavar="N", help="that a gradient goes back; default: %(default)s"
     )
-    training.add_argument("--steps", type=positive, default=64, metavar="N", help="of a gradient; default: %(default)s")
-    training.add_argument("--lr", type=float, default=3e-3, help="learning rate; default: %(default)s")
-    training.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    training.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default: %(default)s")
+    training_arguments(parser, "char_lm", epochs=10, batch=32, lr=3e-3)
 
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/char_lm"),
-        metavar="DIR",
-        help="for checkpoint and curve; default: %(default)s",
-    )
-    output.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
-    output.add_argument(
+    sampling = parser.add_argument_group("sample")
+    sampling.add_argument(
         "--prompt", metavar="TEXT", help="what the sample continues; default: the held-out text's start"
     )
-    output.add_argument("--sample", type=int, default=400, metavar="N", help="characters; default: %(default)s")
-    output.add_argument("--temperature", type=float, default=0.8, help="of the sample; default: %(default)s")
+    sampling.add_argument("--sample", type=positive, default=400, metavar="N", help="characters; default: %(default)s")
+    sampling.add_argument("--temperature", type=rate, default=0.8, help="default: %(default)s")
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest only, 0: from all; default: 0"
+    )
 
     args = parser.parse_args(argv)
     if args.demo or args.online:  # a preset changes the defaults; what is given on the command line still counts
@@ -417,16 +398,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             "--online has one sigmoid layer, one-hot input and no batch: drop --cell, --layers, --embedding, --batch"
         )
-    if args.embedding < 0 or args.lr <= 0 or args.temperature <= 0:
-        parser.error("--embedding takes 0 or more, --lr and --temperature more than 0")
+    if args.embedding < 0 or args.top_k < 0:
+        parser.error("--embedding and --top-k take 0 or more")
     return args
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"takes 1 or more, got {number}")
-    return number
 
 
 def load_text(args: argparse.Namespace) -> Text:
@@ -477,15 +451,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(runs, args.epochs, settings, args.resume, args.out)
 
     prompt = args.prompt or text.decode(text.held_out[:20].tolist())
-    continuation = sample(ours, text.encode(prompt).to(device), args.sample, args.temperature, args.seed)
+    theirs = model(nn)
+    theirs.load_state_dict(ours.state_dict())
+    samplers = {
+        name: sample(side, text.encode(prompt).to(device), args.temperature, args.top_k, args.seed)
+        for name, side in (("rnnfast", ours), ("torch.nn", theirs))
+    }
+    continuation, speeds = sample_side_by_side(samplers, args.sample, device)
     print(f"\nsample, after {prompt!r}:\n{prompt}{text.decode(continuation)}\n")
+    speed = ", ".join(f"{name} {characters:,.0f} characters/s" for name, characters in speeds.items())
+    print(f"drawn in single steps: {speed}\n")
     published = PUBLISHED_LOSSES[: args.epochs] if args.online and settings["text"] == PUBLISHED_TEXT else ()
     plot(args.out / "loss.png", runs, published)
     print(f"{args.out / 'loss.png'}: the loss curve; {args.out / 'checkpoint.pt'}: the trained model\n")
     if args.online:
         print_passes(runs["rnnfast"], runs.get("plain loop"), published)
     else:
-        print_reports(runs)
+        print("loss: mean training loss in nats per character; held out: loss in bits per character")
+        print_reports(runs, {"loss": ".4f", "held_out": ".3f"})
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 import importlib
 import signal
 import zlib
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+
+import rnnfast
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SENTENCE = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. "
@@ -67,6 +70,30 @@ def test_leaves_a_curve_and_a_sample(run, tmp_path, capsys):
     sample = capsys.readouterr().out.split("sample, after 'the dog':\n")[1]
     assert sample.startswith("the dog")
     assert len(sample.split("\n\n")[0]) == len("the dog") + 30
+
+
+def test_samples_in_single_steps_beside_torch(run, capsys):
+    run(*SMALL, "--epochs", "1", "--embedding", "0", "--layers", "2", "--cell", "gru")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("drawn in single steps"))
+    assert "rnnfast" in line
+    assert line.count("characters/s") == 2
+
+
+def test_sampling_draws_what_one_pass_over_the_text_would(char_lm):
+    """Every drawn character is among the likeliest that the model gives after all before it; one of one is greedy."""
+    model = char_lm.CharModel(rnnfast, "lstm", 9, 0, 8, 2)
+    prompt = torch.tensor([1, 2, 3])
+    for top_k in (1, 3, 0):
+        codes = list(islice(char_lm.sample(model, prompt, 1.5, top_k, seed=4), 40))
+        logits, _ = model(torch.cat((prompt, torch.tensor(codes)))[:, None])
+        ranks = [int((step > step[code]).sum()) for step, code in zip(logits[2:-1, 0], codes, strict=True)]
+        assert max(ranks) < (top_k or 9)
+        if top_k != 1:
+            assert max(ranks) > 0
+        if not top_k:
+            assert max(ranks) > 3
+    cold = list(islice(char_lm.sample(model, prompt, 1e-4, 0, seed=4), 40))
+    assert cold == list(islice(char_lm.sample(model, prompt, 1.0, 1, seed=5), 40))
 
 
 def test_held_out_loss_is_that_of_a_plain_loop(char_lm):
@@ -162,7 +189,7 @@ def test_unusable_text(char_lm, tmp_path, content, message):
     ("arguments", "message"),
     [
         (["--prompt", "ÖÄ"], "ÄÖ"),
-        (["--resume"], "no checkpoint"),
+        (["--resume"], "there is no checkpoint"),
         (["--device", "nowhere"], "--device nowhere"),
     ],
 )
@@ -172,7 +199,8 @@ def test_unusable_arguments(run, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--online", "--cell", "gru"], ["--batch", "0"], ["--lr", "-1"], ["--demo", "--online"]]
+    "arguments",
+    [["--online", "--cell", "gru"], ["--batch", "0"], ["--lr", "-1"], ["--top-k", "-1"], ["--demo", "--online"]],
 )
 def test_impossible_arguments(char_lm, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
@@ -185,3 +213,14 @@ def test_resuming_with_other_settings_is_refused(run):
     run(*SMALL, "--epochs", "1")
     with pytest.raises(SystemExit, match="hidden was 12, is 13"):
         run(*SMALL, "--epochs", "1", "--resume", "--hidden", "13")
+
+
+def test_a_checkpoint_that_is_none_is_refused(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    for content in (b"", b"no checkpoint", b"PK\x03\x04"):
+        (tmp_path / "out/checkpoint.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match="is not a checkpoint"):
+            run(*SMALL, "--resume")
+    torch.save([1], tmp_path / "out/checkpoint.pt")
+    with pytest.raises(SystemExit, match="is not a checkpoint"):
+        run(*SMALL, "--resume")

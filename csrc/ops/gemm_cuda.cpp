@@ -1,33 +1,39 @@
-// Owns: the matrix product that the CUDA engines ask for, on cuBLAS through torch.
+// Owns: the matrix product that the CUDA engines ask for, on cuBLAS with torch's handle: its stream, its workspace, its
+// TF32 switch. Torch's own wrappers (at::cuda::blas) are not exported from its library.
 // Must not know: layers.
 #include "gemm_cuda.h"
 
-#include <ATen/cuda/CUDABlas.h>
+#include <ATen/cuda/CUDAContext.h>
 
 namespace rnnfast::ops {
 namespace {
 
-// cuBLAS is column-major: it sees the transposes of our matrices, and c^T = op(b)^T a^T.
-template <class scalar_t, class acc_t>
-void multiply(const cuda::GemmArguments& g) {
-  at::cuda::blas::gemm<scalar_t, acc_t>(g.transpose_b ? 't' : 'n', 'n', g.n, g.m, g.k, 1,
-                                        static_cast<const scalar_t*>(g.b), g.ldb, static_cast<const scalar_t*>(g.a),
-                                        g.lda, g.accumulate ? 1 : 0, static_cast<acc_t*>(g.c), g.ldc);
+template <class acc_t>
+void multiply(const cuda::GemmArguments& g, cudaDataType_t operands, cudaDataType_t sums, cublasComputeType_t compute) {
+  if (g.m == 0 || g.n == 0) return;
+  const acc_t one = 1, beta = g.accumulate ? 1 : 0;
+  // cuBLAS is column-major: it sees the transposes of our matrices, and c^T = op(b)^T a^T.
+  const cublasStatus_t status =
+      cublasGemmEx_64(at::cuda::getCurrentCUDABlasHandle(), g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, g.n,
+                      g.m, g.k, &one, g.b, operands, g.ldb, g.a, operands, g.lda, &beta, g.c, sums, g.ldc, compute,
+                      CUBLAS_GEMM_DEFAULT);
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "rnnfast: cuBLAS refuses a product of [", g.m, ", ", g.k, "] and [", g.k,
+              ", ", g.n, "]: ", cublasGetStatusString(status));
 }
 
 int run(void*, const cuda::GemmArguments& arguments) {
   switch (arguments.dtype) {
     case Dtype::f64:
-      multiply<double, double>(arguments);
+      multiply<double>(arguments, CUDA_R_64F, CUDA_R_64F, CUBLAS_COMPUTE_64F);
       break;
     case Dtype::f32:
-      multiply<float, float>(arguments);
+      multiply<float>(arguments, CUDA_R_32F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
     case Dtype::bf16:
-      multiply<at::BFloat16, float>(arguments);
+      multiply<float>(arguments, CUDA_R_16BF, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
     case Dtype::f16:
-      multiply<at::Half, float>(arguments);
+      multiply<float>(arguments, CUDA_R_16F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
   }
   return 0;

@@ -109,13 +109,18 @@ class Backward {
     }
     return blocks;
   }
-  static int64_t ld_gates(const LayerBackward& l) { return round_up(G * l.hidden_size, Product<S>::kPair); }
+  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of two
+  // apart would meet in one set of the cache, so such rows lie a cache line further apart.
+  static int64_t ld_gates(const LayerBackward& l) {
+    const int64_t width = round_up(G * l.hidden_size, Product<S>::kPair), line = 64 / sizeof(Operand);
+    return reuses_saved(l) || width % (8 * line) != 0 ? width : width + line;
+  }
   static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
   static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
   // Recomputed gates are read once, right before their gradients are written: one buffer serves both where they are
   // alike.
   static bool reuses_saved(const LayerBackward& l) {
-    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved == G && ld_gates(l) == G * l.hidden_size;
+    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved == G && Product<S>::kPair == 1;
   }
   static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
 
@@ -230,11 +235,11 @@ class Backward {
       if (Cell::kStates > 1) carry_in(d_.grad_c_n, b, l_.hidden_size, shared_.grad_c + j * ld_h_);
     }
     // The last pair of an odd row is half a pair.
-    if (ld_g_ > G * l_.hidden_size) {
+    if (G * l_.hidden_size % Product<S>::kPair != 0) {
       const Share all(s_.rows, m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row) {
-        memset(shared_.igates + (row + 1) * ld_g_ - 1, 0, sizeof(Operand));
-        memset(shared_.hgates + (row + 1) * ld_g_ - 1, 0, sizeof(Operand));
+        memset(shared_.igates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
+        memset(shared_.hgates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
       }
     }
     if (shared_.outputs && ld_outputs(l_) > l_.output_size) {
@@ -481,7 +486,13 @@ class Backward {
     }
     if (d.grad_b_ih) {
       WeightGradient<S>::column_sums(shared.igates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_ih));
-      WeightGradient<S>::column_sums(shared.hgates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_hh));
+      if (Cell::kSplitGates) {
+        WeightGradient<S>::column_sums(shared.hgates, ld_gates(l), m.begin, m.end, s.rows,
+                                       static_cast<S*>(d.grad_b_hh));
+      } else {
+        memcpy(static_cast<S*>(d.grad_b_hh) + m.begin, static_cast<const S*>(d.grad_b_ih) + m.begin,
+               std::max<int64_t>(0, m.end - m.begin) * sizeof(S));
+      }
     }
   }
 

@@ -109,8 +109,8 @@ class Backward {
     }
     return blocks;
   }
-  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of two
-  // apart would meet in one set of the cache, so such rows lie a cache line further apart.
+  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
+  // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
   static int64_t ld_gates(const LayerBackward& l) {
     const int64_t width = round_up(G * l.hidden_size, Product<S>::kPair), line = 64 / sizeof(Operand);
     return reuses_saved(l) || width % (8 * line) != 0 ? width : width + line;

@@ -13,10 +13,9 @@ void multiply(const cuda::GemmArguments& g, cudaDataType_t operands, cudaDataTyp
   if (g.m == 0 || g.n == 0) return;
   const acc_t one = 1, beta = g.accumulate ? 1 : 0;
   // cuBLAS is column-major: it sees the transposes of our matrices, and c^T = op(b)^T a^T.
-  const cublasStatus_t status =
-      cublasGemmEx_64(at::cuda::getCurrentCUDABlasHandle(), g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, g.n,
-                      g.m, g.k, &one, g.b, operands, g.ldb, g.a, operands, g.lda, &beta, g.c, sums, g.ldc, compute,
-                      CUBLAS_GEMM_DEFAULT);
+  const cublasStatus_t status = cublasGemmEx_64(
+      at::cuda::getCurrentCUDABlasHandle(), g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, g.n, g.m, g.k, &one,
+      g.b, operands, g.ldb, g.a, operands, g.lda, &beta, g.c, sums, g.ldc, compute, CUBLAS_GEMM_DEFAULT);
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "rnnfast: cuBLAS refuses a product of [", g.m, ", ", g.k, "] and [", g.k,
               ", ", g.n, "]: ", cublasGetStatusString(status));
 }

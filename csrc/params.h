@@ -95,6 +95,7 @@ struct LayerForward {
   int64_t input_size = 0, hidden_size = 0, output_size = 0;  // I, H, P
   int directions = 1;                                        // D
   Save save = Save::nothing;
+  bool tf32 = false;  // CUDA engines: float32 products may round their factors to TF32, as cuBLAS does where it may
   Sequence sequence;
   Rows input;  // rows of I; data is only read
   DirectionForward direction[2];
@@ -135,6 +136,7 @@ struct LayerBackward {
   Dtype dtype{};
   int64_t input_size = 0, hidden_size = 0, output_size = 0;
   int directions = 1;
+  bool tf32 = false;  // CUDA engines: as in LayerForward
   Sequence sequence;
   Rows input;
   Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
@@ -224,6 +226,16 @@ size_t backward_workspace_bytes(const LayerBackward& layer);
 int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
 
 }  // namespace stepwise
+
+// The whole recurrence of a few batch rows in one block, all steps in one launch: layers without a projection whose
+// W_hh fits into one block's registers and shared memory, in float32 and the 16-bit types; plan.h says when. What the
+// structs above leave open is as for stepwise, and so is what forward saves: one engine's backward reads another's.
+namespace persistent_cta {
+
+size_t forward_workspace_bytes(const LayerForward& layer);
+int forward(const LayerForward& layer, const Context& context);
+
+}  // namespace persistent_cta
 
 }  // namespace cuda
 

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "rnnfast"
 CSRC_MAY_INCLUDE = {
     "cell": {"cell"},
     "params": {"cell"},
-    "plan": {"plan", "params", "cell"},
+    "tiles": set(),
+    "plan": {"plan", "params", "tiles", "cell"},
     "cpu": {"cpu", "params", "cell"},
-    "cuda": {"cuda", "params", "cell"},
+    "cuda": {"cuda", "params", "tiles", "cell"},
     "ops": {"ops", "plan", "params", "cell"},
 }
 TORCH = re.compile(r"^(torch|ATen|c10|pybind11)/|^Python\.h$")

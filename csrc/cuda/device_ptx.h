@@ -84,6 +84,31 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #endif
 }
 
+// d = a b + c on a warp's tile, 16 x 8 x 8, float accumulators; a and b hold floats rounded to TF32.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                 const float (&c)[4]) {
+#ifdef CUDA_SIM
+  cuda_sim::mma_m16n8k8_tf32(d, a, b, c);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+
+// The nearest TF32 number (10 bits of mantissa), ties away from zero.
+__device__ __forceinline__ float round_to_tf32(float x) {
+#ifdef CUDA_SIM
+  return cuda_sim::round_to_tf32(x);
+#else
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return __uint_as_float(rounded);
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit values from shared memory; lane l points to row l % 8 of matrix l / 8, 16-byte aligned.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&registers)[4], const void* row) {
 #ifdef CUDA_SIM

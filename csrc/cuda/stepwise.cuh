@@ -178,10 +178,4 @@ inline int multiply(const Gemm& gemm, const GemmArguments& arguments) {
   return arguments.m == 0 ? 0 : gemm.run(gemm.context, arguments);
 }
 
-// Ends the calling function with the error of expression, if any.
-#define RNNFAST_RETURN_IF_ERROR(expression)                                       \
-  do {                                                                            \
-    if (const int error = static_cast<int>(expression); error != 0) return error; \
-  } while (false)
-
 }  // namespace rnnfast::cuda::stepwise

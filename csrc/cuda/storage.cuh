@@ -56,4 +56,33 @@ __device__ __forceinline__ void store_zero(scalar_t* to) {
   store<kWidth>(zero, to);
 }
 
+// Two neighbouring elements, of which `count` are there: with one instruction where pairs are aligned. Those that are
+// not there read as zero.
+template <class scalar_t>
+__device__ __forceinline__ Packet<scalar_t, 2> load_pair(const scalar_t* from, int count, bool aligned) {
+  Packet<scalar_t, 2> pair;
+  from_acc(acc_type<scalar_t>(0), pair.value[0]);
+  pair.value[1] = pair.value[0];
+  if (aligned) {
+    if (count == 2) pair = *reinterpret_cast<const Packet<scalar_t, 2>*>(from);
+  } else {
+    if (count > 0) pair.value[0] = from[0];
+    if (count > 1) pair.value[1] = from[1];
+  }
+  return pair;
+}
+template <class scalar_t>
+__device__ __forceinline__ void store_pair(const acc_type<scalar_t> (&value)[2], scalar_t* to, int count,
+                                           bool aligned) {
+  Packet<scalar_t, 2> pair;
+  from_acc(value[0], pair.value[0]);
+  from_acc(value[1], pair.value[1]);
+  if (aligned) {
+    if (count == 2) *reinterpret_cast<Packet<scalar_t, 2>*>(to) = pair;
+  } else {
+    if (count > 0) to[0] = pair.value[0];
+    if (count > 1) to[1] = pair.value[1];
+  }
+}
+
 }  // namespace rnnfast::cuda

@@ -1,4 +1,5 @@
-// Owns: models of the matrix instructions mma.sync.m16n8k16 and ldmatrix, with the fragment layouts of the PTX ISA.
+// Owns: models of the matrix instructions mma.sync.m16n8k16 (16-bit), mma.sync.m16n8k8 (TF32) and ldmatrix, with the
+// fragment layouts of the PTX ISA.
 // Must not know: how warps meet.
 #pragma once
 
@@ -65,15 +66,65 @@ CUDA_SIM_UNCHECKED void mma_lanes(Lane* lanes, uint32_t mask, uint32_t present) 
   }
 }
 
+// The nearest float of 10 mantissa bits, ties away from zero; what is not finite stays.
+CUDA_SIM_UNCHECKED inline float round_to_tf32(float x) {
+  uint32_t word;
+  memcpy(&word, &x, 4);
+  if ((word & 0x7f800000u) != 0x7f800000u) word = (word + 0x1000u) & ~0x1fffu;
+  memcpy(&x, &word, 4);
+  return x;
+}
+
+// The instruction reads the upper 19 bits of a and b.
+CUDA_SIM_UNCHECKED inline void mma_tf32_lanes(Lane* lanes, uint32_t mask, uint32_t present) {
+  if (mask != ~0u || present != ~0u) {
+    fail(cudaErrorLaunchFailure, "mma.sync with an incomplete warp (%08x)", present);
+  }
+  float a[16][8], b[8][8];
+  const auto value = [](uint32_t word) CUDA_SIM_UNCHECKED {
+    word &= ~0x1fffu;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaOperands& in = *static_cast<const MmaOperands*>(lanes[lane].in);
+    const int group = lane / 4, column = lane % 4;
+    a[group][column] = value(in.a[0]);
+    a[group + 8][column] = value(in.a[1]);
+    a[group][column + 4] = value(in.a[2]);
+    a[group + 8][column + 4] = value(in.a[3]);
+    b[column][group] = value(in.b[0]);
+    b[column + 4][group] = value(in.b[1]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaOperands& in = *static_cast<const MmaOperands*>(lanes[lane].in);
+    float* out = static_cast<float*>(lanes[lane].out);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+      out[i] = in.c[i] + sum;
+    }
+  }
+}
+
 // d = a b + c
-template <bool kBfloat16>
-void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, CUDA_SIM_CALLER) {
+inline void mma(WarpFunction lanes, float* d, const uint32_t* a, const uint32_t* b, const float* c, const char* file,
+                int line) {
   MmaOperands in;
   float out[4];
   for (int i = 0; i < 4; ++i) in.a[i] = a[i], in.c[i] = c[i];
   for (int i = 0; i < 2; ++i) in.b[i] = b[i];
-  warp_collective(~0u, mma_lanes<kBfloat16>, Lane{&in, out, 0, 32}, false, file, line);
+  warp_collective(~0u, lanes, Lane{&in, out, 0, 32}, false, file, line);
   for (int i = 0; i < 4; ++i) d[i] = out[i];
+}
+template <bool kBfloat16>
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const float* c, CUDA_SIM_CALLER) {
+  mma(mma_lanes<kBfloat16>, d, a, b, c, file, line);
+}
+inline void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, const float* c, CUDA_SIM_CALLER) {
+  mma(mma_tf32_lanes, d, a, b, c, file, line);
 }
 
 template <int kMatrices>

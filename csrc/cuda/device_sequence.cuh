@@ -1,0 +1,72 @@
+// Owns: time and rows as the persistent kernels see them. A kernel that runs all steps cannot read the host's
+// batch_sizes, so these lie on the device, as offsets.
+// Must not know: cells, states.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace rnnfast::cuda {
+
+struct DeviceSequence {
+  int64_t steps = 0;                 // T
+  int64_t batch = 0;                 // B
+  const int64_t* offsets = nullptr;  // [T + 1], packed: the rows before each step; null: padded
+  const int64_t* lengths = nullptr;  // [B], padded; null: every row has T steps
+  const bool* reset = nullptr;       // [N]
+
+  // The steps of a row; 0 for one beyond the batch.
+  __device__ __forceinline__ int64_t length(int64_t slot) const {
+    if (slot >= batch) return 0;
+    if (offsets == nullptr) {
+      if (lengths == nullptr) return steps;
+      const int64_t length = lengths[slot];
+      return length < 0 ? 0 : length > steps ? steps : length;
+    }
+    // Batch sizes decrease: a row lives at the steps that have more rows than it has predecessors.
+    int64_t low = 0, high = steps;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (offsets[middle + 1] - offsets[middle] > slot) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // The row of step t, slot j, in compact buffers and in packed tensors.
+  __device__ __forceinline__ int64_t row(int64_t step, int64_t slot) const {
+    return (offsets != nullptr ? offsets[step] : step * batch) + slot;
+  }
+};
+
+// The rows of a tensor over time (Rows in params.h).
+template <class scalar_t>
+struct DeviceRows {
+  scalar_t* data = nullptr;
+  int64_t stride_t = 0, stride_b = 0;
+
+  DeviceRows() = default;
+  explicit DeviceRows(const Rows& rows)
+      : data(static_cast<scalar_t*>(rows.data)), stride_t(rows.stride_t), stride_b(rows.stride_b) {}
+
+  __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int64_t step, int64_t slot) const {
+    const int64_t offset =
+        sequence.offsets != nullptr ? sequence.row(step, slot) * stride_b : step * stride_t + slot * stride_b;
+    return data + offset;
+  }
+};
+
+// What device_sequence wants of the workspace: the offsets of a packed input.
+inline int64_t offsets_count(const Sequence& sequence) { return sequence.packed ? sequence.steps + 1 : 0; }
+
+// Describes a sequence to kernels. The offsets travel as kernel parameters, which needs neither pinned memory nor a
+// wait, and which a CUDA graph keeps.
+cudaError_t device_sequence(const Sequence& sequence, int64_t* offsets, cudaStream_t stream, DeviceSequence& result);
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,9 @@
+// Owns: the kernels of the engine persistent_cta in float32, with and without TF32. Must not know: how they work.
+#include "persistent_cta.cuh"
+
+namespace rnnfast::cuda::persistent_cta {
+
+template int forward<float, TensorCoreTf32>(const LayerForward&, const Context&);
+template int forward<float, ScalarFloat>(const LayerForward&, const Context&);
+
+}  // namespace rnnfast::cuda::persistent_cta

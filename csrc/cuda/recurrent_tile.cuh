@@ -1,0 +1,273 @@
+// Owns: the product of the persistent engines, by one warp: 16 rows of W for each of its tiles, times a state of 8
+// batch rows. Where W and the state lie, and who computes what. Must not know: cells, engines, how a state comes to lie
+// in shared memory.
+//
+//     sums[tile] += W[tile] h        W[tile] [16, K]   h [K, 8]   sums[tile] [16, 8]
+//
+// W is the A operand of the matrix instruction and h, batch rows as columns, the B operand. For a forward step the
+// tiles are the gates of the same 16 hidden units, so that every lane receives all gates of its units.
+//
+// Lanes: lane 4q + c holds rows q and q + 8 of each tile and columns 2c and 2c + 1. Rows are dealt to units such that
+// these are neighbours in memory:
+//
+//     row r is unit 2 (r % 8) + r / 8;   a lane's value[2 i + j] is unit 2q + i, batch row 2c + j
+//
+// W lies in registers as far as they reach (kRegisterDepth tiles of k) and from there on in shared memory, in the
+// order in which lanes read it: 16 bytes a lane, without bank conflicts. h lies in shared memory as [8][stride], in
+// Math::Operand, padded with zeros to whole pairs of k tiles; operand_stride keeps its reads free of bank conflicts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "device_ptx.h"
+#include "storage.cuh"
+#include "tiles.h"
+
+namespace rnnfast::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// What one lane of a warp owns of a tile of 16 units and 8 batch rows.
+struct TileLane {
+  int lane = threadIdx.x % kWarpLanes;
+  int quad = lane / 4, column = lane % 4;
+
+  __device__ __forceinline__ int unit(int i) const { return 2 * quad + i; }
+  __device__ __forceinline__ int row(int j) const { return 2 * column + j; }
+};
+
+__device__ __forceinline__ int unit_of_row(int row) { return 2 * (row % 8) + row / 8; }
+
+// ------------------------------------------------------------------------------------------------ arithmetic
+// The arithmetics of the product. Operand is what is multiplied, kDepth the k of a tile, Fragment a lane's part of h
+// for two tiles of k. pack makes a lane's part of W from element(row, k); multiply adds the product with one tile of k;
+// finish gives the lane its four sums.
+
+// 16-bit tensor cores.
+template <class scalar_t>
+struct TensorCore {
+  using Operand = scalar_t;
+  static constexpr int kDepth = 16;
+  struct Sums {
+    float value[4] = {};
+  };
+  using Fragment = uint32_t[4];
+
+  static __device__ __forceinline__ Operand to_operand(float x) {
+    Operand result;
+    from_acc(x, result);
+    return result;
+  }
+  template <class Element>
+  static __device__ __forceinline__ void pack(const Element& element, uint32_t (&a)[4]) {
+    const TileLane lane;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane.quad + i % 2 * 8, k = lane.column * 2 + i / 2 * 8;
+      const Operand pair[2] = {element(row, k), element(row, k + 1)};
+      memcpy(&a[i], pair, sizeof pair);
+    }
+  }
+  // Eight rows of 16 bytes are one matrix of ldmatrix; lane l addresses row l % 8 of matrix l / 8.
+  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+    const int lane = threadIdx.x % kWarpLanes;
+    device::ldmatrix_x4(fragment, h + lane % 8 * stride + lane / 8 * 8);
+  }
+  static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
+    const uint32_t b[2] = {h[2 * tile], h[2 * tile + 1]};
+    device::mma_m16n8k16<std::is_same_v<scalar_t, __nv_bfloat16>>(sums.value, a, b, sums.value);
+  }
+  static __device__ __forceinline__ void finish(const Sums& sums, float (&value)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = sums.value[i];
+  }
+};
+
+// float rounded to TF32, on tensor cores.
+struct TensorCoreTf32 {
+  using Operand = float;
+  static constexpr int kDepth = 8;
+  struct Sums {
+    float value[4] = {};
+  };
+  using Fragment = uint32_t[4];
+
+  static __device__ __forceinline__ Operand to_operand(float x) { return device::round_to_tf32(x); }
+  template <class Element>
+  static __device__ __forceinline__ void pack(const Element& element, uint32_t (&a)[4]) {
+    const TileLane lane;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Operand value = element(lane.quad + i % 2 * 8, lane.column + i / 2 * 4);
+      memcpy(&a[i], &value, sizeof value);
+    }
+  }
+  // ldmatrix moves 32-bit words as well: a row of 16 bytes is four of them, one for each lane of a quad.
+  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+    const int lane = threadIdx.x % kWarpLanes;
+    device::ldmatrix_x4(fragment, h + lane % 8 * stride + lane / 8 * 4);
+  }
+  static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
+    const uint32_t b[2] = {h[2 * tile], h[2 * tile + 1]};
+    device::mma_m16n8k8_tf32(sums.value, a, b, sums.value);
+  }
+  static __device__ __forceinline__ void finish(const Sums& sums, float (&value)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = sums.value[i];
+  }
+};
+
+// float without tensor cores. The lanes of a quad share rows q and q + 8 and divide k: each sums all 8 columns over its
+// own two k of a tile, and finish adds up the quad and leaves each lane its two columns.
+struct ScalarFloat {
+  using Operand = float;
+  static constexpr int kDepth = 8;
+  struct Sums {
+    float value[2][8] = {};  // [row][column]
+  };
+  struct Fragment {
+    float value[2][8][2];  // [tile of k][column][k]
+  };
+
+  static __device__ __forceinline__ Operand to_operand(float x) { return x; }
+  template <class Element>
+  static __device__ __forceinline__ void pack(const Element& element, uint32_t (&a)[4]) {
+    const TileLane lane;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Operand value = element(lane.quad + i / 2 * 8, lane.column * 2 + i % 2);
+      memcpy(&a[i], &value, sizeof value);
+    }
+  }
+  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+    const TileLane lane;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        rnnfast::cuda::load(h + n * stride + tile * kDepth + lane.column * 2, fragment.value[tile][n]);
+    }
+  }
+  static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float weight;
+        memcpy(&weight, &a[2 * i + k], sizeof weight);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sums.value[i][n] += weight * h.value[tile][n][k];
+      }
+    }
+  }
+  // Twice, a lane keeps the half of its columns that holds its own and exchanges the other: columns 4 (c / 2) + 0..3
+  // with lane c ^ 2, then 2c and 2c + 1 with lane c ^ 1.
+  static __device__ __forceinline__ void finish(const Sums& sums, float (&value)[4]) {
+    const TileLane lane;
+    const bool upper = lane.column & 2, odd = lane.column & 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float half[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float low = sums.value[i][n], high = sums.value[i][n + 4];
+        half[n] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        value[2 * i + j] = (odd ? half[j + 2] : half[j]) + __shfl_xor_sync(kAllLanes, odd ? half[j] : half[j + 2], 1);
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ the tile
+// A warp's part of W: kTiles tiles of 16 rows, `depth` tiles of k each (an even number), of which the first
+// kRegisterDepth lie in registers.
+template <class Math, int kTiles, int kRegisterDepth>
+class WeightTile {
+ public:
+  static_assert(kRegisterDepth % 2 == 0, "k is walked in pairs of tiles");
+  using Operand = typename Math::Operand;
+  using Sums = typename Math::Sums;
+
+  // element(tile, row, k) is W, 0 outside of it; `shared` is the warp's own, of tile_shared_bytes. No barrier follows:
+  // a lane reads back what it wrote itself.
+  template <class Element>
+  __device__ __forceinline__ void load(const Element& element, int depth, uint4* shared) {
+    depth_ = depth;
+    shared_ = shared + threadIdx.x % kWarpLanes;
+#pragma unroll
+    for (int k = 0; k < kRegisterDepth; ++k) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (k < depth) pack(element, tile, k, registers_[k][tile]);
+      }
+    }
+    for (int k = kRegisterDepth; k < depth; ++k) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t a[4];
+        pack(element, tile, k, a);
+        *shared_fragment(tile, k) = make_uint4(a[0], a[1], a[2], a[3]);
+      }
+    }
+  }
+
+  // sums[tile] += W[tile] h
+  __device__ __forceinline__ void multiply(Sums (&sums)[kTiles], const Operand* h, int stride) const {
+    walk<true>(sums, h, stride, 0);
+  }
+  // sums[tile] += W[tile] h[tile], where the tiles' h lie `next` elements apart
+  __device__ __forceinline__ void multiply_each(Sums (&sums)[kTiles], const Operand* h, int stride, int next) const {
+    walk<false>(sums, h, stride, next);
+  }
+
+ private:
+  template <class Element>
+  static __device__ __forceinline__ void pack(const Element& element, int tile, int k, uint32_t (&a)[4]) {
+    Math::pack([&](int row, int inner) { return element(tile, row, k * Math::kDepth + inner); }, a);
+  }
+  __device__ __forceinline__ uint4* shared_fragment(int tile, int k) const {
+    return shared_ + ((k - kRegisterDepth) * kTiles + tile) * kWarpLanes;
+  }
+
+  template <bool kOneOperand>
+  __device__ __forceinline__ void walk(Sums (&sums)[kTiles], const Operand* h, int stride, int next) const {
+#pragma unroll
+    for (int k = 0; k < kRegisterDepth; k += 2) {
+      if (k < depth_) {
+        typename Math::Fragment fragment;
+        if (kOneOperand) Math::load(h + k * Math::kDepth, stride, fragment);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
+          Math::multiply(sums[tile], registers_[k][tile], fragment, 0);
+          Math::multiply(sums[tile], registers_[k + 1][tile], fragment, 1);
+        }
+      }
+    }
+    for (int k = kRegisterDepth; k < depth_; k += 2) {
+      typename Math::Fragment fragment;
+      if (kOneOperand) Math::load(h + k * Math::kDepth, stride, fragment);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
+#pragma unroll
+        for (int inner = 0; inner < 2; ++inner) {
+          const uint4 packed = *shared_fragment(tile, k + inner);
+          const uint32_t a[4] = {packed.x, packed.y, packed.z, packed.w};
+          Math::multiply(sums[tile], a, fragment, inner);
+        }
+      }
+    }
+  }
+
+  uint32_t registers_[kRegisterDepth][kTiles][4];
+  uint4* shared_ = nullptr;
+  int depth_ = 0;
+};
+
+}  // namespace rnnfast::cuda

@@ -57,19 +57,6 @@ struct ForwardShared {
   }
 };
 
-// Zero, so that the padding of k multiplies by zero.
-template <class Operand>
-__device__ __forceinline__ void clear(Operand* values, int count) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) from_acc(0.0f, values[i]);
-}
-
-// A lane's units of one batch row, as the product's operand.
-template <class Math>
-__device__ __forceinline__ void store_operand(const float (&value)[2], typename Math::Operand* to) {
-  using Operand = typename Math::Operand;
-  *reinterpret_cast<Packet<Operand, 2>*>(to) = {Math::to_operand(value[0]), Math::to_operand(value[1])};
-}
-
 // ------------------------------------------------------------------------------------------------ forward
 template <class Cell, class scalar_t, class Math, bool kWide>
 __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
@@ -121,45 +108,13 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
 }
 
 // ------------------------------------------------------------------------------------------------ host
-template <class scalar_t>
-bool aligned_for_pairs(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % (2 * sizeof(scalar_t)) == 0 && stride % 2 == 0;
-}
-template <class scalar_t>
-bool aligned_for_pairs(const Rows& rows) {
-  return aligned_for_pairs<scalar_t>(rows.data, rows.stride_b) && rows.stride_t % 2 == 0;
-}
-
 template <class Cell, class scalar_t, class Math, bool kWide>
 int run(const LayerForward& layer, const Context& context) {
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int H = static_cast<int>(layer.hidden_size);
-  ForwardLayerOnDevice<scalar_t> args;
-  args.hidden_size = H;
-  args.paired = H % 2 == 0;
+  ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(
       device_sequence(layer.sequence, static_cast<int64_t*>(context.workspace), stream, args.sequence));
-  for (int k = 0; k < layer.directions; ++k) {
-    const DirectionForward& from = layer.direction[k];
-    ForwardDirection<scalar_t>& to = args.direction[k];
-    to.w_hh = static_cast<const scalar_t*>(from.weights.w_hh);
-    to.b_hh = static_cast<const scalar_t*>(from.weights.b_hh);
-    to.h0 = static_cast<const scalar_t*>(from.h0);
-    to.c0 = static_cast<const scalar_t*>(from.c0);
-    to.igates = static_cast<const scalar_t*>(from.igates);
-    to.output = DeviceRows<scalar_t>(from.output);
-    to.c = DeviceRows<scalar_t>(from.c);
-    to.h_n = static_cast<scalar_t*>(from.h_n);
-    to.c_n = static_cast<scalar_t*>(from.c_n);
-    to.saved = static_cast<scalar_t*>(from.saved);
-    to.reverse = from.reverse;
-    for (const void* data : {from.weights.b_hh, from.h0, from.c0, static_cast<const void*>(from.igates),
-                             static_cast<const void*>(from.h_n), static_cast<const void*>(from.c_n),
-                             static_cast<const void*>(from.saved)}) {
-      args.paired = args.paired && aligned_for_pairs<scalar_t>(data, 0);
-    }
-    args.paired = args.paired && aligned_for_pairs<scalar_t>(from.output) && aligned_for_pairs<scalar_t>(from.c);
-  }
   const auto kernel = forward_kernel<Cell, scalar_t, Math, kWide>;
   const LaunchShape shape = {dim3(static_cast<unsigned>((layer.sequence.batch + kTileRows - 1) / kTileRows), 1,
                                   static_cast<unsigned>(layer.directions)),

@@ -271,4 +271,46 @@ class ForwardLane {
   bool live_[2] = {}, cut_[2] = {};             // at the step to come
 };
 
+// ------------------------------------------------------------------------------------------------ host
+// Whether pairs of elements can be loaded from rows that start at data and repeat every stride elements.
+template <class scalar_t>
+bool aligned_for_pairs(const void* data, int64_t stride = 0) {
+  return reinterpret_cast<uintptr_t>(data) % (2 * sizeof(scalar_t)) == 0 && stride % 2 == 0;
+}
+template <class scalar_t>
+bool aligned_for_pairs(const Rows& rows) {
+  return aligned_for_pairs<scalar_t>(rows.data, rows.stride_b) && rows.stride_t % 2 == 0;
+}
+
+// A layer as kernels see it, but for its sequence.
+template <class scalar_t>
+ForwardLayerOnDevice<scalar_t> forward_on_device(const LayerForward& layer) {
+  ForwardLayerOnDevice<scalar_t> result;
+  result.hidden_size = static_cast<int>(layer.hidden_size);
+  result.paired = layer.hidden_size % 2 == 0;
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionForward& from = layer.direction[k];
+    ForwardDirection<scalar_t>& to = result.direction[k];
+    to.w_hh = static_cast<const scalar_t*>(from.weights.w_hh);
+    to.b_hh = static_cast<const scalar_t*>(from.weights.b_hh);
+    to.h0 = static_cast<const scalar_t*>(from.h0);
+    to.c0 = static_cast<const scalar_t*>(from.c0);
+    to.igates = static_cast<const scalar_t*>(from.igates);
+    to.output = DeviceRows<scalar_t>(from.output);
+    to.c = DeviceRows<scalar_t>(from.c);
+    to.h_n = static_cast<scalar_t*>(from.h_n);
+    to.c_n = static_cast<scalar_t*>(from.c_n);
+    to.saved = static_cast<scalar_t*>(from.saved);
+    to.reverse = from.reverse;
+    for (const void* data :
+         {static_cast<const void*>(to.b_hh), static_cast<const void*>(to.h0), static_cast<const void*>(to.c0),
+          static_cast<const void*>(to.igates), static_cast<const void*>(to.h_n), static_cast<const void*>(to.c_n),
+          static_cast<const void*>(to.saved)}) {
+      result.paired = result.paired && aligned_for_pairs<scalar_t>(data);
+    }
+    result.paired = result.paired && aligned_for_pairs<scalar_t>(from.output) && aligned_for_pairs<scalar_t>(from.c);
+  }
+  return result;
+}
+
 }  // namespace rnnfast::cuda

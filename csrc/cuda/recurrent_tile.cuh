@@ -183,6 +183,20 @@ struct ScalarFloat {
   }
 };
 
+// ------------------------------------------------------------------------------------------------ the operand
+// By the whole block: zero, so that the padding of k multiplies by zero.
+template <class Operand>
+__device__ __forceinline__ void clear(Operand* values, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) from_acc(0.0f, values[i]);
+}
+
+// A lane's units of one batch row, as the product's operand.
+template <class Math>
+__device__ __forceinline__ void store_operand(const float (&value)[2], typename Math::Operand* to) {
+  using Operand = typename Math::Operand;
+  *reinterpret_cast<Packet<Operand, 2>*>(to) = {Math::to_operand(value[0]), Math::to_operand(value[1])};
+}
+
 // ------------------------------------------------------------------------------------------------ the tile
 // A warp's part of W: kTiles tiles of 16 rows, `depth` tiles of k each (an even number), of which the first
 // kRegisterDepth lie in registers.

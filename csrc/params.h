@@ -235,6 +235,9 @@ namespace persistent_cta {
 size_t forward_workspace_bytes(const LayerForward& layer);
 int forward(const LayerForward& layer, const Context& context);
 
+size_t backward_workspace_bytes(const LayerBackward& layer);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
+
 }  // namespace persistent_cta
 
 }  // namespace cuda

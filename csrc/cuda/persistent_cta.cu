@@ -23,4 +23,9 @@ int forward(const LayerForward& layer, const Context& context) {
   }
 }
 
+size_t backward_workspace_bytes(const LayerBackward& layer) { return stepwise::backward_workspace_bytes(layer); }
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
+  return stepwise::backward(layer, products, context);
+}
+
 }  // namespace rnnfast::cuda::persistent_cta

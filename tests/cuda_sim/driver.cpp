@@ -1,4 +1,4 @@
-// Owns: the stepwise engine's launchers as plain C functions for Python's ctypes. Tensors come from the host, live in
+// Owns: the CUDA engines' launchers as plain C functions for Python's ctypes. Tensors come from the host, live in
 // the simulator's device memory during the call, with its guard pages and checks, and go back. Must not know: what is
 // computed.
 #include <cstring>
@@ -114,6 +114,22 @@ int run_gemm(void*, const cuda::GemmArguments& arguments) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------ engines
+struct Engine {
+  const char* name;
+  size_t (*forward_workspace_bytes)(const LayerForward&);
+  int (*forward)(const LayerForward&, const cuda::Context&);
+  size_t (*backward_workspace_bytes)(const LayerBackward&);
+  int (*backward)(const LayerBackward&, const cuda::BackwardProducts (&)[2], const cuda::Context&);
+};
+#define ENGINE(name)                                                                                       \
+  Engine {                                                                                                 \
+    #name, cuda::name::forward_workspace_bytes, cuda::name::forward, cuda::name::backward_workspace_bytes, \
+        cuda::name::backward                                                                               \
+  }
+constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta)};
+const Engine* engine = &kEngines[0];
+
 // ------------------------------------------------------------------------------------------------ sizes
 struct Sizes {
   size_t element, B, H, P, GH, SH, N;  // in elements
@@ -157,6 +173,12 @@ int with_workspace(size_t bytes, const Call& call) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+EXPORT bool sim_set_engine(const char* name) {
+  for (const Engine& candidate : kEngines) {
+    if (strcmp(name, candidate.name) == 0) engine = &candidate;
+  }
+  return strcmp(name, engine->name) == 0;
+}
 EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }
 EXPORT const char* sim_last_message() { return cuda_sim::last_message(); }
@@ -182,8 +204,8 @@ EXPORT int sim_forward(const LayerForward* host) {
     d.output.data = static_cast<char*>(output.data) + k * z.P * z.element;
     if (c.data) d.c.data = static_cast<char*>(c.data) + k * z.H * z.element;
   }
-  const int error = with_workspace(cuda::stepwise::forward_workspace_bytes(layer),
-                                   [&](const cuda::Context& c) { return cuda::stepwise::forward(layer, c); });
+  const int error = with_workspace(engine->forward_workspace_bytes(layer),
+                                   [&](const cuda::Context& c) { return engine->forward(layer, c); });
   if (error) return error;
   return tensors.fetch() ? 0 : cudaErrorUnknown;
 }
@@ -219,9 +241,8 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
       of_direction[i]->data = rows[i].data ? static_cast<char*>(rows[i].data) + k * features[i] * z.element : nullptr;
     }
   }
-  const int error = with_workspace(cuda::stepwise::backward_workspace_bytes(layer), [&](const cuda::Context& c) {
-    return cuda::stepwise::backward(layer, products, c);
-  });
+  const int error = with_workspace(engine->backward_workspace_bytes(layer),
+                                   [&](const cuda::Context& c) { return engine->backward(layer, products, c); });
   if (error) return error;
   return tensors.fetch() ? 0 : cudaErrorUnknown;
 }

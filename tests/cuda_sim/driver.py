@@ -1,4 +1,4 @@
-"""Owns: the stepwise CUDA engine on the simulator as two Python functions with the operators' arguments: the structs of
+"""Owns: the CUDA engines on the simulator as two Python functions with the operators' arguments: the structs of
 csrc/params.h in ctypes, and around the launchers the matrix products that csrc/ops adds to them.
 Must not know: what a layer computes.
 """
@@ -66,6 +66,7 @@ class LayerForward(Structure):
         ("output_size", c_int64),
         ("directions", c_int),
         ("save", c_int),
+        ("tf32", c_bool),
         ("sequence", SequenceStruct),
         ("input", Rows),
         ("direction", DirectionForward * 2),
@@ -96,6 +97,7 @@ class LayerBackward(Structure):
         ("hidden_size", c_int64),
         ("output_size", c_int64),
         ("directions", c_int),
+        ("tf32", c_bool),
         ("sequence", SequenceStruct),
         ("input", Rows),
         ("grad_input", Rows),
@@ -129,11 +131,14 @@ def _rows(tensor: Tensor | None) -> Rows:
 
 
 class Simulator:
-    """One build of the driver. `seed` chooses the order in which the threads of all later kernels run."""
+    """One build of the driver. `seed` chooses the order in which the threads of all later kernels run, `engine` what
+    runs all later layers."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.sim_set_seed.argtypes = [c_uint64]
+        self.library.sim_set_engine.argtypes = [ctypes.c_char_p]
+        self.library.sim_set_engine.restype = c_bool
         self.library.sim_set_shift.argtypes = [c_size_t]
         self.library.sim_last_message.restype = ctypes.c_char_p
         self.library.sim_forward.argtypes = [POINTER(LayerForward)]
@@ -145,6 +150,9 @@ class Simulator:
 
     def seed(self, seed: int) -> None:
         self.library.sim_set_seed(seed)
+
+    def engine(self, name: str) -> None:
+        assert self.library.sim_set_engine(name.encode()), f"the driver has no engine {name}"
 
     def shift(self, elements: int) -> None:
         """Where the tensors of all later layers lie: so many elements behind an aligned address."""
@@ -245,7 +253,9 @@ class Layer:
         batch_sizes: Tensor | None = None,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        tf32: bool = False,
     ) -> None:
+        self.tf32 = tf32
         self.cell, self.input, self.h0, self.c0 = cell, input.contiguous(), h0, c0
         self.weights = list(weights)
         self.batch_sizes, self.lengths = batch_sizes, lengths
@@ -289,6 +299,7 @@ class Layer:
         struct.dtype = DTYPES.index(self.input.dtype)
         struct.hidden_size, struct.output_size = self.hidden_size, self.output_size
         struct.directions = len(self.directions)
+        struct.tf32 = self.tf32
         sequence = struct.sequence
         sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
         sequence.packed = self.batch_sizes is not None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from rnnfast import ops, reference
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 ENGINE = [build.HERE / "driver.cpp", *sorted((build.CSRC / "cuda").glob("*.cu"))]
-STATES = 1  # Save::states: backward recomputes the gates
+NOTHING, STATES = 0, 1  # Save::nothing, Save::states: backward recomputes the gates
 
 # Sizes that SAMPLES leave out: rows that vector loads divide, more units and more rows than a block has threads.
 WIDE = [
@@ -41,7 +42,43 @@ def simulators() -> dict[str, driver.Simulator]:
 def simulator(simulators: dict[str, driver.Simulator], kind: str) -> driver.Simulator:
     if kind not in simulators:
         simulators[kind] = driver.Simulator(build.build("engine", kind, ENGINE, library=True))
+    simulators[kind].engine("stepwise")
     return simulators[kind]
+
+
+# For the persistent engines: sizes that divide their tiles of 16 units and 8 rows and sizes that do not, more tiles of
+# k than registers hold, one step, several tiles of the batch, of which the last has no living row.
+TILES = [
+    Sample("lstm", steps=1, batch=1, hidden_size=16),
+    Sample("lstm", steps=3, batch=17, hidden_size=40, directions=2, form="lengths", reset=True),
+    Sample("lstm", steps=4, batch=12, hidden_size=128, form="packed"),
+    Sample("gru", steps=1, batch=9, hidden_size=32),
+    Sample("gru", steps=3, batch=8, hidden_size=101, directions=2, reset=True),
+    Sample("gru", steps=20, batch=17, hidden_size=16, directions=2, form="packed", reset=True),
+    Sample("rnn_tanh", steps=3, batch=17, hidden_size=130, directions=2, form="lengths", reset=True),
+    Sample("rnn_relu", steps=2, batch=8, hidden_size=256),
+    Sample("rnn_sigmoid", steps=3, batch=9, hidden_size=47, form="packed", directions=2),
+]
+# Those that the 16-bit types alone can hold.
+WIDE_TILES = [
+    Sample("lstm", steps=3, batch=3, hidden_size=144, directions=2, form="lengths"),
+    Sample("gru", steps=3, batch=3, hidden_size=192, reset=True),
+]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How an engine computes: what tensors hold, and the precision of what is multiplied."""
+
+    dtype: torch.dtype
+    tf32: bool = False
+
+    @property
+    def bound(self) -> float:
+        """Of an error, relative to the largest element."""
+        if self.tf32:
+            return 8 * 2.0**-10
+        return (16 if self.dtype.itemsize == 2 else 64) * torch.finfo(self.dtype).eps
 
 
 class Problem:
@@ -71,29 +108,26 @@ class Problem:
 
     def differentiable(self, output: Tensor) -> bool:
         """The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount."""
-        if self.arguments[0] != "rnn_relu" or torch.equal(output > 0, self.results[0] > 0):
-            return True
-        assert self.dtype in (torch.bfloat16, torch.float16)
-        return False
+        return self.arguments[0] != "rnn_relu" or torch.equal(output > 0, self.results[0] > 0)
 
 
-def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int) -> None:
+def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int, *, tf32: bool = False) -> None:
     """Forward and backward of a sample on the simulator, against the reference."""
     problem = Problem(sample, dtype)
-    layer = driver.Layer(*problem.arguments, **problem.options)
+    bound = Arithmetic(dtype, tf32).bound
+    layer = driver.Layer(*problem.arguments, **problem.options, tf32=tf32)
     output, h_n, c_n, saved = sim.forward(layer, save=save)
-    assert_close([output, h_n, c_n, saved.c][: 2 * problem.states], problem.results, dtype)
-    if problem.differentiable(output):
+    results = [output, h_n, c_n, saved.c if save else problem.results[-1]]
+    assert_close(results[: 2 * problem.states], problem.results, bound)
+    if save and problem.differentiable(output):
         grad_output, grad_h_n, grad_c_n, grad_c = [*problem.grads, None, None][:4]
         assert_close(
-            sim.backward(layer, output, saved, grad_output, grad_h_n, grad_c_n, grad_c), problem.gradients(), dtype
+            sim.backward(layer, output, saved, grad_output, grad_h_n, grad_c_n, grad_c), problem.gradients(), bound
         )
 
 
-def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], bound: float) -> None:
     """The error of a sum goes with its largest terms: the bound is relative to the largest element."""
-    roundings = 16 if dtype.itemsize == 2 else 64
-    bound = roundings * torch.finfo(dtype).eps
     for tensor, wanted in zip(got, expected, strict=True):
         assert tensor is not None
         scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
@@ -126,6 +160,49 @@ def test_kernels_have_no_races_and_read_no_garbage(
         if index % 2 == offset % 2 or sample in WIDE or sample.proj_size:  # two dtypes share each sample
             sim.seed(index)
             compare(sim, sample, dtype, (driver.GATES, STATES)[(index // 2 + offset // 2) % 2])
+
+
+persistent_arithmetics = pytest.mark.parametrize(
+    "arithmetic",
+    [Arithmetic(torch.float32), Arithmetic(torch.float32, True), Arithmetic(torch.bfloat16), Arithmetic(torch.float16)],
+    ids=["float32", "tf32", "bfloat16", "float16"],
+)
+persistent_engines = pytest.mark.parametrize("engine", ["persistent_cta"])
+
+
+def persistent_samples(cell: str, dtype: torch.dtype) -> list[Sample]:
+    candidates = [*SAMPLES, *WIDE, *TILES, *(WIDE_TILES if dtype.itemsize == 2 else [])]
+    return [
+        s for s in candidates if s.cell == cell and not s.proj_size and s.hidden_size <= 256 and s.steps and s.batch
+    ]
+
+
+@persistent_arithmetics
+@each_cell
+@persistent_engines
+def test_persistent_kernels_against_reference(
+    simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic
+) -> None:
+    sim = simulator(simulators, "sim")
+    sim.engine(engine)
+    for index, sample in enumerate(persistent_samples(cell, arithmetic.dtype)):
+        for save in (NOTHING, STATES, driver.GATES):
+            sim.seed(3 * index + save)
+            compare(sim, sample, arithmetic.dtype, save, tf32=arithmetic.tf32)
+
+
+@persistent_arithmetics
+@each_cell
+@persistent_engines
+def test_persistent_kernels_have_no_races_and_read_no_garbage(
+    simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic
+) -> None:
+    sim = simulator(simulators, "check")
+    sim.engine(engine)
+    for index, sample in enumerate(persistent_samples(cell, arithmetic.dtype)):
+        if sample in TILES or sample in WIDE_TILES or index % 4 == driver.DTYPES.index(arithmetic.dtype):
+            sim.seed(index)
+            compare(sim, sample, arithmetic.dtype, (driver.GATES, STATES)[index % 2], tf32=arithmetic.tf32)
 
 
 def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver.Simulator]) -> None:
@@ -163,7 +240,8 @@ def test_operators_against_reference(operators: DispatchKeySet, cell: str, dtype
         arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
         save = (driver.GATES, STATES)[index % 2]
         output, h_n, c_n, c, saved = forward.redispatch(operators, *arguments, save)
-        assert_close([output, h_n, c_n, c][: 2 * problem.states], problem.results, dtype)
+        bound = Arithmetic(dtype).bound
+        assert_close([output, h_n, c_n, c][: 2 * problem.states], problem.results, bound)
         assert (saved.numel() > 0) == (save == driver.GATES and cell in ("lstm", "gru") and output.numel() > 0)
         if not problem.differentiable(output):
             continue
@@ -172,7 +250,7 @@ def test_operators_against_reference(operators: DispatchKeySet, cell: str, dtype
             operators, *grads, *arguments, output, c, saved, [True] * 4
         )
         got = [grad_input, grad_h0, *([grad_c0] if problem.states == 2 else []), *grad_weights]
-        assert_close(got, problem.gradients(), dtype)
+        assert_close(got, problem.gradients(), bound)
 
 
 def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:

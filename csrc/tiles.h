@@ -46,9 +46,9 @@ struct CtaShape {
   int most_warps, register_depth;
 };
 RNNFAST_SIZES CtaShape cta_shape(int gates, bool tensor_cores, bool wide) {
-  if (gates == 1) return {16, 16};
+  if (gates == 1) return {16, tensor_cores ? 16 : 10};
   if (wide) return {12, gates <= 3 ? 6 : 4};
-  return {8, tensor_cores ? 8 : 6};
+  return {8, tensor_cores ? 8 : gates <= 3 ? 6 : 4};
 }
 // The wide shape serves the 16-bit types: of float, no more fits into shared memory.
 RNNFAST_SIZES bool has_wide_cta_shape(int gates, int operand_bytes) { return gates > 1 && operand_bytes == 2; }

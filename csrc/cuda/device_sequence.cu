@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kOffsetsPerLaunch) store_offsets_kernel(const 
 }  // namespace
 
 cudaError_t device_sequence(const Sequence& sequence, int64_t* offsets, cudaStream_t stream, DeviceSequence& result) {
-  result.steps = sequence.steps;
-  result.batch = sequence.batch;
+  result.steps = static_cast<int>(sequence.steps);
+  result.batch = static_cast<int>(sequence.batch);
   result.offsets = sequence.packed ? offsets : nullptr;
   result.lengths = sequence.lengths;
   result.reset = sequence.reset;

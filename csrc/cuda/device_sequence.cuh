@@ -1,6 +1,5 @@
-// Owns: time and rows as the persistent kernels see them. A kernel that runs all steps cannot read the host's
-// batch_sizes, so these lie on the device, as offsets.
-// Must not know: cells, states.
+// Owns: time and rows as the persistent kernels see them, in 32 bits; offsets into memory have 64. A kernel that runs
+// all steps cannot read the host's batch_sizes, so these lie on the device, as offsets. Must not know: cells, states.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,24 +11,24 @@
 namespace rnnfast::cuda {
 
 struct DeviceSequence {
-  int64_t steps = 0;                 // T
-  int64_t batch = 0;                 // B
+  int steps = 0;                     // T
+  int batch = 0;                     // B
   const int64_t* offsets = nullptr;  // [T + 1], packed: the rows before each step; null: padded
   const int64_t* lengths = nullptr;  // [B], padded; null: every row has T steps
   const bool* reset = nullptr;       // [N]
 
   // The steps of a row; 0 for one beyond the batch.
-  __device__ __forceinline__ int64_t length(int64_t slot) const {
+  __device__ __forceinline__ int length(int slot) const {
     if (slot >= batch) return 0;
     if (offsets == nullptr) {
       if (lengths == nullptr) return steps;
       const int64_t length = lengths[slot];
-      return length < 0 ? 0 : length > steps ? steps : length;
+      return length < 0 ? 0 : length > steps ? steps : static_cast<int>(length);
     }
     // Batch sizes decrease: a row lives at the steps that have more rows than it has predecessors.
-    int64_t low = 0, high = steps;
+    int low = 0, high = steps;
     while (low < high) {
-      const int64_t middle = (low + high) / 2;
+      const int middle = (low + high) / 2;
       if (offsets[middle + 1] - offsets[middle] > slot) {
         low = middle + 1;
       } else {
@@ -40,8 +39,8 @@ struct DeviceSequence {
   }
 
   // The row of step t, slot j, in compact buffers and in packed tensors.
-  __device__ __forceinline__ int64_t row(int64_t step, int64_t slot) const {
-    return (offsets != nullptr ? offsets[step] : step * batch) + slot;
+  __device__ __forceinline__ int64_t row(int step, int slot) const {
+    return (offsets != nullptr ? offsets[step] : static_cast<int64_t>(step) * batch) + slot;
   }
 };
 
@@ -55,7 +54,7 @@ struct DeviceRows {
   explicit DeviceRows(const Rows& rows)
       : data(static_cast<scalar_t*>(rows.data)), stride_t(rows.stride_t), stride_b(rows.stride_b) {}
 
-  __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int64_t step, int64_t slot) const {
+  __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int step, int slot) const {
     const int64_t offset =
         sequence.offsets != nullptr ? sequence.row(step, slot) * stride_b : step * stride_t + slot * stride_b;
     return data + offset;

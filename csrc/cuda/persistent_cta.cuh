@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
       shared.depth, shared.w_hh + warp * shared.weights());
   clear(shared.h, 2 * kTileRows * shared.stride);
 
-  ForwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int64_t>(blockIdx.x) * kTileRows, first_unit);
-  const auto operand = [&](int64_t index) { return shared.h + (index & 1) * kTileRows * shared.stride; };
+  ForwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows, first_unit);
+  const auto operand = [&](int index) { return shared.h + (index & 1) * kTileRows * shared.stride; };
   const auto publish = [&](Operand* h) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
   publish(operand(lane.first()));
   __syncthreads();
 
-  for (int64_t index = lane.first(); index < lane.last(); ++index) {
+  for (int index = lane.first(); index < lane.last(); ++index) {
     typename Math::Sums sums[kGates];
     w_hh.multiply(sums, operand(index), shared.stride);
     float hgates[kGates][4];

@@ -52,10 +52,10 @@ struct ForwardLayerOnDevice {
 // The two rows of a lane in time.
 class LaneRows {
  public:
-  __device__ __forceinline__ LaneRows(const DeviceSequence& sequence, bool reverse, int64_t first_row)
+  __device__ __forceinline__ LaneRows(const DeviceSequence& sequence, bool reverse, int first_row)
       : sequence_(sequence), reverse_(reverse) {
     const TileLane lane;
-    int64_t most = 0;
+    int most = 0;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       slot_[j] = first_row + lane.row(j);
@@ -65,7 +65,7 @@ class LaneRows {
     // Over the four lanes of a quad, which together have all rows of the tile.
 #pragma unroll
     for (int step = 1; step <= 2; step *= 2) {
-      const int64_t other = __shfl_xor_sync(kAllLanes, most, step);
+      const int other = __shfl_xor_sync(kAllLanes, most, step);
       most = most < other ? other : most;
     }
     first_ = reverse ? sequence.steps - most : 0;
@@ -73,29 +73,27 @@ class LaneRows {
   }
 
   // Outside of [first, last) none of the tile's rows lives. The same for all lanes of all warps with these rows.
-  __device__ __forceinline__ int64_t first() const { return first_; }
-  __device__ __forceinline__ int64_t last() const { return last_; }
+  __device__ __forceinline__ int first() const { return first_; }
+  __device__ __forceinline__ int last() const { return last_; }
 
-  __device__ __forceinline__ int64_t slot(int j) const { return slot_[j]; }
+  __device__ __forceinline__ int slot(int j) const { return slot_[j]; }
   __device__ __forceinline__ bool exists(int j) const { return slot_[j] < sequence_.batch; }
-  __device__ __forceinline__ int64_t step(int64_t index) const {
-    return reverse_ ? sequence_.steps - 1 - index : index;
-  }
-  __device__ __forceinline__ bool lives(int64_t index, int j) const { return step(index) < length_[j]; }
+  __device__ __forceinline__ int step(int index) const { return reverse_ ? sequence_.steps - 1 - index : index; }
+  __device__ __forceinline__ bool lives(int index, int j) const { return step(index) < length_[j]; }
   // A row of a padded input that has ended: its results are zero. (A packed input has no such rows.)
-  __device__ __forceinline__ bool ended(int64_t index, int j) const {
+  __device__ __forceinline__ bool ended(int index, int j) const {
     return sequence_.offsets == nullptr && exists(j) && !lives(index, j);
   }
   // Whether a reset cuts the state on the way into a step. Forward crosses the border before it, reverse the one
   // behind.
-  __device__ __forceinline__ bool cut(int64_t index, int j) const {
-    const int64_t border = reverse_ ? step(index) + 1 : step(index);
+  __device__ __forceinline__ bool cut(int index, int j) const {
+    const int border = reverse_ ? step(index) + 1 : step(index);
     return sequence_.reset != nullptr && border < length_[j] && sequence_.reset[sequence_.row(border, slot_[j])];
   }
 
  private:
   const DeviceSequence& sequence_;
-  int64_t slot_[2], length_[2], first_ = 0, last_ = 0;
+  int slot_[2], length_[2], first_ = 0, last_ = 0;
   bool reverse_;
 };
 
@@ -128,7 +126,7 @@ class ForwardLane {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
 
   __device__ __forceinline__ ForwardLane(const ForwardLayerOnDevice<scalar_t>& layer,
-                                         const ForwardDirection<scalar_t>& direction, int64_t first_row, int first_unit)
+                                         const ForwardDirection<scalar_t>& direction, int first_row, int first_unit)
       : sequence_(layer.sequence),
         direction_(direction),
         rows_(layer.sequence, direction.reverse, first_row),
@@ -136,7 +134,7 @@ class ForwardLane {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
-      const int64_t at = rows_.slot(j) * units_.hidden_size;
+      const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
       keep(units_.load(direction_.h0 + at), state_[0], j);
       if constexpr (kStates == 2) keep(units_.load(direction_.c0 + at), state_[1], j);
     }
@@ -150,12 +148,12 @@ class ForwardLane {
     }
   }
 
-  __device__ __forceinline__ int64_t first() const { return rows_.first(); }
-  __device__ __forceinline__ int64_t last() const { return rows_.last(); }
+  __device__ __forceinline__ int first() const { return rows_.first(); }
+  __device__ __forceinline__ int last() const { return rows_.last(); }
 
   // Makes ready for a step: loads its igates, and forgets the state of rows that a reset cuts before it.
-  __device__ __forceinline__ void fetch(int64_t index) {
-    const int64_t step = rows_.step(index);
+  __device__ __forceinline__ void fetch(int index) {
+    const int step = rows_.step(index);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       live_[j] = index < rows_.last() && rows_.lives(index, j);
@@ -174,7 +172,7 @@ class ForwardLane {
   }
 
   // hgates[gate][2 i + j] is W_hh h, without bias, of unit i and batch row j.
-  __device__ __forceinline__ void step(int64_t index, const float (&hgates)[kGates][4]) {
+  __device__ __forceinline__ void step(int index, const float (&hgates)[kGates][4]) {
     float igates[kGates][4];
     bool live[2], cut[2];
 #pragma unroll
@@ -185,7 +183,7 @@ class ForwardLane {
       for (int g = 0; g < kGates; ++g) keep(igates_[g][j], igates[g], j);
     }
     fetch(index + 1);
-    const int64_t step = rows_.step(index);
+    const int step = rows_.step(index);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!live[j]) {
@@ -227,17 +225,17 @@ class ForwardLane {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
-      const int64_t at = rows_.slot(j) * units_.hidden_size;
+      const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
       const float h[2] = {state_[0][j], state_[0][2 + j]};
       units_.store(h, direction_.h_n + at);
       if constexpr (kStates == 2) {
         const float c[2] = {state_[1][j], state_[1][2 + j]};
         units_.store(c, direction_.c_n + at);
       }
-      for (int64_t index = 0; index < rows_.first(); ++index) {
+      for (int index = 0; index < rows_.first(); ++index) {
         if (rows_.ended(index, j)) store_end(rows_.step(index), j);
       }
-      for (int64_t index = rows_.last(); index < sequence_.steps; ++index) {
+      for (int index = rows_.last(); index < sequence_.steps; ++index) {
         if (rows_.ended(index, j)) store_end(rows_.step(index), j);
       }
     }
@@ -253,7 +251,7 @@ class ForwardLane {
     from_acc(x, stored);
     return to_acc(stored);
   }
-  __device__ __forceinline__ void store_end(int64_t step, int j) const {
+  __device__ __forceinline__ void store_end(int step, int j) const {
     const float zero[2] = {};
     units_.store(zero, direction_.output.at(sequence_, step, rows_.slot(j)));
     if (kStates == 2 && direction_.c.data != nullptr) {

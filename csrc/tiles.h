@@ -46,7 +46,7 @@ struct CtaShape {
   int most_warps, register_depth;
 };
 RNNFAST_SIZES CtaShape cta_shape(int gates, bool tensor_cores, bool wide) {
-  if (gates == 1) return {16, tensor_cores ? 16 : 10};
+  if (gates == 1) return {16, tensor_cores ? 16 : 8};
   if (wide) return {12, gates <= 3 ? 6 : 4};
   return {8, tensor_cores ? 8 : gates <= 3 ? 6 : 4};
 }

@@ -44,6 +44,13 @@ def rate(text: str) -> float:
     return number
 
 
+def fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"takes 0 or more and less than 1, got {text}")
+    return number
+
+
 def training_arguments(parser: argparse.ArgumentParser, name: str, epochs: int, batch: int, lr: float) -> None:
     """Adds what every example called ``name`` takes, with its own defaults."""
     group = parser.add_argument_group("training")
@@ -358,6 +365,17 @@ def train(runs: Mapping[str, Run], reports: int, settings: dict[str, Any], resum
         raise SystemExit(130)
 
 
+def plot_reports(path: Path, runs: Mapping[str, Run], names: Mapping[str, str], ylabel: str) -> None:
+    """Draws how the figures of the reports went, those called ``names``, over what was trained on."""
+    curves = {
+        f"{name}, {names[key]}": ([report["items"] for report in run.reports], [report[key] for report in run.reports])
+        for name, run in runs.items()
+        for key in names
+        if key in run.reports[0]
+    }
+    plot_curves(path, curves, f"{next(iter(runs.values())).unit}s trained on", ylabel)
+
+
 def print_reports(runs: Mapping[str, Run], formats: Mapping[str, str]) -> None:
     """Every report of every run, side by side, and what the whole training took; ``formats``: of the figures shown."""
     unit = next(iter(runs.values())).unit
@@ -366,7 +384,8 @@ def print_reports(runs: Mapping[str, Run], formats: Mapping[str, str]) -> None:
     for key, form in {**formats, "speed": ",.0f"}.items():
         title = f"{unit}/s" if key == "speed" else key.replace("_", " ")
         for index, name in enumerate(runs):
-            columns[f"{title}\n{name}"] = [format(row[index][key], form) for row in reports]
+            if key in reports[0][index]:
+                columns[f"{title}\n{name}"] = [format(row[index][key], form) for row in reports]
     print(tabulate(columns, headers="keys", disable_numparse=True, stralign="right"))
     ours, *others = runs
     for name, run in runs.items():

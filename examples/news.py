@@ -26,11 +26,12 @@ import pandas
 import torch
 from common import (
     EpochRun,
+    fraction,
     last_state,
     pack,
     pick_device,
     plot_confusion,
-    plot_curves,
+    plot_reports,
     positive,
     print_reports,
     recurrent,
@@ -218,7 +219,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--hidden", type=positive, default=64, metavar="N", help="units; default: %(default)s")
     model.add_argument("--embedding", type=positive, default=64, metavar="N", help="features; default: %(default)s")
     model.add_argument(
-        "--dropout", type=float, default=0.4, metavar="P", help="of words and features; default: %(default)s"
+        "--dropout", type=fraction, default=0.4, metavar="P", help="of words and features; default: %(default)s"
     )
     model.add_argument(
         "--vocabulary", type=positive, default=20_000, metavar="N", help="the most frequent words; default: %(default)s"
@@ -229,8 +230,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.train is None) != (args.test is None):
         parser.error("--train and --test go together")
-    if not 0 <= args.dropout < 1:
-        parser.error(f"--dropout takes 0 or more and less than 1, got {args.dropout}")
     return args
 
 
@@ -265,12 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [AG_NEWS[topic] for topic in topics] if topics == list(AG_NEWS) else topics
     ours = runs["rnnfast"]
     truth, predicted = ours.test.topics.cpu(), ours.predictions().cpu()
-    curves = {
-        f"{name}, {key.split('_')[0]}": ([report["items"] for report in run.reports], [r[key] for r in run.reports])
-        for name, run in runs.items()
-        for key in ("training_accuracy", "test_accuracy")
-    }
-    plot_curves(args.out / "accuracy.png", curves, "texts trained on", "accuracy")
+    parts = {"training_accuracy": "training", "test_accuracy": "test"}
+    plot_reports(args.out / "accuracy.png", runs, parts, "accuracy")
     plot_confusion(args.out / "confusion.png", truth, predicted, names)
     print(f"\n{args.out}: accuracy.png, confusion.png, and the trained model in checkpoint.pt\n")
     labels = range(len(names))

@@ -128,9 +128,10 @@ def plot_curves(
 ) -> None:
     """Draws each (x, y) of ``curves`` under its name into a PNG."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for index, (name, (x, y)) in enumerate(curves.items()):
-        # Curves that should coincide stay visible: the later ones are dashed over the earlier.
-        axes.plot(x, y, label=name, linestyle="-" if index == 0 else "--", marker="." if len(x) < 20 else None)
+    first = next(iter(curves)).split(",")[0]
+    for name, (x, y) in curves.items():
+        # Curves that should coincide stay visible: those of later runs are dashed over those of the first.
+        axes.plot(x, y, label=name, linestyle="-" if name.startswith(first) else "--", marker="." * (len(x) < 20))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()

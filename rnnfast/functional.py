@@ -96,11 +96,13 @@ def recurrent(
         x, batch_sizes, sorted_indices, unsorted_indices = input
         if x.dim() != 2:
             raise RuntimeError(f"input: expected a PackedSequence with 2D data [N, input_size], got {x.dim()}D data")
-        batch = int(batch_sizes[0]) if len(batch_sizes) else 0
-        if sorted_indices is not None:
-            if len(sorted_indices) < batch:
-                raise RuntimeError(f"input: expected sorted_indices of {batch} rows or more, got {len(sorted_indices)}")
+        if sorted_indices is None:
+            batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+        else:
             batch = len(sorted_indices)
+            # While compiling there is no value to compare with.
+            if not torch.compiler.is_compiling() and len(batch_sizes) and batch < batch_sizes[0]:
+                raise RuntimeError(f"input: expected sorted_indices of {batch_sizes[0]} rows or more, got {batch}")
     else:
         x = input
         if not isinstance(x, Tensor):

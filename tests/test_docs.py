@@ -27,9 +27,23 @@ def run_examples(name: str, text: str) -> int:
 
 
 @each_page
-def test_examples_run(page: Path) -> None:
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # for what they write
     count = run_examples(str(page), page.read_text())
     assert count or page != ROOT / "README.md"
+
+
+def test_from_scratch_prints_and_draws_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/FROM_SCRATCH.md").read_text()
+    run_examples("FROM_SCRATCH.md", text)
+    shown = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
+    assert len(shown) >= 10
+    assert capsys.readouterr().out.splitlines() == shown
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert [path.name for path in tmp_path.iterdir()] == [picture]
 
 
 @each_page

@@ -4,7 +4,7 @@ from . import functional, reference
 from ._config import show_config
 from ._version import __version__
 from .cells import GRUCell, LSTMCell, RNNCell
-from .convert import convert, to_torch
+from .convert import convert, patch_torch, to_torch
 from .explain import explain
 from .functional import States
 from .modules import GRU, LSTM, RNN
@@ -23,6 +23,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "patch_torch",
     "reference",
     "show_config",
     "to_torch",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
@@ -64,6 +67,27 @@ def to_torch(model: ModuleT) -> ModuleT:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
     return model
+
+
+@contextmanager
+def patch_torch() -> Iterator[None]:
+    """Let ``torch.nn.LSTM``, and torch.nn's other recurrent layers and cells, name rnnfast's inside the ``with`` block.
+
+    For programs that build their models out of sight: what they build inside is rnnfast's and stays so, what is there
+    already is not touched, and subclasses defined inside inherit from rnnfast's. A program that imported the class
+    itself before (``from torch.nn import LSTM``) keeps torch.nn's: :func:`convert` its model instead. The names are
+    the whole process's, so other threads see them too.
+    """
+    places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
+    before = [(place, torchs.__name__, getattr(place, torchs.__name__)) for place in places for torchs in _OURS]
+    try:
+        for torchs, ours in _OURS.items():
+            for place in places:
+                setattr(place, torchs.__name__, ours)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

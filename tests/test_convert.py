@@ -155,3 +155,24 @@ def test_sigmoid_has_no_counterpart(make: Any) -> None:
     assert type(model["first"]) is rnnfast.GRU
     with pytest.raises(ValueError, match="got the model itself"):
         rnnfast.to_torch(model["second"])
+
+
+@each_name
+def test_patch_torch(name: str) -> None:
+    """Inside, the names are ours wherever torch.nn has them; outside, and after an exception, they are torch.nn's."""
+    theirs, ours = getattr(nn, name), getattr(rnnfast, name)
+
+    def named() -> set[type[nn.Module]]:
+        return {getattr(place, name) for place in (torch.nn, torch.nn.modules, torch.nn.modules.rnn)}
+
+    with rnnfast.patch_torch():
+        assert named() == {ours}
+        with rnnfast.patch_torch():
+            assert named() == {ours}
+        assert named() == {ours}
+        assert type(rnnfast.convert(theirs(3, 4))) is ours
+        assert type(rnnfast.to_torch(ours(3, 4))) is theirs
+    assert named() == {theirs}
+    with pytest.raises(ZeroDivisionError), rnnfast.patch_torch():
+        raise ZeroDivisionError
+    assert named() == {theirs}

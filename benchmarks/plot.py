@@ -1,4 +1,4 @@
-"""Draws the ratios of a result file of run.py: every shape and cell on a logarithmic axis, the losses marked.
+"""Draws the ratios of a result file of run.py or applications.py: every shape and cell, the losses marked.
 
 python benchmarks/plot.py results.json ratios.svg
 """
@@ -36,12 +36,21 @@ def main() -> None:
     threads = args.threads or max(row["threads"] for row in rows)
     # A single step is measured on one thread only.
     rows = [row for row in rows if row["threads"] == threads or row["full_steps"] == 1]
-    names = [shape.name for shape in SHAPES if any(row["shape"] == shape.name for row in rows)]
+    measured = list(dict.fromkeys(row["shape"] for row in rows))
+    names = [shape.name for shape in SHAPES if shape.name in measured]
+    names += [name for name in measured if name not in BY_NAME]  # applications
+    modes = sorted({row["training"] for row in rows})
 
     figure, panels = pyplot.subplots(
-        1, 2, sharey=True, figsize=(11, 0.36 * len(names) + 1.8), layout="constrained", squeeze=False
+        1,
+        len(modes),
+        sharey=True,
+        figsize=(1 + 5 * len(modes), 0.36 * len(names) + 1.8),
+        layout="constrained",
+        squeeze=False,
     )
-    for axes, training, title in zip(panels[0], (False, True), ("forward", "forward and backward"), strict=True):
+    for axes, training in zip(panels[0], modes, strict=True):
+        title = "forward and backward" if training else "forward"
         panel = [row for row in rows if row["training"] == training]
         for row in panel:
             y = names.index(row["shape"]) + OFFSETS[row["cell"]]
@@ -63,7 +72,7 @@ def main() -> None:
         losses = sum(row["ratio"] < 1 for row in panel)
         axes.set_title(f"{title}: {len(panel) - losses} wins, {losses} losses", fontsize=10)
     axes = panels[0][0]
-    axes.set_yticks(range(len(names)), [label(name) for name in names], fontsize=8)
+    axes.set_yticks(range(len(names)), [label(name) if name in BY_NAME else name for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     for cell, colour in COLOURS.items():
         axes.scatter([], [], s=26, color=colour, label=cell.upper())

@@ -421,21 +421,18 @@ def load_text(args: argparse.Namespace) -> Text:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def make_model(library: ModuleType, text: Text, args: argparse.Namespace) -> CharModel:
+    seed_everything(args.seed)
+    model = CharModel(library, args.cell, len(text.vocabulary), args.embedding, args.hidden, args.layers)
+    return model.to(args.device)
+
+
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any], Text]:
+    """The runs, the settings that a checkpoint must share with them, and the text."""
     text = load_text(args)
     device = pick_device(args.device)
     codes, held_out = (columns(part, args.batch).to(device) for part in (text.train, text.held_out))
-    print(
-        f"{len(text.characters):,} characters, {len(text.vocabulary)} distinct; "
-        f"{args.cell}, {args.layers} x {args.hidden} units on {device}"
-    )
-
-    def model(library: ModuleType) -> CharModel:
-        seed_everything(args.seed)
-        return CharModel(library, args.cell, len(text.vocabulary), args.embedding, args.hidden, args.layers).to(device)
-
-    ours = model(rnnfast)
+    ours = make_model(rnnfast, text, args)
     runs: dict[str, Run]
     if args.online:
         runs = {"rnnfast": OnlineRun(ours, codes[:, 0], held_out, args.epochs, args.lr)}
@@ -444,23 +441,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         runs = {"rnnfast": WindowRun(ours, codes, held_out, args.steps, args.epochs, args.lr)}
         if args.compare:
-            runs["torch.nn"] = WindowRun(model(nn), codes, held_out, args.steps, args.epochs, args.lr)
-
+            theirs = make_model(nn, text, args)
+            runs["torch.nn"] = WindowRun(theirs, codes, held_out, args.steps, args.epochs, args.lr)
     keys = ("online", "compare", "cell", "hidden", "layers", "embedding", "epochs", "batch", "steps", "lr", "seed")
     settings = {key: getattr(args, key) for key in keys} | {"text": zlib.crc32(text.characters.encode())}
-    train(runs, args.epochs, settings, args.resume, args.out)
+    print(
+        f"{len(text.characters):,} characters, {len(text.vocabulary)} distinct; "
+        f"{args.cell}, {args.layers} x {args.hidden} units on {device}"
+    )
+    return runs, settings, text
 
-    prompt = args.prompt or text.decode(text.held_out[:20].tolist())
-    theirs = model(nn)
+
+def print_sample(ours: CharModel, text: Text, args: argparse.Namespace) -> None:
+    """What the model writes, and how fast, beside torch.nn with the same weights."""
+    theirs = make_model(nn, text, args)
     theirs.load_state_dict(ours.state_dict())
+    prompt = args.prompt or text.decode(text.held_out[:20].tolist())
+    codes = text.encode(prompt).to(args.device)
     samplers = {
-        name: sample(side, text.encode(prompt).to(device), args.temperature, args.top_k, args.seed)
-        for name, side in (("rnnfast", ours), ("torch.nn", theirs))
+        name: sample(model, codes, args.temperature, args.top_k, args.seed)
+        for name, model in (("rnnfast", ours), ("torch.nn", theirs))
     }
-    continuation, speeds = sample_side_by_side(samplers, args.sample, device)
+    continuation, speeds = sample_side_by_side(samplers, args.sample, codes.device)
     print(f"\nsample, after {prompt!r}:\n{prompt}{text.decode(continuation)}\n")
     speed = ", ".join(f"{name} {characters:,.0f} characters/s" for name, characters in speeds.items())
     print(f"drawn in single steps: {speed}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    runs, settings, text = prepare(args)
+    train(runs, args.epochs, settings, args.resume, args.out)
+
+    print_sample(runs["rnnfast"].model, text, args)
     published = PUBLISHED_LOSSES[: args.epochs] if args.online and settings["text"] == PUBLISHED_TEXT else ()
     plot(args.out / "loss.png", runs, published)
     print(f"{args.out / 'loss.png'}: the loss curve; {args.out / 'checkpoint.pt'}: the trained model\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import html
 import importlib.util
 import re
@@ -69,6 +70,7 @@ def read_csv(option: str, path: Path) -> pandas.DataFrame:
     return pandas.DataFrame({"topic": table[0], "text": text})
 
 
+@functools.cache
 def docstrings() -> pandas.DataFrame:
     """The first paragraphs of the libraries' docstrings, without the libraries' names."""
     names = re.compile("|".join(LIBRARIES.values()) + "|scikit|mpl", re.IGNORECASE)

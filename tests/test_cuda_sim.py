@@ -293,7 +293,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the simulator itself
-FEATURES = ["sum", "transpose", "tile_of_warp", "mma", "warp_barrier"]
+FEATURES = ["sum", "transpose", "tile_of_warp", "mma", "cluster_push", "warp_barrier"]
 # Each mistake of features.cu, with a build that must find it and a word of its report.
 MISTAKES = {
     "BAD_no_warp_barrier": ("check", "uninitialised"),
@@ -311,6 +311,11 @@ MISTAKES = {
     "BAD_barrier_counts_differ": ("sim", "thread(s) of the block exited"),
     "BAD_own_barrier_in_plain_launch": ("sim", "livelock"),
     "BAD_volatile_spin": ("sim", "without reaching a synchronisation"),
+    "BAD_push_without_arrival": ("sim", "has not arrived"),
+    "BAD_push_with_two_arrivals": ("sim", "arrived already"),
+    "BAD_push_without_wait": ("check", "uninitialised"),
+    "BAD_push_to_a_block_that_left": ("sim", "has exited"),
+    "BAD_large_cluster_without_attribute": ("sim", "more than 8 blocks"),
     "BAD_misaligned": ("asan", "misaligned address"),
     "BAD_local_bounds": ("asan", "out of bounds for type"),
 }

@@ -167,4 +167,44 @@ __device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
 #endif
 }
 
+
+// ------------------------------------------------------------------------------------------------ clusters, sm_90
+// Blocks of a cluster see each other's shared memory. Elsewhere than on sm_90 these do not exist: kernels that use them
+// are empty there.
+#if defined(CUDA_SIM) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
+// Stores 16 bytes, aligned, at the place of the block of the given rank that `shared` is in this block.
+__device__ __forceinline__ void store_remote_16(void* shared, unsigned rank, const uint4& value) {
+#if defined(CUDA_SIM)
+  *static_cast<uint4*>(cuda_sim::map_rank(shared, rank)) = value;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#endif
+}
+
+// The two halves of the cluster's barrier, which every thread calls in turn: what threads wrote before they arrived is
+// seen by all behind the wait.
+__device__ __forceinline__ void cluster_arrive_release() {
+#if defined(CUDA_SIM)
+  cuda_sim::cluster_arrive();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait_acquire() {
+#if defined(CUDA_SIM)
+  cuda_sim::cluster_wait();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 }  // namespace rnnfast::cuda::device

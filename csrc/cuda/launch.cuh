@@ -12,10 +12,26 @@ namespace rnnfast::cuda {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool cooperative = false;     // all blocks are resident at once, or the launch fails
+  unsigned cluster_blocks = 1;  // along x; sm_90
 };
 
-// What a block gets of dynamic shared memory unless the kernel asks for more.
-constexpr size_t kSharedBytesUnasked = 48 << 10;
+// Shared memory above 48 KB and clusters above 8 blocks must be asked for, kernel by kernel.
+template <class... Parameters>
+cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  constexpr size_t kSharedBytes = 48 * 1024;
+  constexpr unsigned kClusterBlocks = 8;
+  if (shape.shared_bytes > kSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  if (shape.cluster_blocks > kClusterBlocks) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
@@ -25,11 +41,19 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  if (shape.shared_bytes > kSharedBytesUnasked) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  config.attrs = &attribute;
+  if (shape.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  } else if (shape.cluster_blocks > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster_blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.numAttrs = 1;
   }
+  if (const cudaError_t error = allow(kernel, shape); error != cudaSuccess) return error;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error != cudaSuccess ? error : cudaGetLastError();
 }

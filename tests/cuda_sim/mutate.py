@@ -1,99 +1,103 @@
-"""Changes the stepwise kernels, one small change at a time, and asks whether the tests on the simulator notice.
+"""Removes each barrier, wait and fence of the CUDA kernels, one at a time, and asks whether the simulator notices.
 
-Owns the choice of changes. Must not know what the kernels compute. Run it from the root of the repository:
+Owns finding them in the source, the one build in which each can be switched off, and the verdicts. Must not know what the
+kernels compute. Run it from the root of the repository:
 
-    python tests/cuda_sim/mutate.py --count 20
+    python tests/cuda_sim/mutate.py             every place; exit status 1 if one can go unnoticed
+    python tests/cuda_sim/mutate.py --list      the places
+
+A place is a call, in csrc/cuda, of a barrier of CUDA or of a wrapper of device_ptx.h whose name says that it waits, arrives,
+acquires, releases, commits, synchronises or fences. It is changed in up to three ways: the statement is removed, its acquire
+or release is made relaxed, a loop that waits for it does not wait. All changes are compiled into one library, where each is
+off until cuda_sim::mutate switches it on.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = ["stepwise_forward.cu", "stepwise_backward.cu", "stepwise.cuh"]
-# A pattern, and what to put in its place.
-CHANGES = [
-    (r"(?<![\w.\[])\b0\b(?![\w.])", "1"),
-    (r"(?<![\w.<])\b1\b(?![\w.>])", "2"),
-    (r" < (?=[\w(])", " <= "),
-    (r" \+ 1\b", ""),
-    (r" - 1\b", ""),
-    (r" && ", " || "),
-    (r" \|\| ", " && "),
-    (r" == ", " != "),
-    (r"!(?=[a-z])", ""),
-    (r"\bif \((?!constexpr)", "if (false && "),
-    (r"\? ", "&& false ? "),
-    (r" \+= ", " = "),
-    (r"\breverse\b", "(!reverse)"),
-]
+from cuda_sim import build
+
+WORDS = "sync|wait|arrive|acquire|release|fence|commit"
+BUILT_IN = rf"__(?:{WORDS})\w*|__thread(?:{WORDS})\w*"
 
 
-class Mutant(NamedTuple):
+class Site(NamedTuple):
+    """One change of one place."""
+
+    number: int
     file: str
-    line: int  # from 0
+    line: int
+    change: str  # "removed", "relaxed" or "does not wait"
     text: str
 
-
-def mutants(file: str) -> Iterator[Mutant]:
-    for number, line in enumerate((ROOT / "csrc" / "cuda" / file).read_text().splitlines()):
-        code = line.split("//")[0]
-        default = re.match(r"\s*(const )?\w[^()]*= (0|nullptr|false)[;,]", code)  # of a member, which is always set
-        if code.lstrip().startswith("#") or "template" in code or default:
-            continue
-        for pattern, replacement in CHANGES:
-            for match in re.finditer(pattern, code):
-                yield Mutant(file, number, line[: match.start()] + replacement + line[match.end() :])
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.change}: {self.text}"
 
 
-def verdict(copy: Path, mutant: Mutant) -> str:
-    """What a copy of the repository says of a mutant: noticed, missed, or does not compile."""
-    path = copy / "csrc" / "cuda" / mutant.file
-    original = path.read_text()
-    lines = original.splitlines()
-    lines[mutant.line] = mutant.text
-    path.write_text("\n".join(lines) + "\n")
-    tests = "test_kernels_against_reference or test_kernels_have_no_races"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_cuda_sim.py", "-k", tests]
-    try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False, timeout=600)
-    except subprocess.TimeoutExpired:
-        return "noticed"
-    finally:
-        path.write_text(original)
-    if done.returncode == 0:
-        return "missed"
-    return "does not compile" if "RuntimeError: g++" in done.stdout else "noticed"
+def wrappers(device_ptx: str) -> list[str]:
+    """The functions of device_ptx.h that synchronise."""
+    names = re.findall(r"__forceinline__ [\w:<>]+ (\w+)\(", device_ptx)
+    return [name for name in names if re.search(WORDS, name)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=20, help="how many changes to try")
-    parser.add_argument("--seed", type=int, default=0, help="which ones")
-    options = parser.parse_args()
-    everything = [mutant for file in FILES for mutant in mutants(file)]
-    chosen = random.Random(options.seed).sample(everything, min(options.count, len(everything)))
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / "repository"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs"))
-        verdicts = {mutant: verdict(copy, mutant) for mutant in tqdm(chosen)}
-    for kind in ("noticed", "does not compile", "missed"):
-        print(f"{kind}: {sum(v == kind for v in verdicts.values())}")
-    for mutant, answer in verdicts.items():
-        if answer == "missed":
-            print(f"  {mutant.file}:{mutant.line + 1}: {mutant.text.strip()}")
+def instrument(text: str, file: str, names: Iterable[str], first: int) -> tuple[str, list[Site]]:
+    """Return the source with a switch at every place, and the changes, numbered from `first`."""
+    call = re.compile(rf"(?<![\w.:])(?:{BUILT_IN}|device::(?:{'|'.join(names)}))\b(?:<[^<>()]*>)?(?=\()")
+    sites: list[Site] = []
+
+    def add(number: int, change: str, code: str) -> int:
+        sites.append(Site(first + len(sites), file, number, change, code.strip()))
+        return sites[-1].number
+
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        code, comment = (line[: line.find("//")], line[line.find("//") :]) if "//" in line else (line, "")
+        found = list(call.finditer(code))
+        changed = code
+        for match in reversed(found):  # from the right, so that positions on the left hold
+            if re.search("acquire|release", match[0]):
+                relaxed = add(number, "relaxed", code)
+                changed = f"{changed[: match.start()]}(cuda_sim::relax({relaxed}), {match[0]}){changed[match.end() :]}"
+        if found:
+            start = found[0].start()
+            if loop := re.match(r"(\s*)while \((.*)\) (.*;\s*)$", changed):
+                site = add(number, "does not wait", code)
+                changed = f"{loop[1]}while (!cuda_sim::mutated({site}) && ({loop[2]})) {loop[3]}"
+            elif re.search(r"(^|[{};)]|\belse)\s*$", code[:start]) and code.rstrip().endswith((";", "}")):
+                site = add(number, "removed", code)
+                changed = f"{changed[:start]}if (!cuda_sim::mutated({site})) {changed[start:]}"
+            assert len(sites) and sites[-1].line == number, f"{file}:{number}: how does this synchronise? {code}"
+        lines.append(changed + comment)
+    return "\n".join(lines) + "\n", sites
 
 
-if __name__ == "__main__":
-    main()
+def instrument_tree(sources: Iterable[Path], names: Sequence[str], destination: Path) -> list[Site]:
+    """Rewrite `sources` into `destination`; return their changes."""
+    sites: list[Site] = []
+    for path in sorted(sources):
+        text, more = instrument(path.read_text(), path.name, names, len(sites))
+        (destination / path.name).write_text(text)
+        sites += more
+    return sites
+
+
+def survivors(sites: Sequence[Site], noticed: Callable[[Site], bool]) -> list[Site]:
+    """The changes that go unnoticed, reported as they are tried."""
+    unnoticed = []
+    for site in sites:
+        verdict = noticed(site)
+        print(f"{'noticed ' if verdict else 'UNNOTICED'} {site}", flush=True)
+        if not verdict:
+            unnoticed.append(site)
+    return unnoticed

@@ -203,6 +203,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribu
     if (value > kMostSharedBytes) return cudaErrorInvalidValue;
     cuda_sim::set_max_dynamic_shared(reinterpret_cast<const void*>(kernel), value);
   }
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && value) {
+    cuda_sim::allow_large_clusters(reinterpret_cast<const void*>(kernel));
+  }
+  return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int threads, size_t shared_bytes) {
+  *blocks = cuda_sim::resident_blocks(threads, shared_bytes);
   return cudaSuccess;
 }
 template <class T>

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <set>
 
 #include "state.h"
 
@@ -61,6 +62,7 @@ namespace {
 
 std::vector<char*> free_stacks;
 std::map<const void*, int> max_dynamic_shared;
+std::set<const void*> large_clusters;
 sigjmp_buf leave_kernel;
 
 // The address sanitizer is told of every switch of stacks.
@@ -307,8 +309,8 @@ cudaError_t check_limits(const Launch& launch) {
     fprintf(stderr, "[cuda_sim] %s\n", g.message.c_str());
     return error;
   };
-  constexpr size_t kDefaultSharedBytes = 49152, kSharedBytesOfSm = 233472, kReservedSharedBytes = 1024;
-  constexpr unsigned kThreadsOfBlock = 1024, kThreadsOfSm = 2048, kBlocksOfSm = 32, kSms = 132, kBlocksOfCluster = 8;
+  constexpr size_t kDefaultSharedBytes = 49152;
+  constexpr unsigned kThreadsOfBlock = 1024, kPortableCluster = 8, kLargestCluster = 16;
   const dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   const unsigned cluster_blocks = cluster.x * cluster.y * cluster.z;
@@ -319,18 +321,16 @@ cudaError_t check_limits(const Launch& launch) {
   if (blocks == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) {
     return reject(cudaErrorInvalidConfiguration, "the grid is empty or too large");
   }
-  if (cluster_blocks == 0 || cluster_blocks > kBlocksOfCluster || grid.x % cluster.x || grid.y % cluster.y ||
-      grid.z % cluster.z) {
-    return reject(cudaErrorInvalidClusterSize, "the cluster does not divide the grid, or has more than 8 blocks");
+  const unsigned most = large_clusters.count(launch.kernel) ? kLargestCluster : kPortableCluster;
+  if (cluster_blocks == 0 || cluster_blocks > most || grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) {
+    return reject(cudaErrorInvalidClusterSize,
+                  "the cluster does not divide the grid, or has more than 8 blocks (16 with the attribute)");
   }
   const auto limit = max_dynamic_shared.find(launch.kernel);
   if (launch.shared_bytes > (limit == max_dynamic_shared.end() ? kDefaultSharedBytes : limit->second)) {
     return reject(cudaErrorInvalidValue, "dynamic shared memory above the limit (is cudaFuncSetAttribute missing?)");
   }
-  const size_t blocks_of_sm =
-      std::min<size_t>({kBlocksOfSm, kThreadsOfSm / ((threads + 31) / 32 * 32),
-                        kSharedBytesOfSm / (launch.shared_bytes + g.plain_shared_bytes + kReservedSharedBytes)});
-  if (launch.cooperative && blocks > blocks_of_sm * kSms) {
+  if (launch.cooperative && blocks > size_t(resident_blocks(threads, launch.shared_bytes)) * kMultiprocessors) {
     return reject(cudaErrorCooperativeLaunchTooLarge, "the blocks of the cooperative grid cannot all be resident");
   }
   return cudaSuccess;
@@ -433,6 +433,7 @@ void initialise() {
   g.check = instrumented;
   if (const char* seed = getenv("CUDA_SIM_SEED")) g.seed = strtoull(seed, nullptr, 0);
   if (const char* every = getenv("CUDA_SIM_PREEMPT")) g.preempt_every = strtoul(every, nullptr, 0);
+  if (const char* site = getenv("CUDA_SIM_MUTATE")) g.mutated_site = atoi(site);
   find_plain_shared();
 }
 
@@ -461,6 +462,13 @@ void set_seed(uint64_t seed) {
   g.seed = seed;
 }
 void set_max_dynamic_shared(const void* kernel, int bytes) { max_dynamic_shared[kernel] = bytes; }
+void allow_large_clusters(const void* kernel) { large_clusters.insert(kernel); }
+int resident_blocks(size_t threads, size_t shared_bytes) {
+  constexpr size_t kSharedBytesOfSm = 233472, kReservedSharedBytes = 1024, kThreadsOfSm = 2048, kBlocksOfSm = 32;
+  return static_cast<int>(
+      std::min({kBlocksOfSm, kThreadsOfSm / ((threads + 31) / 32 * 32),
+                kSharedBytesOfSm / (shared_bytes + g.plain_shared_bytes + kReservedSharedBytes)}));
+}
 const char* last_message() { return g.message.c_str(); }
 
 // ------------------------------------------------------------------------------------------------ services

@@ -47,6 +47,9 @@ struct Thread {
   int line = 0;
   std::vector<AsyncCopy> copies;
   int copy_group = 0;
+  unsigned cluster_token = 0;  // of its last arrival at the cluster's barrier
+  bool cluster_arrived = false;
+  bool relaxed = false;  // its next acquire or release orders nothing
   // The checker's: its own time, what it knows of the others', what a fence released and what one would acquire.
   uint32_t time = 1;
   Clock known;
@@ -128,6 +131,8 @@ struct Global {
   void* scheduler_stack_pointer = nullptr;
   bool in_kernel = false;
   uint64_t switches = 0;
+
+  int mutated_site = -1;
 
   // What went wrong.
   bool failed = false;

@@ -21,12 +21,14 @@ void release_waiting(Barrier& barrier, const Clock& clock) {
   }
 }
 
+bool take_relaxed(Thread* thread) { return std::exchange(thread->relaxed, false); }
+
 void complete_cluster_phase(Cluster* cluster) {
   if (cluster->arrived == 0 || cluster->arrived < cluster->alive) return;
   cluster->arrived = 0;
   ++cluster->phase;
   cluster->completed = cluster->barrier.sum.clock;
-  release_waiting(cluster->barrier, cluster->completed);
+  release_waiting(cluster->barrier, nullptr);  // what they learn, they learn when they run
 }
 
 bool all_lanes_arrived(const Warp& warp, const WarpOperation& operation) {
@@ -122,24 +124,36 @@ unsigned cluster_arrive(const char* file, int line) {
   Thread* thread = g.current;
   Cluster* cluster = thread->block->cluster;
   const unsigned phase = cluster->phase;
+  if (thread->cluster_arrived) {
+    fail(cudaErrorLaunchFailure, "cluster barrier at %s:%d: the thread arrived already, and has not waited", file, line);
+  }
+  thread->cluster_arrived = true;
+  thread->cluster_token = phase;
   thread->file = file;
   thread->line = line;
-  release(thread, cluster->barrier.sum);
+  if (!take_relaxed(thread)) release(thread, cluster->barrier.sum);
   ++cluster->arrived;
   complete_cluster_phase(cluster);
   return phase;
 }
 
+void cluster_wait(const char* file, int line) { cluster_wait(g.current->cluster_token, file, line); }
+
 void cluster_wait(unsigned phase, const char* file, int line) {
   Thread* thread = g.current;
   Cluster* cluster = thread->block->cluster;
+  if (!thread->cluster_arrived) {
+    fail(cudaErrorLaunchFailure, "cluster barrier at %s:%d: the thread waits, and has not arrived", file, line);
+  }
+  thread->cluster_arrived = false;
+  const bool relaxed = take_relaxed(thread);
   if (cluster->phase == phase) {
     cluster->barrier.waiting.push_back(thread);
     wait_in(State::at_cluster, file, line);
   } else {
-    acquire(thread, cluster->completed);
     preempt();
   }
+  if (!relaxed) acquire(thread, cluster->completed);
 }
 
 void check_exit(Thread* thread) {
@@ -206,8 +220,15 @@ void recycle_warp_operations() {
 }
 
 // ------------------------------------------------------------------------------------------------ atomics
+void mutate(int site) { g.mutated_site = site; }
+bool mutated(int site) { return g.mutated_site == site; }
+void relax(int site) {
+  if (g.current && mutated(site)) g.current->relaxed = true;
+}
+
 void atomic_hook(const void* address, size_t bytes, int flags) {
   if (!g.current) return;
+  if (take_relaxed(g.current)) flags &= ~(kAcquire | kRelease);
   if (flags & kWrite) {
     g.idle_yields = 0;
     if (random_bits() % 4 == 0) preempt();

@@ -63,6 +63,24 @@ __global__ void mma_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float
   for (int i = 0; i < 4; ++i) c[(group + (i >= 2 ? 8 : 0)) * 8 + first + i % 2] = sums[i];
 }
 
+// Every block of a cluster pushes its rank into the shared memory of all, with the two halves of the cluster's barrier.
+enum class Push { correct, no_arrive, arrive_twice, no_wait, exit_early };
+template <Push kind>
+__global__ void cluster_push_kernel(unsigned* out) {
+  if constexpr (!device::kHasClusters) return;
+  auto* const received = reinterpret_cast<uint4*>(device::dynamic_shared());
+  const unsigned rank = blockIdx.x % gridDim.x, count = gridDim.x;
+  device::cluster_arrive_release();  // a block that has not begun has no shared memory
+  device::cluster_wait_acquire();
+  if (kind == Push::exit_early && rank == 1) return;
+  if (threadIdx.x < count) device::store_remote_16(received + rank, threadIdx.x, make_uint4(rank, rank, rank, rank));
+  if (kind != Push::no_arrive) device::cluster_arrive_release();
+  if (kind == Push::arrive_twice) device::cluster_arrive_release();
+  if (kind != Push::no_wait) device::cluster_wait_acquire();
+  if (threadIdx.x < count) out[rank * count + threadIdx.x] = received[threadIdx.x].w;
+  if (kind == Push::no_wait) device::cluster_wait_acquire();
+}
+
 template <bool kSynchronises>
 __global__ void reverse_warp_kernel(float* out) {
   RNNFAST_SHARED(float, values, [32]);
@@ -116,19 +134,25 @@ struct Shape {
   dim3 grid = 1, block = 32;
   size_t shared_bytes = 0;
   bool cooperative = false;
+  unsigned cluster = 0;
 };
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const Shape& shape, A... arguments) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cudaLaunchAttribute attribute{};
+  if (shape.cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.attrs = &cooperative;
-  config.numAttrs = shape.cooperative;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cooperative || shape.cluster;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error != cudaSuccess ? error : cudaDeviceSynchronize();
 }
@@ -151,6 +175,18 @@ struct Outcome {
   cudaError_t error;
   int wrong = 0;
 };
+
+template <Push kind>
+Outcome push(unsigned blocks, bool allow_large = true) {
+  if (allow_large) cudaFuncSetAttribute(cluster_push_kernel<kind>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  const DeviceArray<unsigned> out(std::vector<unsigned>(blocks * blocks));
+  const cudaError_t error =
+      launch(cluster_push_kernel<kind>, {blocks, 32, blocks * sizeof(uint4), false, blocks}, out.data);
+  int wrong = 0;
+  const std::vector<unsigned> result = out.fetch(blocks * blocks);
+  for (unsigned i = 0; i < blocks * blocks; ++i) wrong += result[i] != i % blocks;
+  return {error, wrong};
+}
 
 int main(int argc, char** argv) {
   std::vector<float> values(65536);
@@ -205,6 +241,12 @@ int main(int argc, char** argv) {
          }
          return {error, wrong};
        }},
+      {"cluster_push", []() { return push<Push::correct>(16); }},
+      {"BAD_push_without_arrival", []() { return push<Push::no_arrive>(4); }},
+      {"BAD_push_with_two_arrivals", []() { return push<Push::arrive_twice>(4); }},
+      {"BAD_push_without_wait", []() { return push<Push::no_wait>(4); }},
+      {"BAD_push_to_a_block_that_left", []() { return push<Push::exit_early>(4); }},
+      {"BAD_large_cluster_without_attribute", []() { return push<Push::correct>(16, false); }},
       {"warp_barrier", [&]() -> Outcome { return {launch(reverse_warp_kernel<true>, {}, out.data)}; }},
       {"BAD_no_warp_barrier",
        [&]() -> Outcome {

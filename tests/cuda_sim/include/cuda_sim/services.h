@@ -29,6 +29,10 @@ struct Launch {
 // Runs call(arguments) once for every thread of the grid; arguments may be read by the kernel as parameters.
 cudaError_t run(const Launch& launch, void (*call)(void*), void* arguments, size_t arguments_bytes);
 void set_max_dynamic_shared(const void* kernel, int bytes);
+void allow_large_clusters(const void* kernel);  // up to 16 blocks
+// The device is that of sm_90; registers do not limit what is resident.
+constexpr int kMultiprocessors = 132;
+int resident_blocks(size_t threads, size_t shared_bytes);  // on one multiprocessor
 
 // Which of the possible orders of execution the next launches take; also the environment's CUDA_SIM_SEED.
 void set_seed(uint64_t seed);
@@ -48,6 +52,7 @@ int block_vote(Vote vote, bool predicate, CUDA_SIM_CALLER);
 void grid_barrier(CUDA_SIM_CALLER);
 unsigned cluster_arrive(CUDA_SIM_CALLER);  // the token that cluster_wait takes
 void cluster_wait(unsigned token, CUDA_SIM_CALLER);
+void cluster_wait(CUDA_SIM_CALLER);  // for the arrival of this thread before it
 
 // One lane's part in an operation of its whole warp.
 struct Lane {
@@ -71,6 +76,11 @@ void yield();  // a spin loop's pause
 void cp_async(void* shared, const void* global, size_t bytes, size_t source_bytes);  // the rest is filled with zeros
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
+
+// mutate.py numbers the places of kernels that synchronise, and switches one of them off.
+void mutate(int site);   // which; -1: none
+bool mutated(int site);  // whether it is this one
+void relax(int site);    // if it is this one, the thread's next acquire or release orders nothing
 
 // ------------------------------------------------------------------------------------------------ identity, memory
 unsigned cluster_rank(), cluster_size();

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cell/cell_list.h"
+#include "spread.h"
 
 namespace rnnfast {
 
@@ -239,6 +240,17 @@ size_t backward_workspace_bytes(const LayerBackward& layer);
 int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
 
 }  // namespace persistent_cta
+
+// The recurrence spread over thread blocks, all steps in one launch: layers without a projection, in float32 and the
+// 16-bit types. Blocks exchange the state through global memory, on any GPU that can hold all of them at once; a launch
+// that it cannot hold is cudaErrorCooperativeLaunchTooLarge. A spread that cannot be is cudaErrorInvalidValue. Else as
+// persistent_cta.
+namespace persistent_grid {
+
+size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
+int forward(const LayerForward& layer, const Spread& spread, const Context& context);
+
+}  // namespace persistent_grid
 
 }  // namespace cuda
 

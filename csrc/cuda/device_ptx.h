@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #ifdef CUDA_SIM
 #include <cuda_sim/matrix.h>
@@ -167,7 +168,6 @@ __device__ __forceinline__ void add_release(unsigned* flag, unsigned value) {
 #endif
 }
 
-
 // ------------------------------------------------------------------------------------------------ clusters, sm_90
 // Blocks of a cluster see each other's shared memory. Elsewhere than on sm_90 these do not exist: kernels that use them
 // are empty there.
@@ -177,16 +177,24 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;
 #endif
 
-// Stores 16 bytes, aligned, at the place of the block of the given rank that `shared` is in this block.
-__device__ __forceinline__ void store_remote_16(void* shared, unsigned rank, const uint4& value) {
+// Stores a value of 4 or 8 bytes, aligned, at the place of the block of the given rank that `shared` is in this block.
+template <class T>
+__device__ __forceinline__ void store_remote(T* shared, unsigned rank, const T& value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one instruction");
 #if defined(CUDA_SIM)
-  *static_cast<uint4*>(cuda_sim::map_rank(shared, rank)) = value;
+  *static_cast<T*>(cuda_sim::map_rank(shared, rank)) = value;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   unsigned remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(shared)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
+  if constexpr (sizeof(T) == 4) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(word) : "memory");
+  } else {
+    uint64_t word;
+    memcpy(&word, &value, sizeof word);
+    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(word) : "memory");
+  }
 #endif
 }
 

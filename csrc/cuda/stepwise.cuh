@@ -9,6 +9,7 @@
 #include "launch.cuh"
 #include "params.h"
 #include "storage.cuh"
+#include "workspace.cuh"
 
 namespace rnnfast::cuda::stepwise {
 
@@ -122,24 +123,6 @@ template <class scalar_t>
 bool aligned(const Rows& rows, int width) {
   return aligned<scalar_t>(rows.data, rows.stride_b, width) && rows.stride_t % width == 0;
 }
-
-// Hands out parts of the workspace; with a null base it only counts.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t elements) {
-    T* part = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
-    bytes_ += (static_cast<size_t>(elements) * sizeof(T) + 255) / 256 * 256;
-    return part;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  size_t bytes_ = 0;
-};
 
 template <class T>
 struct Type {

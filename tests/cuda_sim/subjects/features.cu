@@ -68,16 +68,16 @@ enum class Push { correct, no_arrive, arrive_twice, no_wait, exit_early };
 template <Push kind>
 __global__ void cluster_push_kernel(unsigned* out) {
   if constexpr (!device::kHasClusters) return;
-  auto* const received = reinterpret_cast<uint4*>(device::dynamic_shared());
+  auto* const received = reinterpret_cast<uint2*>(device::dynamic_shared());
   const unsigned rank = blockIdx.x % gridDim.x, count = gridDim.x;
   device::cluster_arrive_release();  // a block that has not begun has no shared memory
   device::cluster_wait_acquire();
   if (kind == Push::exit_early && rank == 1) return;
-  if (threadIdx.x < count) device::store_remote_16(received + rank, threadIdx.x, make_uint4(rank, rank, rank, rank));
+  if (threadIdx.x < count) device::store_remote(received + rank, threadIdx.x, make_uint2(rank, rank));
   if (kind != Push::no_arrive) device::cluster_arrive_release();
   if (kind == Push::arrive_twice) device::cluster_arrive_release();
   if (kind != Push::no_wait) device::cluster_wait_acquire();
-  if (threadIdx.x < count) out[rank * count + threadIdx.x] = received[threadIdx.x].w;
+  if (threadIdx.x < count) out[rank * count + threadIdx.x] = received[threadIdx.x].y;
   if (kind == Push::no_wait) device::cluster_wait_acquire();
 }
 
@@ -181,7 +181,7 @@ Outcome push(unsigned blocks, bool allow_large = true) {
   if (allow_large) cudaFuncSetAttribute(cluster_push_kernel<kind>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   const DeviceArray<unsigned> out(std::vector<unsigned>(blocks * blocks));
   const cudaError_t error =
-      launch(cluster_push_kernel<kind>, {blocks, 32, blocks * sizeof(uint4), false, blocks}, out.data);
+      launch(cluster_push_kernel<kind>, {blocks, 32, blocks * sizeof(uint2), false, blocks}, out.data);
   int wrong = 0;
   const std::vector<unsigned> result = out.fetch(blocks * blocks);
   for (unsigned i = 0; i < blocks * blocks; ++i) wrong += result[i] != i % blocks;

@@ -1,0 +1,263 @@
+// Owns: the recurrence with W_hh spread over thread blocks, for the engines persistent_grid and persistent_cluster. One
+// launch runs all steps in both directions. Must not know: equations (csrc/cell has them), tensors, how numbers go from
+// block to block (an Exchange does).
+//
+// A team of blocks computes a group of batch rows in one direction; each block has some of the hidden units, and all k of
+// their product. A step, forward:
+//
+//     hgates = W_hh h                        a warp: one tile of 16 units, all gates, a part of k
+//     h, c   = cell(igates, hgates, h, c)    a warp that owns a tile of 16 units x 8 batch rows: adds up the parts
+//
+// Mapping:       block x is the place in the team, block y the team, block z the direction. Warp w has unit tile
+//                w % unit_tiles and the depth split w / unit_tiles = s of k; it owns row tile s, where there is one.
+// Registers:     W_hh as far as they reach, the owners' states and what the next step reads.
+// Shared memory: the rest of W_hh; the exchanged vector of the team; the sums over parts of k.
+// Synchronises:  a step waits for the vector of the whole team, has one block barrier between the sums over parts and the
+//                owners that add them, in the order of the parts, and arrives with the owners' new numbers. The vector is
+//                double-buffered by the exchange: a block that has seen all others arrive at a step knows that they have
+//                read the vector of the step before, into whose place it writes next. The same wait keeps the sums of a
+//                step from those of the next.
+#pragma once
+
+#include "launch.cuh"
+#include "recurrent_lane.cuh"
+#include "recurrent_tile.cuh"
+#include "spread.h"
+
+namespace rnnfast::cuda {
+
+// What crosses the launch beside the layer.
+struct SpreadShape {
+  Spread spread;
+  SpreadSizes sizes;
+};
+
+template <class Math>
+constexpr bool kOnTensorCores = !std::is_same_v<Math, ScalarFloat>;
+
+// The warp's place in its block.
+struct SpreadWarp {
+  int unit_tile, split;
+  bool owner;  // of row tile `split`
+
+  __device__ __forceinline__ explicit SpreadWarp(const Spread& spread)
+      : unit_tile(threadIdx.x / kWarpLanes % spread.unit_tiles),
+        split(threadIdx.x / kWarpLanes / spread.unit_tiles),
+        owner(split < spread.row_tiles) {}
+};
+
+// The steps at which a row of the team lives; the same in all its blocks.
+struct TeamSteps {
+  int64_t first, last;
+
+  __device__ __forceinline__ TeamSteps(const DeviceSequence& sequence, bool reverse, int64_t first_row, int row_tiles)
+      : first(sequence.steps), last(0) {
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      const LaneRows rows(sequence, reverse, first_row + tile * kTileRows);
+      if (rows.first() == rows.last()) continue;
+      first = rows.first() < first ? rows.first() : first;
+      last = rows.last() > last ? rows.last() : last;
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ shared memory
+template <class Exchange>
+struct SpreadShared {
+  using Operand = typename Exchange::Operand;
+  Operand* vectors;  // [copies, row_tiles, 8, stride]
+  uint4* w_hh;       // [warps, what does not fit into registers]
+  float4* partials;  // [depth_splits, unit_tiles, row_tiles, tiles, lanes]: each a lane's four sums
+  size_t bytes;
+
+  __host__ __device__ SpreadShared(char* base, const SpreadSizes& sizes) {
+    device::SharedLayout layout(base);
+    vectors = layout.take<Operand>(Exchange::kCopies * sizes.operand_bytes / sizeof(Operand));
+    w_hh = layout.take<uint4>(sizes.warps * sizes.weight_bytes / sizeof(uint4));
+    partials = layout.take<float4>(sizes.partial_bytes / sizeof(float4));
+    bytes = layout.bytes();
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ the product
+// The warp's part of the product with kTiles matrices, and the owner's sum over all parts.
+template <class Math, int kTiles>
+class SpreadProduct {
+ public:
+  using Operand = typename Math::Operand;
+
+  // element(tile, row, k) is the matrix, 0 outside of it.
+  template <class Element>
+  __device__ __forceinline__ SpreadProduct(const SpreadShape& shape, const SpreadWarp& warp, uint4* w_hh,
+                                           float4* partials, const Element& element)
+      : shape_(shape), warp_(warp), first_k_(warp.split * shape.sizes.depth * Math::kDepth), partials_(partials) {
+    const int left = shape.sizes.all_depth - warp.split * shape.sizes.depth;
+    const int depth = left < 0 ? 0 : left < shape.sizes.depth ? left : shape.sizes.depth;
+    weights_.load([&](int tile, int row, int k) { return element(tile, row, first_k_ + k); }, depth,
+                  w_hh + threadIdx.x / kWarpLanes * (shape.sizes.weight_bytes / sizeof(uint4)));
+  }
+
+  // Leaves the warp's part, for all rows of the team.
+  __device__ __forceinline__ void multiply(const Operand* vector) const {
+    const int stride = shape_.sizes.stride;
+    for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile) {
+      typename Math::Sums sums[kTiles];
+      weights_.multiply(sums, vector + row_tile * kTileRows * stride + first_k_, stride);
+      float4* partial = at(warp_.split, row_tile);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float value[4];
+        Math::finish(sums[tile], value);
+        partial[tile * kWarpLanes] = make_float4(value[0], value[1], value[2], value[3]);
+      }
+    }
+  }
+
+  // Behind a barrier, by the owner of the warp's row tile.
+  __device__ __forceinline__ void sum(float (&sums)[kTiles][4]) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) sums[tile][0] = sums[tile][1] = sums[tile][2] = sums[tile][3] = 0.0f;
+    for (int split = 0; split < shape_.spread.depth_splits; ++split) {
+      const float4* partial = at(split, warp_.split);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float4 value = partial[tile * kWarpLanes];
+        sums[tile][0] += value.x;
+        sums[tile][1] += value.y;
+        sums[tile][2] += value.z;
+        sums[tile][3] += value.w;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float4* at(int split, int row_tile) const {
+    const int place = (split * shape_.spread.unit_tiles + warp_.unit_tile) * shape_.spread.row_tiles + row_tile;
+    return partials_ + place * kTiles * kWarpLanes + threadIdx.x % kWarpLanes;
+  }
+
+  const SpreadShape& shape_;
+  const SpreadWarp& warp_;
+  const int first_k_;
+  float4* const partials_;
+  WeightTile<Math, kTiles, spread_register_depth(kTiles, kOnTensorCores<Math>)> weights_;
+};
+
+// A lane's two units of one batch row, in the exchanged vector.
+template <class Math>
+__device__ __forceinline__ Packet<typename Math::Operand, 2> operand_pair(const float (&value)[2]) {
+  return {{Math::to_operand(value[0]), Math::to_operand(value[1])}};
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+// The exchanged vector is h: column k is unit k.
+template <class Cell, class scalar_t, class Math, class Exchange>
+__global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
+    spread_forward_kernel(const __grid_constant__ ForwardLayerOnDevice<scalar_t> layer,
+                          const __grid_constant__ SpreadShape shape,
+                          const __grid_constant__ typename Exchange::Arguments exchange_arguments) {
+  if constexpr (!Exchange::kAvailable) return;
+  constexpr int kGates = Cell::kGates;
+  const ForwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const DeviceSequence& sequence = layer.sequence;
+  const Spread& spread = shape.spread;
+  const int H = layer.hidden_size;
+  const SpreadWarp warp(spread);
+  const TileLane of_lane;
+  const SpreadShared<Exchange> shared(device::dynamic_shared(), shape.sizes);
+  const int first_unit = (static_cast<int>(blockIdx.x) * spread.unit_tiles + warp.unit_tile) * kTileUnits;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * spread.row_tiles * kTileRows;
+  const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
+
+  Exchange exchange(exchange_arguments, shape, shared.vectors);
+  const SpreadProduct<Math, kGates> product(shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
+    const int unit = first_unit + unit_of_row(row);
+    const bool inside = unit < H && k < H;
+    return Math::to_operand(
+        inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
+  });
+
+  // A warp that owns nothing has rows past the batch.
+  ForwardLane<Cell, scalar_t> lane(layer, direction,
+                                   warp.owner ? first_row + warp.split * kTileRows : sequence.batch, first_unit);
+  const auto publish = [&]() {
+    if (!warp.owner) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float h[2];
+      lane.operand(j, h);
+      exchange.publish(warp.split * kTileRows + of_lane.row(j), first_unit + of_lane.unit(0), operand_pair<Math>(h));
+    }
+  };
+
+  if (steps.first < steps.last) {
+    lane.fetch(steps.first);
+    publish();
+    exchange.arrive();
+  }
+  for (int64_t index = steps.first; index < steps.last; ++index) {
+    product.multiply(exchange.wait());
+    __syncthreads();
+    if (warp.owner) {
+      float hgates[kGates][4];
+      product.sum(hgates);
+      lane.step(index, hgates);
+    }
+    if (index + 1 == steps.last) break;
+    publish();
+    exchange.arrive();
+  }
+  lane.finish();
+}
+
+// ------------------------------------------------------------------------------------------------ host
+// What an exchange is to the host: Exchange::Workspace(sequence, directions, shape, base), with the kernel's `arguments`
+// and `prepare(stream)`; Exchange::launch(kernel, launch shape, stream, arguments...).
+template <class Math>
+SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int slices, int tiles) {
+  return {spread, SpreadSizes(spread, static_cast<int>(hidden_size), batch, slices, tiles,
+                              sizeof(typename Math::Operand), kOnTensorCores<Math>)};
+}
+
+inline bool is_possible(const SpreadShape& shape) {
+  const Spread& spread = shape.spread;
+  return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&
+         shape.sizes.warps <= kSpreadMostWarps;
+}
+
+template <class Exchange>
+LaunchShape spread_launch(const SpreadShape& shape, int directions) {
+  LaunchShape launch;
+  launch.grid = dim3(static_cast<unsigned>(shape.sizes.blocks), static_cast<unsigned>(shape.sizes.teams),
+                     static_cast<unsigned>(directions));
+  launch.block = dim3(static_cast<unsigned>(shape.sizes.warps * kWarpLanes));
+  launch.shared_bytes = SpreadShared<Exchange>(nullptr, shape.sizes).bytes;
+  return launch;
+}
+
+template <class Cell, class scalar_t, class Math, class Exchange>
+int run_spread_forward(const LayerForward& layer, const Spread& spread, const Context& context) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  const SpreadShape shape = spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, 1, Cell::kGates);
+  if (!is_possible(shape)) return cudaErrorInvalidValue;
+  typename Exchange::Workspace workspace(layer.sequence, layer.directions, shape, context.workspace);
+  ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
+  RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.offsets, stream, args.sequence));
+  RNNFAST_RETURN_IF_ERROR(workspace.prepare(stream));
+  return Exchange::launch(spread_forward_kernel<Cell, scalar_t, Math, Exchange>,
+                          spread_launch<Exchange>(shape, layer.directions), stream, args, shape, workspace.arguments);
+}
+
+template <class scalar_t, class Math, class Exchange>
+int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context) {
+  switch (layer.cell) {
+#define RNNFAST_SPREAD_FORWARD(name, Cell) \
+  case CellKind::name:                     \
+    return run_spread_forward<Cell, scalar_t, Math, Exchange>(layer, spread, context);
+    RNNFAST_FOR_EACH_CELL(RNNFAST_SPREAD_FORWARD)
+#undef RNNFAST_SPREAD_FORWARD
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace rnnfast::cuda

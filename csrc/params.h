@@ -252,6 +252,15 @@ int forward(const LayerForward& layer, const Spread& spread, const Context& cont
 
 }  // namespace persistent_grid
 
+// The same, where a cluster of thread blocks holds W_hh and exchanges the state through their shared memory: sm_90 and
+// later.
+namespace persistent_cluster {
+
+size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
+int forward(const LayerForward& layer, const Spread& spread, const Context& context);
+
+}  // namespace persistent_cluster
+
 }  // namespace cuda
 
 }  // namespace rnnfast

@@ -3,7 +3,10 @@
 // Must not know: cells, what is exchanged.
 #pragma once
 
-#include "persistent_spread.cuh"
+#include "device_ptx.h"
+#include "device_sequence.cuh"
+#include "launch.cuh"
+#include "persistent_spread.h"
 #include "workspace.cuh"
 
 namespace rnnfast::cuda::persistent_grid {

@@ -1,14 +1,10 @@
 // Owns: the kernels of the engine persistent_grid in f16. Must not know: how they work.
 #include "persistent_grid.cuh"
-#include "persistent_grid_kernels.h"
+#include "persistent_spread.cuh"
 
-namespace rnnfast::cuda::persistent_grid {
+namespace rnnfast::cuda {
 
-template <class scalar_t, class Math>
-int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-  return spread_forward<scalar_t, Math, Exchange<typename Math::Operand>>(layer, spread, context);
-}
+template int spread_forward<__half, TensorCore<__half>, persistent_grid::Exchange<__half>>(
+    const LayerForward&, const Spread&, const Context&);
 
-template int forward<__half, TensorCore<__half>>(const LayerForward&, const Spread&, const Context&);
-
-}  // namespace rnnfast::cuda::persistent_grid
+}  // namespace rnnfast::cuda

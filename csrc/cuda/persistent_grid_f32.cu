@@ -1,15 +1,12 @@
 // Owns: the kernels of the engine persistent_grid in f32. Must not know: how they work.
 #include "persistent_grid.cuh"
-#include "persistent_grid_kernels.h"
+#include "persistent_spread.cuh"
 
-namespace rnnfast::cuda::persistent_grid {
+namespace rnnfast::cuda {
 
-template <class scalar_t, class Math>
-int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-  return spread_forward<scalar_t, Math, Exchange<typename Math::Operand>>(layer, spread, context);
-}
+template int spread_forward<float, TensorCoreTf32, persistent_grid::Exchange<float>>(
+    const LayerForward&, const Spread&, const Context&);
+template int spread_forward<float, ScalarFloat, persistent_grid::Exchange<float>>(
+    const LayerForward&, const Spread&, const Context&);
 
-template int forward<float, TensorCoreTf32>(const LayerForward&, const Spread&, const Context&);
-template int forward<float, ScalarFloat>(const LayerForward&, const Spread&, const Context&);
-
-}  // namespace rnnfast::cuda::persistent_grid
+}  // namespace rnnfast::cuda

@@ -20,20 +20,10 @@
 #pragma once
 
 #include "launch.cuh"
+#include "persistent_spread.h"
 #include "recurrent_lane.cuh"
-#include "recurrent_tile.cuh"
-#include "spread.h"
 
 namespace rnnfast::cuda {
-
-// What crosses the launch beside the layer.
-struct SpreadShape {
-  Spread spread;
-  SpreadSizes sizes;
-};
-
-template <class Math>
-constexpr bool kOnTensorCores = !std::is_same_v<Math, ScalarFloat>;
 
 // The warp's place in its block.
 struct SpreadWarp {
@@ -211,14 +201,6 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 }
 
 // ------------------------------------------------------------------------------------------------ host
-// What an exchange is to the host: Exchange::Workspace(sequence, directions, shape, base), with the kernel's `arguments`
-// and `prepare(stream)`; Exchange::launch(kernel, launch shape, stream, arguments...).
-template <class Math>
-SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int slices, int tiles) {
-  return {spread, SpreadSizes(spread, static_cast<int>(hidden_size), batch, slices, tiles,
-                              sizeof(typename Math::Operand), kOnTensorCores<Math>)};
-}
-
 inline bool is_possible(const SpreadShape& shape) {
   const Spread& spread = shape.spread;
   return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&

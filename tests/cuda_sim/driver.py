@@ -151,6 +151,10 @@ class Simulator:
     def seed(self, seed: int) -> None:
         self.library.sim_set_seed(seed)
 
+    def spread(self, unit_tiles: int, row_tiles: int, depth_splits: int) -> None:
+        """How all later layers are cut by the engines that spread W_hh over blocks: spread.h."""
+        self.library.sim_set_spread(unit_tiles, row_tiles, depth_splits)
+
     def engine(self, name: str) -> None:
         assert self.library.sim_set_engine(name.encode()), f"the driver has no engine {name}"
 

@@ -1,0 +1,15 @@
+// Owns: the launchers of the engine persistent_cluster.
+// Must not know: the kernels.
+#include "persistent_cluster.cuh"
+
+namespace rnnfast::cuda::persistent_cluster {
+
+size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread) {
+  return SpreadEngine<Exchange>::forward_workspace_bytes(layer, spread);
+}
+
+int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
+  return SpreadEngine<Exchange>::forward(layer, spread, context);
+}
+
+}  // namespace rnnfast::cuda::persistent_cluster

@@ -1,0 +1,10 @@
+// Owns: the kernels of the engine persistent_cluster in bf16. Must not know: how they work.
+#include "persistent_cluster.cuh"
+#include "persistent_spread.cuh"
+
+namespace rnnfast::cuda {
+
+template int spread_forward<__nv_bfloat16, TensorCore<__nv_bfloat16>, persistent_cluster::Exchange<__nv_bfloat16>>(
+    const LayerForward&, const Spread&, const Context&);
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,10 @@
+// Owns: the kernels of the engine persistent_cluster in f16. Must not know: how they work.
+#include "persistent_cluster.cuh"
+#include "persistent_spread.cuh"
+
+namespace rnnfast::cuda {
+
+template int spread_forward<__half, TensorCore<__half>, persistent_cluster::Exchange<__half>>(
+    const LayerForward&, const Spread&, const Context&);
+
+}  // namespace rnnfast::cuda

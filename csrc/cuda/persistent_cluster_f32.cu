@@ -1,0 +1,12 @@
+// Owns: the kernels of the engine persistent_cluster in f32. Must not know: how they work.
+#include "persistent_cluster.cuh"
+#include "persistent_spread.cuh"
+
+namespace rnnfast::cuda {
+
+template int spread_forward<float, TensorCoreTf32, persistent_cluster::Exchange<float>>(
+    const LayerForward&, const Spread&, const Context&);
+template int spread_forward<float, ScalarFloat, persistent_cluster::Exchange<float>>(
+    const LayerForward&, const Spread&, const Context&);
+
+}  // namespace rnnfast::cuda

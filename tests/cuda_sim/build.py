@@ -56,16 +56,25 @@ def missing() -> str | None:
     return None
 
 
-def build(name: str, kind: str, sources: Sequence[Path], *, library: bool, torch_sources: Sequence[Path] = ()) -> Path:
+def build(
+    name: str,
+    kind: str,
+    sources: Sequence[Path],
+    *,
+    library: bool,
+    torch_sources: Sequence[Path] = (),
+    csrc: Path = CSRC,
+) -> Path:
     """Compile kernel `sources` for the simulator, in the build `kind`; return the program, or the shared library.
 
-    `torch_sources` are compiled as they are, against torch's headers with cuda_sim/operators/ in front.
+    `torch_sources` are compiled as they are, against torch's headers with cuda_sim/operators/ in front. `csrc` is where
+    the headers of the engines are.
     """
     objects = HERE / "build" / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     headers = toolkit_headers()
     assert headers is not None
-    includes = [f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-isystem", str(headers)]
+    includes = [f"-I{HERE / 'include'}", f"-I{csrc}", f"-I{csrc / 'cuda'}", "-isystem", str(headers)]
     runtime_flags = ["-O2"] if kind != "asan" else ["-O1", *KERNEL_FLAGS["asan"][1:]]
     kernel_flags = ["-x", "c++", "-include", "cuda_sim.h", *KERNEL_FLAGS[kind]]
     jobs = [(path, [*COMMON, *WARNINGS, *includes, *runtime_flags]) for path in RUNTIME]

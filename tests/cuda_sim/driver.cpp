@@ -191,6 +191,7 @@ EXPORT void sim_set_spread(int unit_tiles, int row_tiles, int depth_splits) {
   spread = {unit_tiles, row_tiles, depth_splits};
 }
 EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
+EXPORT void sim_mutate(int site) { cuda_sim::mutate(site); }
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }
 EXPORT const char* sim_last_message() { return cuda_sim::last_message(); }
 

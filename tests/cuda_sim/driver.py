@@ -158,6 +158,10 @@ class Simulator:
     def engine(self, name: str) -> None:
         assert self.library.sim_set_engine(name.encode()), f"the driver has no engine {name}"
 
+    def mutate(self, site: int) -> None:
+        """Which place that mutate.py numbered does not synchronise; -1: all do."""
+        self.library.sim_mutate(site)
+
     def shift(self, elements: int) -> None:
         """Where the tensors of all later layers lie: so many elements behind an aligned address."""
         self.library.sim_set_shift(elements)

@@ -17,16 +17,19 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from cuda_sim import build
+from cuda_sim import build, driver
+from sample_inputs import Sample
+from test_cuda_sim import STATES, compare
 
 WORDS = "sync|wait|arrive|acquire|release|fence|commit"
 BUILT_IN = rf"__(?:{WORDS})\w*|__thread(?:{WORDS})\w*"
@@ -92,12 +95,73 @@ def instrument_tree(sources: Iterable[Path], names: Sequence[str], destination: 
     return sites
 
 
-def survivors(sites: Sequence[Site], noticed: Callable[[Site], bool]) -> list[Site]:
-    """The changes that go unnoticed, reported as they are tried."""
-    unnoticed = []
-    for site in sites:
-        verdict = noticed(site)
-        print(f"{'noticed ' if verdict else 'UNNOTICED'} {site}", flush=True)
-        if not verdict:
-            unnoticed.append(site)
-    return unnoticed
+# Small layers that take every way through the engines' kernels: an engine, how it spreads W_hh, a layer.
+CASES = [
+    *(
+        (engine, spread, sample)
+        for engine in ("persistent_grid", "persistent_cluster")
+        for spread, sample in (
+            ((1, 2, 3), Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True)),
+            ((2, 1, 2), Sample("gru", steps=3, batch=9, hidden_size=70, form="packed")),
+            ((1, 1, 1), Sample("rnn_tanh", steps=4, batch=3, hidden_size=33)),
+        )
+    ),
+    ("persistent_cta", None, Sample("lstm", steps=3, batch=9, hidden_size=40, directions=2, form="lengths", reset=True)),
+    ("persistent_cta", None, Sample("gru", steps=3, batch=3, hidden_size=33, form="packed")),
+]
+SEEDS = 6
+
+
+def build_engines(directory: Path) -> tuple[driver.Simulator, list[Site]]:
+    """The checked build of all engines with a switch at every place."""
+    copy = directory / "csrc"
+    shutil.copytree(build.CSRC, copy)
+    cuda = build.CSRC / "cuda"
+    names = wrappers((cuda / "device_ptx.h").read_text())
+    sites = instrument_tree([*cuda.glob("*.cu"), *cuda.glob("*.cuh")], names, copy / "cuda")
+    sources = [build.HERE / "driver.cpp", *sorted((copy / "cuda").glob("*.cu"))]
+    return driver.Simulator(build.build("mutants", "check", sources, library=True, csrc=copy)), sites
+
+
+def failure(sim: driver.Simulator, seeds: int = SEEDS) -> str | None:
+    """Run the cases; return what went wrong first."""
+    for seed in range(seeds):
+        for number, (engine, spread, sample) in enumerate(CASES):
+            sim.seed(seed * len(CASES) + number)
+            sim.engine(engine)
+            if spread is not None:
+                sim.spread(*spread)
+            try:
+                compare(sim, sample, torch.bfloat16, (driver.GATES, STATES)[seed % 2])
+            except (AssertionError, driver.SimulationError) as error:
+                return f"{engine} {sample.cell}: {str(error).splitlines()[0]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the places, and build nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        if options.list:
+            cuda = build.CSRC / "cuda"
+            names = wrappers((cuda / "device_ptx.h").read_text())
+            for site in instrument_tree([*cuda.glob("*.cu"), *cuda.glob("*.cuh")], names, Path(directory)):
+                print(site)
+            return
+        sim, sites = build_engines(Path(directory))
+        if found := failure(sim):
+            sys.exit(f"the kernels fail as they are: {found}")
+        unnoticed = 0
+        for site in sites:
+            sim.mutate(site.number)
+            found = failure(sim)
+            unnoticed += found is None
+            print(f"{'UNNOTICED' if found is None else 'noticed'} {site}\n    {found or ''}", flush=True)
+    print(f"{len(sites) - unnoticed} of {len(sites)} changes were noticed")
+    sys.exit(unnoticed > 0)
+
+
+if __name__ == "__main__":
+    main()

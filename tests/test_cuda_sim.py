@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_sim import build, driver
+from cuda_sim import build, driver, instrument
 from sample_inputs import SAMPLES, Sample, tensors_of
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
@@ -21,6 +21,17 @@ from rnnfast import ops, reference
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 ENGINE = [build.HERE / "driver.cpp", *sorted((build.CSRC / "cuda").glob("*.cu"))]
+
+
+def engine_sources(kind: str) -> tuple[list[Path], Path]:
+    """What the engines are compiled from, and where their headers lie. In the checked build every barrier can be switched
+    off, for the tests of mutation."""
+    if kind != "check":
+        return ENGINE, build.CSRC
+    instrument.places()
+    return [ENGINE[0], *sorted((instrument.INSTRUMENTED / "cuda").glob("*.cu"))], instrument.INSTRUMENTED
+
+
 NOTHING, STATES = 0, 1  # Save::nothing, Save::states: backward recomputes the gates
 
 # Sizes that SAMPLES leave out: rows that vector loads divide, more units and more rows than a block has threads.
@@ -41,7 +52,8 @@ def simulators() -> dict[str, driver.Simulator]:
 
 def simulator(simulators: dict[str, driver.Simulator], kind: str) -> driver.Simulator:
     if kind not in simulators:
-        simulators[kind] = driver.Simulator(build.build("engine", kind, ENGINE, library=True))
+        sources, csrc = engine_sources(kind)
+        simulators[kind] = driver.Simulator(build.build("engine", kind, sources, library=True, csrc=csrc))
     simulators[kind].engine("stepwise")
     return simulators[kind]
 

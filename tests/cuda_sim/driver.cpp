@@ -135,7 +135,7 @@ cuda::Spread spread;
         [](const LayerForward& layer, const cuda::Context& c) { return cuda::name::forward(layer, spread, c); }, \
         cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward                                   \
   }
-constexpr Engine kEngines[] = {ENGINE(stepwise), SPREAD_ENGINE(persistent_grid), SPREAD_ENGINE(persistent_cluster)};
+constexpr Engine kEngines[] = {ENGINE(stepwise), {"persistent_cta", cuda::persistent_cta::forward_workspace_bytes, cuda::persistent_cta::forward, cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward}, SPREAD_ENGINE(persistent_grid), SPREAD_ENGINE(persistent_cluster)};
 const Engine* engine = &kEngines[0];
 
 // ------------------------------------------------------------------------------------------------ sizes

@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml
 CPP = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test build lint format nvcc-check bench gpu-check clean
+.PHONY: help demo examples test mutate build lint format nvcc-check bench gpu-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -38,6 +38,9 @@ examples: .venv/built ## every application for under a minute each, on data that
 
 test: .venv/built ## all tests
 	$(BIN)/python -m pytest tests
+
+mutate: .venv/built ## remove every barrier, wait and fence of the CUDA kernels in turn; the simulator must notice
+	cd tests && ../$(BIN)/python -m cuda_sim.mutate
 
 lint: .venv/deps ## style of Python, C++ and CUDA; types of the package
 	$(BIN)/ruff check

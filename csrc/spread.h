@@ -1,5 +1,5 @@
-// Owns: how the engines that spread W_hh over thread blocks cut a layer, on which their kernels, their launchers and the
-// plan agree. Must not know: CUDA headers, equations.
+// Owns: how the engines that spread W_hh over thread blocks cut a layer, on which their kernels, their launchers and
+// the plan agree. Must not know: CUDA headers, equations.
 #pragma once
 
 #include <cstddef>
@@ -27,15 +27,15 @@ RNNFAST_SIZES int spread_register_depth(int tiles, bool tensor_cores) {
   return tensor_cores ? 8 : 4;
 }
 
-// One loop over time. The team exchanges `slices` numbers for each unit and batch row (1 forward: h; the number of gates
-// backward: their gradients), and multiplies them by `tiles` matrices with a row for each unit (the number of gates
-// forward, 1 backward).
+// One loop over time. The team exchanges `slices` numbers for each unit and batch row (1 forward: h; the number of
+// gates backward: their gradients), and multiplies them by `tiles` matrices with a row for each unit (the number of
+// gates forward, 1 backward).
 struct SpreadSizes {
-  int blocks;   // of a team
-  int teams;    // of a direction
-  int warps;    // of a block
-  int columns;  // exchanged numbers of a batch row
-  int stride;   // of a batch row of them, in elements
+  int blocks;            // of a team
+  int teams;             // of a direction
+  int warps;             // of a block
+  int columns;           // exchanged numbers of a batch row
+  int stride;            // of a batch row of them, in elements
   int all_depth, depth;  // tiles of k, and how many of them each warp has (the last may have fewer)
   size_t operand_bytes;  // the exchanged numbers of a team
   size_t weight_bytes;   // W_hh of a warp beside its registers

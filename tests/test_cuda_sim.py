@@ -24,8 +24,9 @@ ENGINE = [build.HERE / "driver.cpp", *sorted((build.CSRC / "cuda").glob("*.cu"))
 
 
 def engine_sources(kind: str) -> tuple[list[Path], Path]:
-    """What the engines are compiled from, and where their headers lie. In the checked build every barrier can be switched
-    off, for the tests of mutation."""
+    """What the engines are compiled from, and where their headers lie. In the checked build every barrier can be
+    switched off: see mutate.py.
+    """
     if kind != "check":
         return ENGINE, build.CSRC
     instrument.places()

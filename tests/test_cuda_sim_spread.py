@@ -1,5 +1,5 @@
-"""The engines that spread W_hh over thread blocks (persistent_grid, persistent_cluster) on the simulator of cuda_sim/: many
-ways to spread each layer, launches that cannot be, and a mutation of everything that synchronises.
+"""The engines that spread W_hh over thread blocks (persistent_grid, persistent_cluster) on the simulator of cuda_sim/:
+many ways to spread a layer, launches that cannot be, and a mutation of everything that synchronises.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.mi
 ENGINES = ["persistent_grid", "persistent_cluster"]
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
-# A layer, and ways to spread it: unit tiles of a block, row tiles of a team, parts of k. One block and several, one team and
-# several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers alone and beyond.
+# A layer, and ways to spread it: unit tiles of a block, row tiles of a team, parts of k. One block and several, one
+# team and several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers and beyond.
 SPREADS = [
     (Sample("lstm", steps=1, batch=1, hidden_size=16), [(1, 1, 1)]),
     (
@@ -30,7 +30,10 @@ SPREADS = [
     (Sample("gru", steps=1, batch=9, hidden_size=48, directions=2), [(1, 1, 2), (2, 2, 2)]),
     (Sample("gru", steps=4, batch=17, hidden_size=37, directions=2, form="packed", reset=True), [(1, 1, 1), (2, 3, 3)]),
     (Sample("gru", steps=2, batch=3, hidden_size=200, form="lengths"), [(2, 1, 4), (4, 1, 2)]),
-    (Sample("rnn_tanh", steps=3, batch=17, hidden_size=70, directions=2, form="lengths", reset=True), [(1, 1, 2), (3, 2, 2)]),
+    (
+        Sample("rnn_tanh", steps=3, batch=17, hidden_size=70, directions=2, form="lengths", reset=True),
+        [(1, 1, 2), (3, 2, 2)],
+    ),
     (Sample("rnn_tanh", steps=2, batch=5, hidden_size=33, form="packed"), [(1, 1, 5)]),
     (Sample("rnn_relu", steps=3, batch=12, hidden_size=64, reset=True), [(1, 1, 1), (4, 2, 2)]),
     (Sample("rnn_sigmoid", steps=3, batch=20, hidden_size=47, directions=2), [(1, 3, 4), (3, 1, 1)]),
@@ -56,8 +59,9 @@ def test_spread_kernels_against_reference(
     sim.engine(engine)
     for index, (sample, spread) in enumerate(cases(cell)):
         sim.spread(*spread)
-        for save in (NOTHING, STATES, driver.GATES):
-            sim.seed(3 * index + save)
+        for seed in range(2):
+            sim.seed(2 * index + seed)
+            save = (NOTHING, STATES, driver.GATES)[(index + seed) % 3]
             compare(sim, sample, arithmetic.dtype, save, tf32=arithmetic.tf32)
 
 
@@ -69,7 +73,10 @@ def test_spread_kernels_have_no_races_and_read_no_garbage(
 ) -> None:
     sim = simulator(simulators, "check")
     sim.engine(engine)
+    offset = driver.DTYPES.index(arithmetic.dtype) + ENGINES.index(engine) + arithmetic.tf32
     for index, (sample, spread) in enumerate(cases(cell)):
+        if (index + offset) % 2:
+            continue
         sim.spread(*spread)
         sim.seed(index)
         compare(sim, sample, arithmetic.dtype, (driver.GATES, STATES)[index % 2], tf32=arithmetic.tf32)
@@ -148,7 +155,10 @@ def test_no_synchronisation_of_the_kernels_is_overlooked() -> None:
     for path in [*(build.CSRC / "cuda").glob("*.cu"), *(build.CSRC / "cuda").glob("*.cuh")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
-            if re.search(rf"(__|device::)\w*({instrument.WORDS})\w*(<\d+>)?\(|\basm\b|cooperative_groups", code):
+            if re.search(
+                rf"(__(?!shfl|ballot|any|all)|device::)\w*({instrument.WORDS})\w*(<\d+>)?\(|\basm\b|cooperative_groups",
+                code,
+            ):
                 assert (path.name, number) in found, f"{path.name}:{number}: {code.strip()}"
     assert len(found) > 5
 

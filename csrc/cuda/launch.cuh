@@ -22,8 +22,8 @@ cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr size_t kSharedBytes = 48 * 1024;
   constexpr unsigned kClusterBlocks = 8;
   if (shape.shared_bytes > kSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   if (shape.cluster_blocks > kClusterBlocks) {

@@ -1,6 +1,5 @@
-// Owns: how the blocks of a team exchange numbers in the engine persistent_cluster: a team is a cluster (sm_90), and each
-// block pushes its numbers into the shared memory of all. Its launches.
-// Must not know: cells, what is exchanged.
+// Owns: how the blocks of a team exchange numbers in the engine persistent_cluster: a team is a cluster (sm_90), and
+// each block pushes its numbers into the shared memory of all. Its launches. Must not know: cells, what is exchanged.
 #pragma once
 
 #include "device_ptx.h"
@@ -11,9 +10,9 @@
 
 namespace rnnfast::cuda::persistent_cluster {
 
-// Every block has the whole vector, twice, in its own shared memory, so that the product reads nothing from afar. A turn
-// ends with the cluster's barrier, whose arrival releases the pushes and whose wait acquires those of all blocks. No
-// block leaves while another may push: nothing is pushed behind the last wait.
+// Every block has the whole vector, twice, in its own shared memory, so that the product reads nothing from afar. A
+// turn ends with the cluster's barrier, whose arrival releases the pushes and whose wait acquires those of all blocks.
+// No block leaves while another may push: nothing is pushed behind the last wait.
 template <class Operand_>
 class ClusterExchange {
  public:

@@ -4,7 +4,8 @@
 
 namespace rnnfast::cuda {
 
-template int spread_forward<__half, TensorCore<__half>, persistent_cluster::Exchange<__half>>(
-    const LayerForward&, const Spread&, const Context&);
+template int spread_forward<__half, TensorCore<__half>, persistent_cluster::Exchange<__half>>(const LayerForward&,
+                                                                                              const Spread&,
+                                                                                              const Context&);
 
 }  // namespace rnnfast::cuda

@@ -4,9 +4,9 @@
 
 namespace rnnfast::cuda {
 
-template int spread_forward<float, TensorCoreTf32, persistent_cluster::Exchange<float>>(
-    const LayerForward&, const Spread&, const Context&);
-template int spread_forward<float, ScalarFloat, persistent_cluster::Exchange<float>>(
-    const LayerForward&, const Spread&, const Context&);
+template int spread_forward<float, TensorCoreTf32, persistent_cluster::Exchange<float>>(const LayerForward&,
+                                                                                        const Spread&, const Context&);
+template int spread_forward<float, ScalarFloat, persistent_cluster::Exchange<float>>(const LayerForward&, const Spread&,
+                                                                                     const Context&);
 
 }  // namespace rnnfast::cuda

@@ -11,15 +11,15 @@
 
 namespace rnnfast::cuda::persistent_grid {
 
-// An arrival adds one to the team's counter with release, behind a barrier of the block; a wait is over when the counter
-// says that all blocks have arrived so often. One thread of a block waits, with acquire; the block's barrier passes on
-// what it saw. Then the block copies the vector into its shared memory, past the first-level cache.
+// An arrival adds one to the team's counter with release, behind a barrier of the block; a wait is over when the
+// counter says that all blocks have arrived so often. One thread of a block waits, with acquire; the block's barrier
+// passes on what it saw. Then the block copies the vector into its shared memory, past the first-level cache.
 template <class Operand_>
 class GridExchange {
  public:
   using Operand = Operand_;
   static constexpr bool kAvailable = true;
-  static constexpr int kCopies = 1;      // of the vector in shared memory
+  static constexpr int kCopies = 1;       // of the vector in shared memory
   static constexpr int kFlagStride = 32;  // counters lie in cache lines of their own
   struct Arguments {
     Operand* vectors = nullptr;    // [D, teams, 2, rows, columns]

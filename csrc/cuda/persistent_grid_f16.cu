@@ -4,7 +4,8 @@
 
 namespace rnnfast::cuda {
 
-template int spread_forward<__half, TensorCore<__half>, persistent_grid::Exchange<__half>>(
-    const LayerForward&, const Spread&, const Context&);
+template int spread_forward<__half, TensorCore<__half>, persistent_grid::Exchange<__half>>(const LayerForward&,
+                                                                                           const Spread&,
+                                                                                           const Context&);
 
 }  // namespace rnnfast::cuda

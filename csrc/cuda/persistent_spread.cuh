@@ -2,8 +2,8 @@
 // launch runs all steps in both directions. Must not know: equations (csrc/cell has them), tensors, how numbers go from
 // block to block (an Exchange does).
 //
-// A team of blocks computes a group of batch rows in one direction; each block has some of the hidden units, and all k of
-// their product. A step, forward:
+// A team of blocks computes a group of batch rows in one direction; each block has some of the hidden units, and all k
+// of their product. A step, forward:
 //
 //     hgates = W_hh h                        a warp: one tile of 16 units, all gates, a part of k
 //     h, c   = cell(igates, hgates, h, c)    a warp that owns a tile of 16 units x 8 batch rows: adds up the parts
@@ -12,11 +12,12 @@
 //                w % unit_tiles and the depth split w / unit_tiles = s of k; it owns row tile s, where there is one.
 // Registers:     W_hh as far as they reach, the owners' states and what the next step reads.
 // Shared memory: the rest of W_hh; the exchanged vector of the team; the sums over parts of k.
-// Synchronises:  a step waits for the vector of the whole team, has one block barrier between the sums over parts and the
-//                owners that add them, in the order of the parts, and arrives with the owners' new numbers. The vector is
-//                double-buffered by the exchange: a block that has seen all others arrive at a step knows that they have
-//                read the vector of the step before, into whose place it writes next. The same wait keeps the sums of a
-//                step from those of the next.
+// Synchronises:  a step waits for the vector of the whole team, has one block barrier between the sums over parts and
+// the
+//                owners that add them, in the order of the parts, and arrives with the owners' new numbers. The vector
+//                is double-buffered by the exchange: a block that has seen all others arrive at a step knows that they
+//                have read the vector of the step before, into whose place it writes next. The same wait keeps the sums
+//                of a step from those of the next.
 #pragma once
 
 #include "launch.cuh"
@@ -38,10 +39,10 @@ struct SpreadWarp {
 
 // The steps at which a row of the team lives; the same in all its blocks.
 struct TeamSteps {
-  int64_t first, last;
+  int first, last;
 
-  __device__ __forceinline__ TeamSteps(const DeviceSequence& sequence, bool reverse, int64_t first_row, int row_tiles)
-      : first(sequence.steps), last(0) {
+  __device__ __forceinline__ TeamSteps(const DeviceSequence& sequence, bool reverse, int first_row, int row_tiles)
+      : first(static_cast<int>(sequence.steps)), last(0) {
     for (int tile = 0; tile < row_tiles; ++tile) {
       const LaneRows rows(sequence, reverse, first_row + tile * kTileRows);
       if (rows.first() == rows.last()) continue;
@@ -156,20 +157,19 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const TileLane of_lane;
   const SpreadShared<Exchange> shared(device::dynamic_shared(), shape.sizes);
   const int first_unit = (static_cast<int>(blockIdx.x) * spread.unit_tiles + warp.unit_tile) * kTileUnits;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * spread.row_tiles * kTileRows;
+  const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
   Exchange exchange(exchange_arguments, shape, shared.vectors);
   const SpreadProduct<Math, kGates> product(shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
     const int unit = first_unit + unit_of_row(row);
     const bool inside = unit < H && k < H;
-    return Math::to_operand(
-        inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
+    return Math::to_operand(inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
   });
 
   // A warp that owns nothing has rows past the batch.
-  ForwardLane<Cell, scalar_t> lane(layer, direction,
-                                   warp.owner ? first_row + warp.split * kTileRows : sequence.batch, first_unit);
+  ForwardLane<Cell, scalar_t> lane(
+      layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
   const auto publish = [&]() {
     if (!warp.owner) return;
 #pragma unroll
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
     publish();
     exchange.arrive();
   }
-  for (int64_t index = steps.first; index < steps.last; ++index) {
+  for (int index = steps.first; index < steps.last; ++index) {
     product.multiply(exchange.wait());
     __syncthreads();
     if (warp.owner) {

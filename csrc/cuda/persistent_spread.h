@@ -1,6 +1,5 @@
-// Owns: the border between the engines that spread W_hh over blocks and their kernels, which are compiled apart, one file
-// for each engine and storage type; the choice among those.
-// Must not know: the kernels.
+// Owns: the border between the engines that spread W_hh over blocks and their kernels, which are compiled apart, one
+// file for each engine and storage type; the choice among those. Must not know: the kernels.
 #pragma once
 
 #include "cell/cells.h"
@@ -44,8 +43,8 @@ int dispatch_math(Dtype dtype, bool tf32, const Function& function) {
 }
 
 // The launchers of an engine, by how its blocks exchange numbers. To the host an exchange is
-//   Exchange::Workspace(sequence, directions, shape, base)   with bytes, offsets, the kernel's arguments, prepare(stream)
-//   Exchange::launch(kernel, launch shape, stream, arguments...)
+//   Exchange::Workspace(sequence, directions, shape, base)   with bytes, offsets, the kernel's arguments,
+//   prepare(stream) Exchange::launch(kernel, launch shape, stream, arguments...)
 template <template <class> class Exchange>
 struct SpreadEngine {
   static size_t workspace_bytes(const Sequence& sequence, Dtype dtype, int directions, const Spread& spread,

@@ -129,13 +129,14 @@ struct Engine {
   }
 // Of the engines that spread W_hh over blocks.
 cuda::Spread spread;
-#define SPREAD_ENGINE(name)                                                                                  \
-  Engine {                                                                                                   \
-    #name, [](const LayerForward& layer) { return cuda::name::forward_workspace_bytes(layer, spread); },     \
+#define SPREAD_ENGINE(name)                                                                                      \
+  Engine {                                                                                                       \
+    #name, [](const LayerForward& layer) { return cuda::name::forward_workspace_bytes(layer, spread); },         \
         [](const LayerForward& layer, const cuda::Context& c) { return cuda::name::forward(layer, spread, c); }, \
-        cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward                                   \
+        cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward                                       \
   }
-constexpr Engine kEngines[] = {ENGINE(stepwise), {"persistent_cta", cuda::persistent_cta::forward_workspace_bytes, cuda::persistent_cta::forward, cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward}, SPREAD_ENGINE(persistent_grid), SPREAD_ENGINE(persistent_cluster)};
+constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta), SPREAD_ENGINE(persistent_grid),
+                               SPREAD_ENGINE(persistent_cluster)};
 const Engine* engine = &kEngines[0];
 
 // ------------------------------------------------------------------------------------------------ sizes

@@ -2,9 +2,9 @@
 Must not know: what the kernels compute, who runs them.
 
 A place is a call, in csrc/cuda, of a barrier of CUDA or of a wrapper of device_ptx.h whose name says that it waits,
-arrives, acquires, releases, commits, synchronises or fences. It is changed in up to three ways: the statement is removed,
-its acquire or release is made relaxed, a loop that waits for it does not wait. All changes are compiled into one library,
-where each is off until cuda_sim::mutate, or the environment's CUDA_SIM_MUTATE, switches it on.
+arrives, acquires, releases, commits, synchronises or fences. It is changed in up to three ways: the statement is
+removed, its acquire or release is made relaxed, a loop that waits for it does not wait. All changes are compiled into
+one library, where each is off until cuda_sim::mutate, or the environment's CUDA_SIM_MUTATE, switches it on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def instrument(text: str, file: str, names: Iterable[str], first: int) -> tuple[
             elif re.search(r"(^|[{};)]|\belse)\s*$", code[:start]) and code.rstrip().endswith((";", "}")):
                 site = add(number, "removed", code)
                 changed = f"{changed[:start]}if (!cuda_sim::mutated({site})) {changed[start:]}"
-            assert len(sites) and sites[-1].line == number, f"{file}:{number}: how does this synchronise? {code}"
+            if not sites or sites[-1].line != number:
+                raise ValueError(f"{file}:{number}: how does this synchronise? {code.strip()}")
         lines.append(changed + comment)
     return "\n".join(lines) + "\n", sites
 

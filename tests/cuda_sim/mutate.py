@@ -1,10 +1,10 @@
 """Removes each barrier, wait and fence of the CUDA kernels, one at a time, and asks whether the simulator notices.
 
-Owns the layers that the kernels are run on and the verdicts. Must not know how places are found (instrument.py), what the
-kernels compute. Run it from the root of the repository:
+Owns the layers that the kernels are run on and the verdicts. Must not know how places are found (instrument.py), what
+the kernels compute. Run it in tests/:
 
-    python tests/cuda_sim/mutate.py             every place; exit status 1 if one can go unnoticed
-    python tests/cuda_sim/mutate.py --list      the places
+    python -m cuda_sim.mutate             every place; exit status 1 if one can go unnoticed (make mutate)
+    python -m cuda_sim.mutate --list      the places
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
-
-from cuda_sim import build, driver, instrument
 from sample_inputs import Sample
 from test_cuda_sim import STATES, compare, engine_sources
+
+from . import build, driver, instrument
 
 # Small layers that take every way through the kernels: an engine, how it spreads W_hh, a layer.
 SPREAD_CASES = [
@@ -48,7 +45,9 @@ def failure(sim: driver.Simulator, seeds: int) -> str | None:
     return None
 
 
-def verdicts(sim: driver.Simulator, sites: list[instrument.Site], seeds: int) -> Iterator[tuple[instrument.Site, str | None]]:
+def verdicts(
+    sim: driver.Simulator, sites: list[instrument.Site], seeds: int
+) -> Iterator[tuple[instrument.Site, str | None]]:
     """For each change, what went wrong; None: nobody noticed."""
     for site in sites:
         sim.mutate(site.number)

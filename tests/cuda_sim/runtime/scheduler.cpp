@@ -465,9 +465,8 @@ void set_max_dynamic_shared(const void* kernel, int bytes) { max_dynamic_shared[
 void allow_large_clusters(const void* kernel) { large_clusters.insert(kernel); }
 int resident_blocks(size_t threads, size_t shared_bytes) {
   constexpr size_t kSharedBytesOfSm = 233472, kReservedSharedBytes = 1024, kThreadsOfSm = 2048, kBlocksOfSm = 32;
-  return static_cast<int>(
-      std::min({kBlocksOfSm, kThreadsOfSm / ((threads + 31) / 32 * 32),
-                kSharedBytesOfSm / (shared_bytes + g.plain_shared_bytes + kReservedSharedBytes)}));
+  return static_cast<int>(std::min({kBlocksOfSm, kThreadsOfSm / ((threads + 31) / 32 * 32),
+                                    kSharedBytesOfSm / (shared_bytes + g.plain_shared_bytes + kReservedSharedBytes)}));
 }
 const char* last_message() { return g.message.c_str(); }
 

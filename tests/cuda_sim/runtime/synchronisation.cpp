@@ -125,7 +125,8 @@ unsigned cluster_arrive(const char* file, int line) {
   Cluster* cluster = thread->block->cluster;
   const unsigned phase = cluster->phase;
   if (thread->cluster_arrived) {
-    fail(cudaErrorLaunchFailure, "cluster barrier at %s:%d: the thread arrived already, and has not waited", file, line);
+    fail(cudaErrorLaunchFailure, "cluster barrier at %s:%d: the thread arrived already, and has not waited", file,
+         line);
   }
   thread->cluster_arrived = true;
   thread->cluster_token = phase;

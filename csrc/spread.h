@@ -24,7 +24,7 @@ constexpr int kSpreadMostWarps = 8;
 RNNFAST_SIZES int spread_register_depth(int tiles, bool tensor_cores) {
   if (tiles == 1) return tensor_cores ? 24 : 20;
   if (tiles <= 3) return tensor_cores ? 10 : 6;
-  return tensor_cores ? 8 : 4;
+  return tensor_cores ? 8 : 2;
 }
 
 // One loop over time. The team exchanges `slices` numbers for each unit and batch row (1 forward: h; the number of

@@ -16,11 +16,12 @@ PACKAGE = ROOT / "rnnfast"
 # What a layer of csrc may include of csrc; a layer is a directory, or a file beside the directories without its suffix.
 CSRC_MAY_INCLUDE = {
     "cell": {"cell"},
-    "params": {"cell"},
     "tiles": set(),
-    "plan": {"plan", "params", "tiles", "cell"},
+    "spread": {"tiles"},
+    "params": {"cell", "spread"},
+    "plan": {"plan", "params", "spread", "tiles", "cell"},
     "cpu": {"cpu", "params", "cell"},
-    "cuda": {"cuda", "params", "tiles", "cell"},
+    "cuda": {"cuda", "params", "spread", "tiles", "cell"},
     "ops": {"ops", "plan", "params", "cell"},
 }
 TORCH = re.compile(r"^(torch|ATen|c10|pybind11)/|^Python\.h$")

@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--configurations", type=int, default=300, metavar="N", help="random configurations to test (default: 300)"
     )
+    parser.addoption("--long", action="store_true", help="also what takes minutes and packages of its own")
 
 
 @pytest.fixture(params=DEVICES, scope="session")

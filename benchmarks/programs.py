@@ -4,8 +4,8 @@
     python benchmarks/programs.py --json FILE
 
 Not a line of them is changed. RecurrentPPO of sb3-contrib learns CartPole with an LSTM policy: single steps when it
-plays, sequences that are cut where an episode ends when it trains. DeepAR of GluonTS forecasts a seasonal series with a stack of
-LSTMs. Both sides start from one seed and are compared by what they train to before their seconds are told.
+plays, sequences that are cut where an episode ends when it trains. DeepAR of GluonTS forecasts a seasonal series with a
+stack of LSTMs. Both sides start from one seed and are compared by what they train to before their seconds are told.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rnnfast
-from rnnfast import ops
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
 DEMO = {"hidden": 128, "embedding": 64, "epochs": 5, "compare": True, "out": Path("runs/demo")}
@@ -226,9 +225,8 @@ class OnlineRun(Run):
     slice_updates = 500
 
     def __init__(self, model: CharModel, codes: Tensor, held_out: Tensor, passes: int, learning_rate: float) -> None:
-        backend, reason = ops.active_backend()
-        if backend != "operators":
-            raise SystemExit(f"error: --online calls the operators of rnnfast, which are not here: {reason}")
+        if not hasattr(torch.ops.rnnfast, "rnn_sigmoid"):
+            raise SystemExit(f"error: --online calls rnnfast's operators, which are not here:\n{rnnfast.show_config()}")
         self.length = len(codes) - 1
         self.held_out = held_out
         super().__init__(model, passes * self.length, 1)

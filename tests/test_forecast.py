@@ -7,7 +7,7 @@ import math
 import pandas
 import pytest
 import torch
-from applications import Application, figures
+from examples_as_run import Application, figures
 
 SMALL = ["--hidden", "8", "--batch", "8", "--lr", "0.02", "--window", "6"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from applications import Application, figures
+from examples_as_run import Application, figures
 
 import rnnfast
 

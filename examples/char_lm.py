@@ -3,6 +3,7 @@
     python examples/char_lm.py                          the English text that comes with every Python
     python examples/char_lm.py --text FILE --compare    beside torch.nn: same model, seed and data
     python examples/char_lm.py --text FILE --online     one update a character, see below
+    torchrun --nproc-per-node=N examples/char_lm.py     the batch divided among N processes
 
 With --online it repeats a published experiment (SimonThomine/CoursDeepLearning, "05_Rnn"): the first 50,000 characters
 of Molière's dialogues, 90 % of them for training; the one-hot character joined with the state goes through one sigmoid
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +27,12 @@ from typing import Any
 import torch
 from common import (
     Run,
+    mean_over_processes,
     pick_device,
     plot_curves,
     positive,
     print_reports,
+    processes,
     rate,
     recurrent,
     seed_everything,
@@ -36,8 +41,9 @@ from common import (
     training_arguments,
 )
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import rnnfast
 
@@ -188,25 +194,29 @@ def sample_side_by_side(
 
 
 class WindowRun(Run):
-    """Truncated backpropagation: one update a window of ``steps`` characters of every column, the state carried on."""
+    """Truncated backpropagation: one update a window of ``steps`` characters of every column, the state carried on.
+
+    Of several processes each has columns of its own, and gradients are their mean.
+    """
 
     def __init__(
         self, model: CharModel, codes: Tensor, held_out: Tensor, steps: int, epochs: int, learning_rate: float
     ) -> None:
         self.windows = list(windows(codes, steps))
         self.held_out = held_out
-        characters = (len(codes) - 1) * codes.size(1) / len(self.windows)
+        self.replica = DistributedDataParallel(model) if processes()[1] > 1 else model
+        characters = (len(codes) - 1) * codes.size(1) * processes()[1] / len(self.windows)
         optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         super().__init__(model, epochs * len(self.windows), characters, optimizer)
 
     def update(self) -> Tensor:
         window = self.updates % len(self.windows)
         inputs, targets = self.windows[window]
-        logits, state = self.model(inputs, self.state if window else None)
+        logits, state = self.replica(inputs, self.state if window else None)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self.descend(loss)
         self.state = detach(state)
-        return loss.detach()
+        return mean_over_processes(loss.detach())
 
     def evaluate(self) -> dict[str, float]:
         return {"held_out": held_out_bits(self.model, self.held_out)}
@@ -430,6 +440,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any], T
     text = load_text(args)
     device = pick_device(args.device)
     codes, held_out = (columns(part, args.batch).to(device) for part in (text.train, text.held_out))
+    process, count = processes()
+    if args.batch % count or (args.online and count > 1):
+        takes = "no --online" if args.online else f"a --batch that they divide, got {args.batch}"
+        raise SystemExit(f"error: {count} processes take {takes}")
+    codes = codes[:, process::count].contiguous()
     ours = make_model(rnnfast, text, args)
     runs: dict[str, Run]
     if args.online:
@@ -443,6 +458,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Run], dict[str, Any], T
             runs["torch.nn"] = WindowRun(theirs, codes, held_out, args.steps, args.epochs, args.lr)
     keys = ("online", "compare", "cell", "hidden", "layers", "embedding", "epochs", "batch", "steps", "lr", "seed")
     settings = {key: getattr(args, key) for key in keys} | {"text": zlib.crc32(text.characters.encode())}
+    settings["processes"] = count
     print(
         f"{len(text.characters):,} characters, {len(text.vocabulary)} distinct; "
         f"{args.cell}, {args.layers} x {args.hidden} units on {device}"
@@ -466,11 +482,40 @@ def print_sample(ours: CharModel, text: Text, args: argparse.Namespace) -> None:
     print(f"drawn in single steps: {speed}\n")
 
 
+@contextmanager
+def started_by_torchrun(args: argparse.Namespace) -> Iterator[None]:
+    """Where torchrun started several processes: they meet, each on a GPU of its own, and the first one speaks.
+
+    Each keeps its own checkpoint, for the state that it carries is that of its columns.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    try:
+        process = distributed.get_rank()
+        if process == 0:
+            yield
+        else:
+            args.out /= f"process{process}"
+            with redirect_stdout(None):
+                yield
+    finally:
+        distributed.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    runs, settings, text = prepare(args)
-    train(runs, args.epochs, settings, args.resume, args.out)
+    with started_by_torchrun(args):
+        runs, settings, text = prepare(args)
+        train(runs, args.epochs, settings, args.resume, args.out)
+        if processes()[0] == 0:
+            report(runs, settings, text, args)
 
+
+def report(runs: dict[str, Run], settings: dict[str, Any], text: Text, args: argparse.Namespace) -> None:
     print_sample(runs["rnnfast"].model, text, args)
     published = PUBLISHED_LOSSES[: args.epochs] if args.online and settings["text"] == PUBLISHED_TEXT else ()
     plot(args.out / "loss.png", runs, published)

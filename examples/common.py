@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from tqdm import tqdm
 
@@ -84,6 +84,24 @@ def synchronize(device: torch.device) -> None:
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are that train together."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    if processes()[1] > 1:
+        value = value.clone()
+        distributed.all_reduce(value)
+        value /= processes()[1]
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -345,8 +363,14 @@ def train(runs: Mapping[str, Run], reports: int, settings: dict[str, Any], resum
         save_checkpoint(checkpoint, {"settings": settings, "slices": done, "runs": progress})
 
     unit, total = longest.unit, sum(run.total * run.items_per_update for run in runs.values())
-    with Interrupt() as interrupt, tqdm(total=round(total), unit=unit, unit_scale=True, mininterval=0.5) as bar:
-        while done < slices and not interrupt.requested:
+    with (
+        Interrupt() as interrupt,
+        tqdm(total=round(total), unit=unit, unit_scale=True, mininterval=0.5, disable=processes()[0] > 0) as bar,
+    ):
+        # All processes stop at the same slice, or those that go on would wait for the others' gradients.
+        while done < slices and not mean_over_processes(
+            torch.tensor(float(interrupt.requested), device=longest.device)
+        ):
             done += 1
             for run in runs.values():
                 run.advance(run.total * done // slices)

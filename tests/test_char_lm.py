@@ -2,6 +2,8 @@
 
 import importlib
 import signal
+import subprocess
+import sys
 import zlib
 from itertools import islice
 from pathlib import Path
@@ -62,6 +64,27 @@ def test_trains_beside_torch(run, capsys, cell):
     rows = [line.split() for line in lines[header + 2 : header + 5]]
     assert [float(row[1]) for row in rows] == pytest.approx(losses(ours), abs=1e-4)
     assert [float(row[2]) for row in rows] == pytest.approx(losses(theirs), abs=1e-4)
+
+
+def test_two_processes_train_as_one(run, text, tmp_path):
+    """Half of the columns each, and the same losses; a second call goes on from both checkpoints."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(EXAMPLES / "char_lm.py")]
+    arguments = ["--text", str(text), *SMALL, "--out", str(tmp_path / "two"), "--epochs", "2"]
+    for resume in ([], ["--resume"]):
+        done = subprocess.run([*torchrun, *arguments, *resume], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["runs"]
+    one = run(*SMALL, "--epochs", "2")
+    assert losses(two["rnnfast"]) == pytest.approx(losses(one["rnnfast"]), rel=1e-4)
+    states = [
+        torch.load(path, weights_only=True)["runs"]["rnnfast"]["state"] for path in (tmp_path / "two").rglob("*.pt")
+    ]
+    assert [tuple(h.shape) for h, _ in states] == [(1, 2, 12)] * 2
+
+    odd = [*torchrun, *arguments, "--batch", "3"]
+    done = subprocess.run(odd, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "error: 2 processes take a --batch that they divide, got 3" in done.stderr
 
 
 def test_leaves_a_curve_and_a_sample(run, tmp_path, capsys):

@@ -332,6 +332,23 @@ def test_recompute_is_a_choice_of_memory(kind: str, device: str, form: str) -> N
         assert kept[False] == kept[True]
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("steps", "batch", "hidden_size"), [(120, 5, 3), (150, 2, 320)], ids=["rows", "units"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_recompute_of_many_rows(name: str, steps: int, batch: int, hidden_size: int, form: str, device: str) -> None:
+    """More rows than are computed again at once; threads divide the rows of the one layer, the units of the other."""
+    torch.set_num_threads(2)
+    module = getattr(rnnfast, name)(I, hidden_size, bidirectional=hidden_size < 10, device=device, dtype=torch.float64)
+    input = torch.randn(steps, batch, I, device=device, dtype=torch.float64, requires_grad=True)
+    reset = torch.rand(steps, batch, device=device) < 0.1
+    packed = pack_padded_sequence(input, torch.linspace(steps, 1, batch).long())
+    results = []
+    for module.recompute in (False, True):
+        output = module(packed)[0].data if form == "packed" else module(input, reset=reset)[0]
+        results.append(gradients([output], [input, *module.parameters()]))
+    assert_close(results[1], results[0])
+
+
 @each_layer
 def test_second_derivatives(name: str, device: str) -> None:
     """Of everything at once: lengths, resets, every state, recomputed gates."""

@@ -3,8 +3,8 @@
 //
 // First the loop, from the last step to the first: the cell turns the gradient of a step's state into the gradients of
 // its gates, and one product with W_hh carries them to the step before. Then, over all steps at once: the gradient of
-// the input, and the weight gradients. Where forward kept no gates they are computed again first, over all steps at
-// once, since every h is known.
+// the input, and the weight gradients. Where forward kept no gates they are computed again, for a window of steps at a
+// time right before the loop reads them: every h is known, so that is two products, and the window stays in the cache.
 //
 // Included once per instruction set, after layer.h.
 
@@ -18,7 +18,8 @@ class Backward {
   using V = Vec<Acc>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
-  static constexpr int64_t kRowsAtOnce = 64;  // rows of a product over all steps
+  static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
+  static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
 
   // What a direction's loop leaves, and what it needs.
   struct Shared {
@@ -31,7 +32,7 @@ class Backward {
     Operand* hgates;                   // [N, ld_g] and of the hidden half
     Operand* outputs;                  // [N, ld_o] gradients of the projected state
     S* hidden;                         // [N, H] the state before the projection
-    S* saved;                          // [N, S*H] recomputed
+    S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
     Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
     Unit *forward_ih, *forward_hh;     // panels for recomputing
@@ -42,6 +43,7 @@ class Backward {
     Acc* grad_input;        // [kRowsAtOnce, columns of one block]
     Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
+    S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
   };
 
  public:
@@ -113,20 +115,19 @@ class Backward {
   // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
   static int64_t ld_gates(const LayerBackward& l) {
     const int64_t width = round_up(G * l.hidden_size, Product<S>::kPair), line = 64 / sizeof(Operand);
-    return reuses_saved(l) || width % (8 * line) != 0 ? width : width + line;
+    return width % (8 * line) != 0 ? width : width + line;
   }
   static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
   static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
-  // Recomputed gates are read once, right before their gradients are written: one buffer serves both where they are
-  // alike.
-  static bool reuses_saved(const LayerBackward& l) {
-    return recomputes(l) && std::is_same_v<Operand, S> && Cell::kSaved == G && Product<S>::kPair == 1;
+  static int64_t window_rows(const LayerBackward& l) {
+    return std::min(l.sequence.rows, std::max(kWindowRows, l.sequence.batch));
   }
   static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
 
   static void carve(const LayerBackward& l, int threads, Carver& carver, Shared* shared, Own* own, int rank = 0) {
     const int64_t N = l.sequence.rows, B = l.sequence.batch, H = l.hidden_size, P = l.output_size, I = l.input_size;
     const int64_t gates = G * H;
+    const Divide divide = plan_of(l, threads).divide;
     auto columns = [&](int64_t rows, int64_t k, int64_t n) {
       if (ColumnMatrix<S>::in_place(rows, k, n)) return static_cast<Unit*>(nullptr);
       // The narrowest blocks a team may choose pad no more than this.
@@ -140,8 +141,7 @@ class Backward {
       s.w_hh = columns(N, gates, P);
       s.grad_h = carver.take<Acc>(B * ld_acc(P));
       if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
-      if (recomputes(l)) s.saved = carver.take<S>(N * Cell::kSaved * H);
-      s.igates = reuses_saved(l) ? reinterpret_cast<Operand*>(s.saved) : carver.take<Operand>(N * ld_gates(l));
+      s.igates = carver.take<Operand>(N * ld_gates(l));
       s.hgates = Cell::kSplitGates ? carver.take<Operand>(N * ld_gates(l)) : s.igates;
       if (projects(l)) {
         s.w_hr = columns(N, P, H);
@@ -161,6 +161,7 @@ class Backward {
         if (!GateMatrix<S>::in_place(N, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
         s.bias_ih = carver.take<Acc>(blocks.columns());
         s.bias_hh = carver.take<Acc>(blocks.columns());
+        if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
       }
       if (shared) shared[d] = s;
     }
@@ -173,6 +174,7 @@ class Backward {
         o.hgates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
         o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
         o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
+        if (divide == Divide::rows) o.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
       }
       if (own && r == rank) *own = o;
     }
@@ -190,7 +192,12 @@ class Backward {
         hidden_(column_blocks(l_.hidden_size, member.divide, member.size)),
         w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), G * l_.hidden_size, shared_.w_hh),
         w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
-        saved_(recomputes(layer) ? shared.saved : static_cast<const S*>(direction.saved)),
+        w_ih_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih),
+                    l_.input_size, shared_.forward_ih, shared_.bias_ih),
+        w_hh_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh),
+                    l_.output_size, shared_.forward_hh, shared_.bias_hh),
+        saved_(static_cast<const S*>(direction.saved)),
+        window_(member.divide == Divide::units ? shared.saved : own.saved),
         rows_(row_share(s_, member)),
         output_share_(block_share(outputs_.count(), member)),
         hidden_share_(block_share(hidden_.count(), member)),
@@ -200,9 +207,11 @@ class Backward {
 
   void run() {
     prepare();
-    if (recomputes(l_)) recompute();
     m_.wait();
-    for (int64_t s = s_.steps - 1; s >= 0; --s) step(s);
+    for (int64_t s = s_.steps - 1; s >= 0;) {
+      const int64_t begin = recomputes(l_) ? recompute(s) : 0;
+      for (; s >= begin; --s) step(s);
+    }
     m_.wait_step();
     finish();
   }
@@ -227,6 +236,13 @@ class Backward {
     if (shared_.outputs) {
       const Share hidden(hidden_.count(), m_.rank, m_.size);
       for (int64_t b = hidden.begin; b < hidden.end; ++b) w_hr_.prepare(b);
+    }
+    if (recomputes(l_)) {
+      const Share blocks(gate_blocks(l_).count(), m_.rank, m_.size);
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        w_ih_again_.prepare(b);
+        w_hh_again_.prepare(b);
+      }
     }
     const Share rows(s_.batch, m_.rank, m_.size);
     for (int64_t j = rows.begin; j < rows.end; ++j) {
@@ -254,59 +270,61 @@ class Backward {
       (grad ? load(static_cast<const S*>(grad) + b * width + u, width - u) : V(Acc(0))).store(to + u);
   }
 
-  // saved of every row, as forward would have kept it.
-  void recompute() {
-    const UnitBlocks blocks = gate_blocks(l_);
-    const GateMatrix<S> w_ih(blocks, static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih),
-                             l_.input_size, shared_.forward_ih, shared_.bias_ih);
-    const GateMatrix<S> w_hh(blocks, static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh),
-                             l_.output_size, shared_.forward_hh, shared_.bias_hh);
-    const Share all_blocks(blocks.count(), m_.rank, m_.size);
-    for (int64_t b = all_blocks.begin; b < all_blocks.end; ++b) {
-      w_ih.prepare(b);
-      w_hh.prepare(b);
-    }
-    m_.wait();
-    const Share all(s_.rows, m_.rank, m_.size);
-    for_chunks(all.begin, all.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
+  // saved of the thread's rows, as forward would have kept it, for the steps [returned, last]: as many as fit.
+  int64_t recompute(int64_t last) {
+    int64_t begin = last, total = living(last);
+    while (begin > 0 && total + living(begin - 1) <= window_rows(l_)) total += living(--begin);
+    window_end_ = total;
+    const Share share = m_.divide == Divide::units ? Share(total, m_.rank, m_.size) : Share(total, 0, 1);
+    int64_t s = begin, i = share.begin;  // the i-th row of step s comes next
+    const auto skip = [&] {
+      for (; s <= last && i >= living(s); ++s) i -= living(s);
+    };
+    for_chunks(share.begin, share.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
       const Unit *x[kRowsAtOnce], *h[kRowsAtOnce];
       const S *prev_h[kRowsAtOnce], *prev_c[kRowsAtOnce];
-      for_rows(s_, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-        const S* row = at<const S>(l_.input, s_, t, slot);
-        Unit* copy = own_.inputs + i * units_of<S>(l_.input_size);
-        if (!reads_in_place<S>(l_.input_size)) copy_row<S>(row, l_.input_size, copy);
-        x[i] = reads_in_place<S>(l_.input_size) ? reinterpret_cast<const Unit*>(row) : copy;
-        prev_h[i] = previous_h(t, slot);
-        copy = own_.states + i * units_of<S>(l_.output_size);
-        if (!prev_h[i]) {
+      for (int64_t row = 0; row < count; ++row, ++i) {
+        skip();
+        const int64_t t = time(s), slot = rows_.begin + i;
+        const S* input = at<const S>(l_.input, s_, t, slot);
+        Unit* copy = own_.inputs + row * units_of<S>(l_.input_size);
+        if (!reads_in_place<S>(l_.input_size)) copy_row<S>(input, l_.input_size, copy);
+        x[row] = reads_in_place<S>(l_.input_size) ? reinterpret_cast<const Unit*>(input) : copy;
+        prev_h[row] = previous_h(t, slot);
+        copy = own_.states + row * units_of<S>(l_.output_size);
+        if (!prev_h[row]) {
           zero_units<S>(copy, l_.output_size);
         } else if (!reads_in_place<S>(l_.output_size)) {
-          copy_row<S>(prev_h[i], l_.output_size, copy);
+          copy_row<S>(prev_h[row], l_.output_size, copy);
         }
-        h[i] = prev_h[i] && reads_in_place<S>(l_.output_size) ? reinterpret_cast<const Unit*>(prev_h[i]) : copy;
-        prev_c[i] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
-      });
+        const bool in_place = prev_h[row] && reads_in_place<S>(l_.output_size);
+        h[row] = in_place ? reinterpret_cast<const Unit*>(prev_h[row]) : copy;
+        prev_c[row] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
+      }
+      const UnitBlocks blocks = gate_blocks(l_);
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes, size = blocks.size(b);
-        w_ih.multiply(b, x, count, own_.igates, columns);
-        w_hh.multiply(b, h, count, own_.hgates, columns);
-        for (int64_t i = 0; i < count; ++i) {
-          S* saved = shared_.saved + (first + i) * Cell::kSaved * l_.hidden_size + blocks.first(b);
+        w_ih_again_.multiply(b, x, count, own_.igates, columns);
+        w_hh_again_.multiply(b, h, count, own_.hgates, columns);
+        for (int64_t row = 0; row < count; ++row) {
+          S* saved = window_ + (first + row) * Cell::kSaved * l_.hidden_size + blocks.first(b);
           for (int64_t u = 0; u < size; u += kLanes) {
             const int64_t n = std::min<int64_t>(kLanes, size - u), unit = blocks.first(b) + u;
             V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], values[Cell::kSaved + 1];
             for (int g = 0; g < G; ++g) {
-              ig[g] = V::load(own_.igates + i * columns + g * size + u);
-              hg[g] = V::load(own_.hgates + i * columns + g * size + u);
+              ig[g] = V::load(own_.igates + row * columns + g * size + u);
+              hg[g] = V::load(own_.hgates + row * columns + g * size + u);
             }
-            if (Cell::kStates == 1 && prev_h[i]) prev[0] = load(prev_h[i] + unit, n);
-            if (Cell::kStates > 1 && prev_c[i]) prev[1] = load(prev_c[i] + unit, n);
+            if (Cell::kStates == 1 && prev_h[row]) prev[0] = load(prev_h[row] + unit, n);
+            if (Cell::kStates > 1 && prev_c[row]) prev[1] = load(prev_c[row] + unit, n);
             Cell::forward(ig, hg, prev, state, values);
             for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * l_.hidden_size + u, values[k], n);
           }
         }
       }
     });
+    m_.wait_step();
+    return begin;
   }
 
   void step(int64_t s) {
@@ -323,7 +341,9 @@ class Backward {
                          ld_h_);
         });
     }
-    for (int64_t i = 0; i < count; ++i) cell(t, rows_.begin + i);
+    // Windows are filled in the order of steps and read from their end.
+    const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
+    for (int64_t i = 0; i < count; ++i) cell(t, rows_.begin + i, saved + i * saved_width());
     m_.wait_step();
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
       for_chunks(0, count, chunk_rows(outputs_.vectors(b)), [&](int64_t i, int64_t n) {
@@ -351,10 +371,11 @@ class Backward {
       }
   }
 
-  void cell(int64_t t, int64_t slot) {
+  int64_t saved_width() const { return Cell::kSaved * l_.hidden_size; }
+
+  void cell(int64_t t, int64_t slot, const S* saved) {
     const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
-    const S* saved = Cell::kSaved ? saved_ + row * Cell::kSaved * H : nullptr;
     const S* h = at<const S>(d_.output, s_, t, slot);
     const S* c = Cell::kStates > 1 ? at<const S>(d_.c, s_, t, slot) : nullptr;
     const S* prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
@@ -504,7 +525,10 @@ class Backward {
   const Own& own_;
   const UnitBlocks outputs_, hidden_;
   const ColumnMatrix<S> w_hh_, w_hr_;
-  const S* const saved_;
+  const GateMatrix<S> w_ih_again_, w_hh_again_;  // for recomputing
+  const S* const saved_;                         // [N, S*H] what forward kept; null: recompute
+  S* const window_;                              // what was recomputed last
+  int64_t window_end_ = 0;                       // how much of it the loop has still to read, in rows
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
 };

@@ -39,21 +39,33 @@ RNNFAST_SIZES int tile_shared_bytes(int tiles, int depth, int register_depth) {
 }
 
 // ------------------------------------------------------------------------------------------------ persistent_cta
-// A block's warps, one for each 16 hidden units, and the tiles of k of each gate that a warp keeps in registers; what
-// does not fit lies in shared memory. Registers are dealt to warps by fours: 255 a thread for 8 warps, 168 for 12, 128
-// for 16. Without tensor cores the sums of a gate take four times the registers.
+// One for each 16 hidden units.
+RNNFAST_SIZES int warps_of(int hidden_size) { return round_up(hidden_size, kTileUnits) / kTileUnits; }
+
+// The most warps of a block, and the tiles of k of each gate that a warp keeps in registers; what does not fit lies in
+// shared memory. Registers are dealt to warps by fours: 255 a thread for 8 warps, 168 for 12, 128 for 16. Beside the
+// weights they hold what a lane reads ahead, of which float takes twice as many, and sums, of which a gate without
+// tensor cores takes four times as many.
 struct CtaShape {
   int most_warps, register_depth;
 };
-RNNFAST_SIZES CtaShape cta_shape(int gates, bool tensor_cores, bool wide) {
-  if (gates == 1) return {16, tensor_cores ? 16 : 8};
-  if (wide) return {12, gates <= 3 ? 6 : 4};
-  return {8, tensor_cores ? 8 : gates <= 3 ? 6 : 4};
+RNNFAST_SIZES CtaShape cta_shape(int gates, int operand_bytes, bool tensor_cores, bool wide) {
+  if (gates == 1) return tensor_cores ? CtaShape{16, 16} : CtaShape{12, 12};
+  if (wide) return {12, 4};
+  if (gates <= 3) return {8, tensor_cores ? 8 : 6};
+  return {8, !tensor_cores ? 4 : operand_bytes == 4 ? 6 : 8};
 }
 // The wide shape serves the 16-bit types: of float, no more fits into shared memory.
 RNNFAST_SIZES bool has_wide_cta_shape(int gates, int operand_bytes) { return gates > 1 && operand_bytes == 2; }
 RNNFAST_SIZES bool fits_cta_shape(int64_t hidden_size, CtaShape shape) {
   return hidden_size <= static_cast<int64_t>(shape.most_warps) * kTileUnits;
+}
+
+// The operand of a block's product, twice, and the tiles of k that lie in shared memory.
+RNNFAST_SIZES int cta_shared_bytes(int hidden_size, int gates, int operand_bytes, CtaShape shape, bool backward) {
+  const int depth = depth_of(hidden_size, operand_bytes), k = depth * tile_depth(operand_bytes);
+  const int operand = 2 * kTileRows * operand_stride(backward ? gates * k : k, operand_bytes) * operand_bytes;
+  return operand + warps_of(hidden_size) * tile_shared_bytes(gates, depth, shape.register_depth);
 }
 
 }  // namespace rnnfast::cuda

@@ -17,7 +17,7 @@ struct DeviceSequence {
   const int64_t* lengths = nullptr;  // [B], padded; null: every row has T steps
   const bool* reset = nullptr;       // [N]
 
-  // The steps of a row; 0 for one beyond the batch.
+  // The steps of slot j; 0 for one beyond the batch.
   __device__ __forceinline__ int length(int slot) const {
     if (slot >= batch) return 0;
     if (offsets == nullptr) {
@@ -34,6 +34,23 @@ struct DeviceSequence {
       } else {
         high = middle;
       }
+    }
+    return low;
+  }
+
+  // Whether a row lives at a step; there are none outside of 0 .. T - 1.
+  __device__ __forceinline__ bool lives(int step, int slot) const {
+    if (step < 0 || step >= steps) return false;
+    return offsets != nullptr ? slot < offsets[step + 1] - offsets[step] : lengths == nullptr || step < lengths[slot];
+  }
+
+  // The step of a row of compact buffers; the slot is what is left.
+  __device__ __forceinline__ int step_of(int64_t row) const {
+    if (offsets == nullptr) return static_cast<int>(row / batch);
+    int low = 0, high = steps;  // offsets[low] <= row < offsets[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (offsets[middle] <= row ? low : high) = middle;
     }
     return low;
   }

@@ -1,31 +1,54 @@
 // Owns: the launcher of the engine persistent_cta: the choice of the kernels by storage type and arithmetic.
 // Must not know: the kernels.
-#include "device_sequence.cuh"
-#include "persistent_cta_kernels.h"
+#include "backward_preparation.cuh"
+#include "persistent_cta_kernels.cuh"
 #include "recurrent_tile.cuh"
 
 namespace rnnfast::cuda::persistent_cta {
+namespace {
+
+// Calls function(Type<scalar_t>, Type<Math>).
+template <class Function>
+int choose_arithmetic(Dtype dtype, bool tf32, const Function& function) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return function(Type<__nv_bfloat16>(), Type<TensorCore<__nv_bfloat16>>());
+    case Dtype::f16:
+      return function(Type<__half>(), Type<TensorCore<__half>>());
+    case Dtype::f32:
+      return tf32 ? function(Type<float>(), Type<TensorCoreTf32>()) : function(Type<float>(), Type<ScalarFloat>());
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
 
 size_t forward_workspace_bytes(const LayerForward& layer) {
   return static_cast<size_t>(offsets_count(layer.sequence)) * sizeof(int64_t);
 }
 
 int forward(const LayerForward& layer, const Context& context) {
-  switch (layer.dtype) {
-    case Dtype::bf16:
-      return forward<__nv_bfloat16, TensorCore<__nv_bfloat16>>(layer, context);
-    case Dtype::f16:
-      return forward<__half, TensorCore<__half>>(layer, context);
-    case Dtype::f32:
-      return layer.tf32 ? forward<float, TensorCoreTf32>(layer, context) : forward<float, ScalarFloat>(layer, context);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
+    return forward<typename decltype(scalar)::type, typename decltype(math)::type>(layer, context);
+  });
 }
 
-size_t backward_workspace_bytes(const LayerBackward& layer) { return stepwise::backward_workspace_bytes(layer); }
-int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
-  return stepwise::backward(layer, products, context);
+size_t backward_workspace_bytes(const LayerBackward& layer) {
+  Workspace workspace(nullptr);
+  const BackwardPreparation preparation(layer, workspace);
+  return workspace.bytes();
+}
+
+int backward(const LayerBackward& given, const BackwardProducts (&products)[2], const Context& context) {
+  Workspace workspace(context.workspace);
+  const BackwardPreparation preparation(given, workspace);
+  LayerBackward layer = given;
+  DeviceSequence sequence;
+  RNNFAST_RETURN_IF_ERROR(preparation.run(layer, products, context, sequence));
+  return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
+    return backward<typename decltype(scalar)::type, typename decltype(math)::type>(layer, products, context, sequence);
+  });
 }
 
 }  // namespace rnnfast::cuda::persistent_cta

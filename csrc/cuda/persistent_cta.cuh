@@ -4,18 +4,25 @@
 //
 // Forward, a step:
 //
-//     hgates = W_hh h                        tensor cores, WeightTile: a warp has 16 units, all gates of each
-//     h, c   = cell(igates, hgates, h, c)    in registers, ForwardLane: a lane has 2 units of 2 batch rows
+//     hgates = W_hh h                                  tensor cores, WeightTile: a warp has 16 units, all gates of each
+//     h, c   = cell(igates, hgates, h, c)              in registers, ForwardLane: a lane has 2 units of 2 batch rows
+//
+// Backward, a step, from the last to the first:
+//
+//     grad_igates, grad_hgates, grad_h, grad_c = cell's backward                 in registers, BackwardLane
+//     grad_h += sum over gates of W_hh[gate]^T grad_hgates[gate]                 tensor cores: a warp has 16 columns of
+//                                                                                W_hh, those of its units
 //
 // Mapping:       block x is the batch tile, block z the direction, warp w has units 16 w .. 16 w + 15.
-// Registers:     W_hh as far as they reach, the states (c in float), the igates of the next step.
-// Shared memory: the rest of W_hh; h as the product's operand, twice.
-// Synchronises:  one barrier a step. Step t reads h[t % 2] and writes h[(t + 1) % 2]; the barrier at its end stands
-//                between its writes and their readers at t + 1, and between its reads and the writes of t + 1.
+// Registers:     W_hh as far as they reach, the states or their gradients (in float), what the next step reads.
+// Shared memory: the rest of W_hh; the product's operand (h; the gradients of all gates), twice.
+// Synchronises:  one barrier a step, between the writes of a step's operand and its reads. Steps alternate between two
+//                operands: who writes one again has passed a barrier that all pass after they have read it.
 #pragma once
 
 #include "launch.cuh"
-#include "persistent_cta_kernels.h"
+#include "persistent_cta_kernels.cuh"
+#include "pointwise.cuh"
 #include "recurrent_lane.cuh"
 #include "recurrent_tile.cuh"
 #include "tiles.h"
@@ -30,29 +37,32 @@ template <class Cell, class Math, bool kWide>
 struct Kernel {
   using Operand = typename Math::Operand;
   static constexpr int kGates = Cell::kGates;
-  static constexpr CtaShape kShape = cta_shape(kGates, kTensorCores<Math>, kWide);
+  static constexpr CtaShape kShape = cta_shape(kGates, sizeof(Operand), kTensorCores<Math>, kWide);
   static constexpr int kMostThreads = kShape.most_warps * kWarpLanes;
   using Tile = WeightTile<Math, kGates, kShape.register_depth>;
 };
 
+// The operand has k values for each batch row: H forward, all gates of it backward, each padded.
 template <class Cell, class Math, bool kWide>
-struct ForwardShared {
+struct Shared {
   using Operand = typename Math::Operand;
-  int depth, stride;
-  Operand* h;   // [2, 8, stride]
-  uint4* w_hh;  // [warps, what does not fit into registers]
+  int depth;         // tiles of k of a gate
+  int gate, stride;  // elements from a gate to the next, backward, and from a batch row to the next
+  Operand* operand;  // [2, 8, stride]
+  uint4* w_hh;       // [warps, what does not fit into registers]
   size_t bytes;
 
-  __host__ __device__ ForwardShared(char* base, int hidden_size)
-      : depth(depth_of(hidden_size, sizeof(Operand))), stride(operand_stride(hidden_size, sizeof(Operand))) {
-    const int warps = round_up(hidden_size, kTileUnits) / kTileUnits;
+  __host__ __device__ Shared(char* base, int hidden_size, bool backward)
+      : depth(depth_of(hidden_size, sizeof(Operand))),
+        gate(depth * Math::kDepth),
+        stride(operand_stride(backward ? Cell::kGates * gate : gate, sizeof(Operand))) {
     device::SharedLayout layout(base);
-    h = layout.take<Operand>(2 * kTileRows * stride);
-    w_hh = layout.take<uint4>(warps * weights());
+    operand = layout.take<Operand>(2 * kTileRows * stride);
+    w_hh = layout.take<uint4>(warps_of(hidden_size) * weights());
     bytes = layout.bytes();
   }
   // Of one warp.
-  __host__ __device__ size_t weights() const {
+  __host__ __device__ int weights() const {
     return tile_shared_bytes(Cell::kGates, depth, Kernel<Cell, Math, kWide>::kShape.register_depth) / sizeof(uint4);
   }
 };
@@ -66,7 +76,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
   const ForwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
-  const ForwardShared<Cell, Math, kWide> shared(device::dynamic_shared(), H);
+  const Shared<Cell, Math, kWide> shared(device::dynamic_shared(), H, /*backward=*/false);
   const TileLane of_lane;
 
   typename Kernel<Cell, Math, kWide>::Tile w_hh;
@@ -77,10 +87,10 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
             unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
       },
       shared.depth, shared.w_hh + warp * shared.weights());
-  clear(shared.h, 2 * kTileRows * shared.stride);
+  clear(shared.operand, 2 * kTileRows * shared.stride);
 
   ForwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows, first_unit);
-  const auto operand = [&](int index) { return shared.h + (index & 1) * kTileRows * shared.stride; };
+  const auto operand = [&](int index) { return shared.operand + (index & 1) * kTileRows * shared.stride; };
   const auto publish = [&](Operand* h) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -107,43 +117,128 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
   lane.finish();
 }
 
-// ------------------------------------------------------------------------------------------------ host
+// ------------------------------------------------------------------------------------------------ backward
 template <class Cell, class scalar_t, class Math, bool kWide>
-int run(const LayerForward& layer, const Context& context) {
+__global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardLayerOnDevice<scalar_t> layer) {
+  using Operand = typename Math::Operand;
+  constexpr int kGates = Cell::kGates;
+  const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const int H = layer.hidden_size;
+  const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
+  const Shared<Cell, Math, kWide> shared(device::dynamic_shared(), H, /*backward=*/true);
+  const TileLane of_lane;
+
+  typename Kernel<Cell, Math, kWide>::Tile w_hh;
+  w_hh.load(
+      [&](int gate, int row, int k) {
+        const int unit = first_unit + unit_of_row(row);
+        return Math::to_operand(
+            unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + k) * H + unit]) : 0.0f);
+      },
+      shared.depth, shared.w_hh + warp * shared.weights());
+  clear(shared.operand, 2 * kTileRows * shared.stride);
+
+  BackwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows, first_unit);
+  lane.fetch(lane.last() - 1);
+  __syncthreads();
+
+  float product[4] = {};
+  for (int index = lane.last() - 1; index >= lane.first(); --index) {
+    Operand* operand = shared.operand + (index & 1) * kTileRows * shared.stride;
+    lane.step(index, product);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        float value[2];
+        lane.operand(g, j, value);
+        store_operand<Math>(value,
+                            operand + of_lane.row(j) * shared.stride + g * shared.gate + first_unit + of_lane.unit(0));
+      }
+    }
+    __syncthreads();
+    constexpr int kSums = kTensorCores<Math> ? kGates : 1;
+    typename Math::Sums sums[kSums];
+    w_hh.multiply_each(sums, operand, shared.stride, shared.gate);
+    Math::finish(sums[0], product);
+#pragma unroll
+    for (int s = 1; s < kSums; ++s) {
+      float more[4];
+      Math::finish(sums[s], more);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) product[i] += more[i];
+    }
+  }
+  lane.finish(product);
+}
+
+// ------------------------------------------------------------------------------------------------ host
+inline LaunchShape launch_shape(const Sequence& sequence, int hidden_size, int directions, size_t shared_bytes) {
+  return {
+      dim3(static_cast<unsigned>((sequence.batch + kTileRows - 1) / kTileRows), 1, static_cast<unsigned>(directions)),
+      dim3(static_cast<unsigned>(warps_of(hidden_size) * kWarpLanes)), shared_bytes};
+}
+
+template <class Cell, class scalar_t, class Math, bool kWide>
+int launch_forward(const LayerForward& layer, const Context& context) {
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const int H = static_cast<int>(layer.hidden_size);
   ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(
       device_sequence(layer.sequence, static_cast<int64_t*>(context.workspace), stream, args.sequence));
-  const auto kernel = forward_kernel<Cell, scalar_t, Math, kWide>;
-  const LaunchShape shape = {dim3(static_cast<unsigned>((layer.sequence.batch + kTileRows - 1) / kTileRows), 1,
-                                  static_cast<unsigned>(layer.directions)),
-                             dim3(static_cast<unsigned>(round_up(H, kTileUnits) / kTileUnits * kWarpLanes)),
-                             ForwardShared<Cell, Math, kWide>(nullptr, H).bytes};
-  return launch(kernel, shape, stream, args);
+  const size_t shared_bytes = Shared<Cell, Math, kWide>(nullptr, args.hidden_size, /*backward=*/false).bytes;
+  return launch(forward_kernel<Cell, scalar_t, Math, kWide>,
+                launch_shape(layer.sequence, args.hidden_size, layer.directions, shared_bytes), stream, args);
 }
 
-template <class Cell, class scalar_t, class Math>
-int run(const LayerForward& layer, const Context& context) {
-  if (fits_cta_shape(layer.hidden_size, cta_shape(Cell::kGates, kTensorCores<Math>, false))) {
-    return run<Cell, scalar_t, Math, false>(layer, context);
-  }
-  if constexpr (has_wide_cta_shape(Cell::kGates, sizeof(scalar_t))) {
-    return run<Cell, scalar_t, Math, true>(layer, context);
+template <class Cell, class scalar_t, class Math, bool kWide>
+int launch_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context,
+                    const DeviceSequence& sequence) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
+  args.sequence = sequence;
+  const size_t shared_bytes = Shared<Cell, Math, kWide>(nullptr, args.hidden_size, /*backward=*/true).bytes;
+  return launch(backward_kernel<Cell, scalar_t, Math, kWide>,
+                launch_shape(layer.sequence, args.hidden_size, layer.directions, shared_bytes), stream, args);
+}
+
+// Calls function(Type<Cell>, wide) for the layer's cell and the shape that holds it.
+template <class Math, class Function>
+int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) {
+  const auto choose = [&](auto type) -> int {
+    using Cell = typename decltype(type)::type;
+    using Operand = typename Math::Operand;
+    if (fits_cta_shape(hidden_size, cta_shape(Cell::kGates, sizeof(Operand), kTensorCores<Math>, false))) {
+      return function(type, std::false_type());
+    }
+    if constexpr (has_wide_cta_shape(Cell::kGates, sizeof(Operand))) {
+      return function(type, std::true_type());
+    }
+    return cudaErrorInvalidValue;
+  };
+  switch (cell) {
+#define RNNFAST_CHOOSE_CELL(name, Cell) \
+  case CellKind::name:                  \
+    return choose(Type<Cell>());
+    RNNFAST_FOR_EACH_CELL(RNNFAST_CHOOSE_CELL)
+#undef RNNFAST_CHOOSE_CELL
   }
   return cudaErrorInvalidValue;
 }
 
 template <class scalar_t, class Math>
 int forward(const LayerForward& layer, const Context& context) {
-  switch (layer.cell) {
-#define RNNFAST_CTA_FORWARD(name, Cell) \
-  case CellKind::name:                  \
-    return run<Cell, scalar_t, Math>(layer, context);
-    RNNFAST_FOR_EACH_CELL(RNNFAST_CTA_FORWARD)
-#undef RNNFAST_CTA_FORWARD
-  }
-  return cudaErrorInvalidValue;
+  return choose_kernel<Math>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
+    return launch_forward<typename decltype(cell)::type, scalar_t, Math, wide>(layer, context);
+  });
+}
+
+template <class scalar_t, class Math>
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context,
+             const DeviceSequence& sequence) {
+  return choose_kernel<Math>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
+    return launch_backward<typename decltype(cell)::type, scalar_t, Math, wide>(layer, products, context, sequence);
+  });
 }
 
 }  // namespace rnnfast::cuda::persistent_cta

@@ -4,5 +4,7 @@
 namespace rnnfast::cuda::persistent_cta {
 
 template int forward<__half, TensorCore<__half>>(const LayerForward&, const Context&);
+template int backward<__half, TensorCore<__half>>(const LayerBackward&, const BackwardProducts (&)[2], const Context&,
+                                                  const DeviceSequence&);
 
 }  // namespace rnnfast::cuda::persistent_cta

@@ -10,6 +10,13 @@
 //       lane.step(index, hgates)                        and fetches index + 1, a reset before which cuts
 //     lane.finish()                                     h_n, c_n
 //
+//     BackwardLane lane(...);                           gradients of h_n, c_n
+//     lane.fetch(last - 1)                              what forward left, and the gradient of the output
+//     for index in lane.last() - 1 .. lane.first():
+//       lane.step(index, product)                       and fetches index - 1
+//       product = sum over gates of W_hh^T lane.operand()
+//     lane.finish(product)                              gradients of h0, c0
+//
 // An index counts steps in the direction's own order. Batch rows past the batch and hidden units past H take part in
 // the product with harmless numbers; nothing of them is stored.
 #pragma once
@@ -41,12 +48,36 @@ struct ForwardDirection {
 };
 
 template <class scalar_t>
-struct ForwardLayerOnDevice {
+struct BackwardDirection {
+  const scalar_t* w_hh = nullptr;     // [G*H, H]
+  const scalar_t* c0 = nullptr;       // [B, H]: cells with two states
+  const scalar_t* h_prev = nullptr;   // compact [N, H]
+  const scalar_t* saved = nullptr;    // compact [N, S*H]; may be grad_igates
+  DeviceRows<const scalar_t> output;  // rows of H
+  DeviceRows<const scalar_t> c;       // rows of H: cells with two states
+
+  DeviceRows<const scalar_t> grad_output;  // rows of H; data null: zero
+  DeviceRows<const scalar_t> grad_c;       // rows of H; data null: zero
+  const scalar_t* grad_h_n = nullptr;      // [B, H]; null: zero
+  const scalar_t* grad_c_n = nullptr;      // [B, H]; null: zero
+  scalar_t* grad_h0 = nullptr;             // [B, H]
+  scalar_t* grad_c0 = nullptr;             // [B, H]: cells with two states
+  scalar_t* grad_igates = nullptr;         // compact [N, G*H]
+  scalar_t* grad_hgates = nullptr;         // compact [N, G*H]: cells with split gates
+  bool reverse = false;
+};
+
+template <class Direction>
+struct LayerOnDevice {
   int hidden_size = 0;
   bool paired = false;  // two units at a time can be loaded and stored
   DeviceSequence sequence;
-  ForwardDirection<scalar_t> direction[2];
+  Direction direction[2];
 };
+template <class scalar_t>
+using ForwardLayerOnDevice = LayerOnDevice<ForwardDirection<scalar_t>>;
+template <class scalar_t>
+using BackwardLayerOnDevice = LayerOnDevice<BackwardDirection<scalar_t>>;
 
 // ------------------------------------------------------------------------------------------------ rows and time
 // The two rows of a lane in time.
@@ -110,14 +141,23 @@ struct LaneUnits {
 
   // Block `part` of a row of [parts, H].
   template <class scalar_t>
-  __device__ __forceinline__ Packet<scalar_t, 2> load(const scalar_t* row, int part = 0) const {
-    return load_pair(row + static_cast<int64_t>(part) * hidden_size + first, count, paired);
+  __device__ __forceinline__ Pair<scalar_t> load(const scalar_t* row, int part = 0) const {
+    return Pair<scalar_t>::load(row + static_cast<int64_t>(part) * hidden_size + first, count, paired);
   }
   template <class scalar_t>
   __device__ __forceinline__ void store(const float (&value)[2], scalar_t* row, int part = 0) const {
     store_pair(value, row + static_cast<int64_t>(part) * hidden_size + first, count, paired);
   }
 };
+
+// Two units into value[2 i + j], for batch row j.
+template <class scalar_t>
+__device__ __forceinline__ void spread(const Pair<scalar_t>& pair, float (&value)[4], int j) {
+  float units[2];
+  pair.unpack(units);
+  value[j] = units[0];
+  value[2 + j] = units[1];
+}
 
 // ------------------------------------------------------------------------------------------------ forward
 template <class Cell, class scalar_t>
@@ -135,34 +175,22 @@ class ForwardLane {
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
       const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
-      keep(units_.load(direction_.h0 + at), state_[0], j);
-      if constexpr (kStates == 2) keep(units_.load(direction_.c0 + at), state_[1], j);
+      spread(units_.load(direction_.h0 + at), state_[0], j);
+      if constexpr (kStates == 2) spread(units_.load(direction_.c0 + at), state_[1], j);
     }
     if (direction_.b_hh != nullptr) {
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) {
-        const Packet<scalar_t, 2> bias = units_.load(direction_.b_hh, g);
-        bias_[g][0] = to_acc(bias.value[0]);
-        bias_[g][1] = to_acc(bias.value[1]);
-      }
+      for (int g = 0; g < kGates; ++g) units_.load(direction_.b_hh, g).unpack(bias_[g]);
     }
   }
 
   __device__ __forceinline__ int first() const { return rows_.first(); }
   __device__ __forceinline__ int last() const { return rows_.last(); }
 
-  // Makes ready for a step: loads its igates, and forgets the state of rows that a reset cuts before it.
+  // Makes ready for a step: loads its igates, and sees which rows a reset cuts before it.
   __device__ __forceinline__ void fetch(int index) {
-    const int step = rows_.step(index);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      live_[j] = index < rows_.last() && rows_.lives(index, j);
-      cut_[j] = live_[j] && rows_.cut(index, j);
-      if (!live_[j]) continue;
-      const scalar_t* row = direction_.igates + sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) igates_[g][j] = units_.load(row, g);
-    }
+    for (int j = 0; j < 2; ++j) fetch_row(index, j);
   }
 
   // The h that the next step's product reads: of units 0 and 1, batch row j.
@@ -173,38 +201,34 @@ class ForwardLane {
 
   // hgates[gate][2 i + j] is W_hh h, without bias, of unit i and batch row j.
   __device__ __forceinline__ void step(int index, const float (&hgates)[kGates][4]) {
-    float igates[kGates][4];
-    bool live[2], cut[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      live[j] = live_[j];
-      cut[j] = cut_[j];
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) keep(igates_[g][j], igates[g], j);
-    }
-    fetch(index + 1);
     const int step = rows_.step(index);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      if (!live[j]) {
+      float igates[kGates][2];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) igates_[g][j].unpack(igates[g]);
+      const bool live = live_[j], cut = cut_[j];
+      fetch_row(index + 1, j);
+      if (!live) {
         if (rows_.ended(index, j)) store_end(step, j);
         continue;
       }
       float state[kStates][2], saved[kSaved + 1][2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        const int at = 2 * i + j;
         float from_x[kGates], from_h[kGates], before[kStates], after[kStates], save[kSaved + 1];
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          from_x[g] = igates[g][2 * i + j];
-          from_h[g] = hgates[g][2 * i + j] + bias_[g][i];
+          from_x[g] = igates[g][i];
+          from_h[g] = hgates[g][at] + bias_[g][i];
         }
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) before[s] = cut[j] ? 0.0f : state_[s][2 * i + j];
+        for (int s = 0; s < kStates; ++s) before[s] = cut ? 0.0f : state_[s][at];
         Cell::forward(from_x, from_h, before, after, save);
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) state_[s][2 * i + j] = state[s][i] = after[s];
-        state_[0][2 * i + j] = rounded(after[0]);
+        for (int s = 0; s < kStates; ++s) state_[s][at] = state[s][i] = after[s];
+        state_[0][at] = rounded(after[0]);
 #pragma unroll
         for (int s = 0; s < kSaved; ++s) saved[s][i] = save[s];
       }
@@ -242,9 +266,14 @@ class ForwardLane {
   }
 
  private:
-  static __device__ __forceinline__ void keep(const Packet<scalar_t, 2>& pair, float (&value)[4], int j) {
-    value[j] = to_acc(pair.value[0]);
-    value[2 + j] = to_acc(pair.value[1]);
+  __device__ __forceinline__ void fetch_row(int index, int j) {
+    live_[j] = index < rows_.last() && rows_.lives(index, j);
+    cut_[j] = live_[j] && rows_.cut(index, j);
+    if (!live_[j]) return;
+    const scalar_t* row =
+        direction_.igates + sequence_.row(rows_.step(index), rows_.slot(j)) * kGates * units_.hidden_size;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) igates_[g][j] = units_.load(row, g);
   }
   static __device__ __forceinline__ float rounded(float x) {
     scalar_t stored;
@@ -263,10 +292,186 @@ class ForwardLane {
   const ForwardDirection<scalar_t>& direction_;
   const LaneRows rows_;
   const LaneUnits units_;
-  float state_[kStates][4] = {};                // [state][2 i + j]; h rounded to its dtype, c in full
-  float bias_[kGates][2] = {};                  // [gate][i]
-  Packet<scalar_t, 2> igates_[kGates][2] = {};  // [gate][j], of the step to come
-  bool live_[2] = {}, cut_[2] = {};             // at the step to come
+  float state_[kStates][4] = {};           // [state][2 i + j]; h rounded to its dtype, c in full
+  float bias_[kGates][2] = {};             // [gate][i]
+  Pair<scalar_t> igates_[kGates][2] = {};  // [gate][j], of the step to come
+  bool live_[2] = {}, cut_[2] = {};        // at the step to come
+};
+
+// ------------------------------------------------------------------------------------------------ backward
+template <class Cell, class scalar_t>
+class BackwardLane {
+ public:
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+
+  __device__ __forceinline__ BackwardLane(const BackwardLayerOnDevice<scalar_t>& layer,
+                                          const BackwardDirection<scalar_t>& direction, int first_row, int first_unit)
+      : sequence_(layer.sequence),
+        direction_(direction),
+        rows_(layer.sequence, direction.reverse, first_row),
+        units_(layer.hidden_size, first_unit, layer.paired) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!rows_.exists(j)) continue;
+      const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
+      if (direction_.grad_h_n != nullptr) spread(units_.load(direction_.grad_h_n + at), carried_[0], j);
+      if constexpr (kStates == 2) {
+        if (direction_.grad_c_n != nullptr) spread(units_.load(direction_.grad_c_n + at), carried_[1], j);
+      }
+    }
+  }
+
+  __device__ __forceinline__ int first() const { return rows_.first(); }
+  __device__ __forceinline__ int last() const { return rows_.last(); }
+
+  // Loads what a step reads.
+  __device__ __forceinline__ void fetch(int index) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) fetch_row(index, j);
+  }
+
+  // product[2 i + j] is the sum over gates of W_hh^T times the operand of the step computed before this one, index + 1;
+  // at first it is not read.
+  __device__ __forceinline__ void step(int index, const float (&product)[4]) {
+    carry(product);
+    const int step = rows_.step(index);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float saved[kSaved + 1][2], state[2], before[2], grad_h[2], grad_c[2];
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) saved_[s][j].unpack(saved[s]);
+      state_[j].unpack(state);
+      before_[j].unpack(before);
+      grad_output_[j].unpack(grad_h);
+      grad_c_[j].unpack(grad_c);
+      carries_[j] = live_[j];
+      cuts_[j] = cut_[j];
+      fetch_row(index - 1, j);
+      if (!carries_[j]) {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) grad_hgates_[g][j] = grad_hgates_[g][2 + j] = 0;
+        if (rows_.ended(index, j)) store_end(step, j);
+        continue;
+      }
+      float grad_igates[kGates][2], grad_hgates[kGates][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 2 * i + j;
+        float from_x[kGates], from_h[kGates], previous[kStates] = {}, after[kStates] = {}, grad[kStates],
+                                              grad_previous[kStates], save[kSaved + 1];
+#pragma unroll
+        for (int s = 0; s < kSaved; ++s) save[s] = saved[s][i];
+        // Of cells with two states backward reads the second alone.
+        previous[kStates - 1] = kStates == 2 && cuts_[j] ? 0.0f : before[i];
+        after[kStates - 1] = state[i];
+        grad[0] = carried_[0][at] + grad_h[i];
+        if constexpr (kStates == 2) grad[1] = carried_[1][at] + grad_c[i];
+        Cell::backward(save, previous, after, grad, from_x, from_h, grad_previous);
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) carried_[s][at] = grad_previous[s];
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          grad_igates[g][i] = from_x[g];
+          grad_hgates[g][i] = grad_hgates_[g][at] = from_h[g];
+        }
+      }
+      const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        units_.store(grad_igates[g], direction_.grad_igates + row, g);
+        if constexpr (Cell::kSplitGates) units_.store(grad_hgates[g], direction_.grad_hgates + row, g);
+      }
+    }
+  }
+
+  // The gradient of a gate's hidden half, of units 0 and 1, batch row j: what the product of this step reads.
+  __device__ __forceinline__ void operand(int gate, int j, float (&grad)[2]) const {
+    grad[0] = grad_hgates_[gate][j];
+    grad[1] = grad_hgates_[gate][2 + j];
+  }
+
+  // Stores the gradients of the initial states, and the zeros of the steps at which no row of the tile lives.
+  __device__ __forceinline__ void finish(const float (&product)[4]) {
+    carry(product);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!rows_.exists(j)) continue;
+      const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
+      const float grad_h[2] = {carried_[0][j], carried_[0][2 + j]};
+      units_.store(grad_h, direction_.grad_h0 + at);
+      if constexpr (kStates == 2) {
+        const float grad_c[2] = {carried_[1][j], carried_[1][2 + j]};
+        units_.store(grad_c, direction_.grad_c0 + at);
+      }
+      for (int index = 0; index < rows_.first(); ++index) {
+        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+      }
+      for (int index = rows_.last(); index < sequence_.steps; ++index) {
+        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void fetch_row(int index, int j) {
+    live_[j] = index >= rows_.first() && rows_.lives(index, j);
+    cut_[j] = live_[j] && rows_.cut(index, j);
+    if (!live_[j]) return;
+    const int step = rows_.step(index), slot = rows_.slot(j);
+    const int64_t row = sequence_.row(step, slot);
+#pragma unroll
+    for (int s = 0; s < kSaved; ++s) {
+      saved_[s][j] = units_.load(direction_.saved + row * kSaved * units_.hidden_size, s);
+    }
+    if constexpr (kStates == 2) {
+      const int before = rows_.step(index - 1);
+      const bool starts = before < 0 || !rows_.lives(index - 1, j);
+      state_[j] = units_.load(direction_.c.at(sequence_, step, slot));
+      before_[j] = units_.load(starts ? direction_.c0 + static_cast<int64_t>(slot) * units_.hidden_size
+                                      : direction_.c.at(sequence_, before, slot));
+    } else {
+      state_[j] = units_.load(direction_.output.at(sequence_, step, slot));
+      before_[j] = units_.load(direction_.h_prev + row * units_.hidden_size);  // zero behind a reset
+    }
+    if (direction_.grad_output.data != nullptr) {
+      grad_output_[j] = units_.load(direction_.grad_output.at(sequence_, step, slot));
+    }
+    if (kStates == 2 && direction_.grad_c.data != nullptr) {
+      grad_c_[j] = units_.load(direction_.grad_c.at(sequence_, step, slot));
+    }
+  }
+  // The gradient of the state before a step: the cell's own, and through W_hh; none where a reset cut that state.
+  __device__ __forceinline__ void carry(const float (&product)[4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!carries_[j]) continue;
+#pragma unroll
+      for (int at = j; at < 4; at += 2) {
+        carried_[0][at] = cuts_[j] ? 0.0f : carried_[0][at] + product[at];
+        if constexpr (kStates == 2) carried_[1][at] = cuts_[j] ? 0.0f : carried_[1][at];
+      }
+    }
+  }
+  __device__ __forceinline__ void store_end(int step, int j) const {
+    const float zero[2] = {};
+    const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      units_.store(zero, direction_.grad_igates + row, g);
+      if constexpr (Cell::kSplitGates) units_.store(zero, direction_.grad_hgates + row, g);
+    }
+  }
+
+  const DeviceSequence& sequence_;
+  const BackwardDirection<scalar_t>& direction_;
+  const LaneRows rows_;
+  const LaneUnits units_;
+  float carried_[kStates][4] = {};       // [state][2 i + j]: gradient of the state, of the step computed last
+  float grad_hgates_[kGates][4] = {};    // of the step computed last
+  bool carries_[2] = {}, cuts_[2] = {};  // at the step computed last: whether the row lived, whether a reset cut
+  // Of the step to come; [j].
+  Pair<scalar_t> saved_[kSaved + 1][2] = {}, state_[2] = {}, before_[2] = {}, grad_output_[2] = {}, grad_c_[2] = {};
+  bool live_[2] = {}, cut_[2] = {};
 };
 
 // ------------------------------------------------------------------------------------------------ host
@@ -307,6 +512,42 @@ ForwardLayerOnDevice<scalar_t> forward_on_device(const LayerForward& layer) {
       result.paired = result.paired && aligned_for_pairs<scalar_t>(data);
     }
     result.paired = result.paired && aligned_for_pairs<scalar_t>(from.output) && aligned_for_pairs<scalar_t>(from.c);
+  }
+  return result;
+}
+
+template <class scalar_t>
+BackwardLayerOnDevice<scalar_t> backward_on_device(const LayerBackward& layer, const BackwardProducts (&products)[2]) {
+  BackwardLayerOnDevice<scalar_t> result;
+  result.hidden_size = static_cast<int>(layer.hidden_size);
+  result.paired = layer.hidden_size % 2 == 0;
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionBackward& from = layer.direction[k];
+    BackwardDirection<scalar_t>& to = result.direction[k];
+    to.w_hh = static_cast<const scalar_t*>(from.weights.w_hh);
+    to.c0 = static_cast<const scalar_t*>(from.c0);
+    to.h_prev = static_cast<const scalar_t*>(products[k].h_prev);
+    to.saved = static_cast<const scalar_t*>(from.saved);
+    to.output = DeviceRows<const scalar_t>(from.output);
+    to.c = DeviceRows<const scalar_t>(from.c);
+    to.grad_output = DeviceRows<const scalar_t>(from.grad_output);
+    to.grad_c = DeviceRows<const scalar_t>(from.grad_c);
+    to.grad_h_n = static_cast<const scalar_t*>(from.grad_h_n);
+    to.grad_c_n = static_cast<const scalar_t*>(from.grad_c_n);
+    to.grad_h0 = static_cast<scalar_t*>(from.grad_h0);
+    to.grad_c0 = static_cast<scalar_t*>(from.grad_c0);
+    to.grad_igates = static_cast<scalar_t*>(from.grad_igates);
+    to.grad_hgates = static_cast<scalar_t*>(from.grad_hgates);
+    to.reverse = from.reverse;
+    for (const void* data :
+         {from.c0, static_cast<const void*>(products[k].h_prev), from.saved, from.grad_h_n, from.grad_c_n,
+          static_cast<const void*>(from.grad_h0), static_cast<const void*>(from.grad_c0),
+          static_cast<const void*>(from.grad_igates), static_cast<const void*>(from.grad_hgates)}) {
+      result.paired = result.paired && aligned_for_pairs<scalar_t>(data);
+    }
+    for (const Rows* rows : {&from.output, &from.c, &from.grad_output, &from.grad_c}) {
+      result.paired = result.paired && aligned_for_pairs<scalar_t>(*rows);
+    }
   }
   return result;
 }

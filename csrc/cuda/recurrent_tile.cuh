@@ -234,8 +234,10 @@ class WeightTile {
   __device__ __forceinline__ void multiply(Sums (&sums)[kTiles], const Operand* h, int stride) const {
     walk<true>(sums, h, stride, 0);
   }
-  // sums[tile] += W[tile] h[tile], where the tiles' h lie `next` elements apart
-  __device__ __forceinline__ void multiply_each(Sums (&sums)[kTiles], const Operand* h, int stride, int next) const {
+  // sums[tile % kSums] += W[tile] h[tile], where the tiles' h lie `next` elements apart. Several sums, to be added up,
+  // keep more products under way.
+  template <int kSums>
+  __device__ __forceinline__ void multiply_each(Sums (&sums)[kSums], const Operand* h, int stride, int next) const {
     walk<false>(sums, h, stride, next);
   }
 
@@ -248,8 +250,8 @@ class WeightTile {
     return shared_ + ((k - kRegisterDepth) * kTiles + tile) * kWarpLanes;
   }
 
-  template <bool kOneOperand>
-  __device__ __forceinline__ void walk(Sums (&sums)[kTiles], const Operand* h, int stride, int next) const {
+  template <bool kOneOperand, int kSums>
+  __device__ __forceinline__ void walk(Sums (&sums)[kSums], const Operand* h, int stride, int next) const {
 #pragma unroll
     for (int k = 0; k < kRegisterDepth; k += 2) {
       if (k < depth_) {
@@ -258,8 +260,8 @@ class WeightTile {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
-          Math::multiply(sums[tile], registers_[k][tile], fragment, 0);
-          Math::multiply(sums[tile], registers_[k + 1][tile], fragment, 1);
+          Math::multiply(sums[tile % kSums], registers_[k][tile], fragment, 0);
+          Math::multiply(sums[tile % kSums], registers_[k + 1][tile], fragment, 1);
         }
       }
     }
@@ -273,7 +275,7 @@ class WeightTile {
         for (int inner = 0; inner < 2; ++inner) {
           const uint4 packed = *shared_fragment(tile, k + inner);
           const uint32_t a[4] = {packed.x, packed.y, packed.z, packed.w};
-          Math::multiply(sums[tile], a, fragment, inner);
+          Math::multiply(sums[tile % kSums], a, fragment, inner);
         }
       }
     }

@@ -1,72 +1,24 @@
-// Owns: the backward of the stepwise engine. Once, before the loop,
+// Owns: the backward of the stepwise engine. After what BackwardPreparation does over all steps, a step is, from the
+// last to the first in the direction's own order,
 //
-//     h_prev = the state every step read                            previous_states_kernel
-//
-// and a step, from the last to the first in the direction's own order,
-//
-//     hgates = h_prev W_hh^T                                        to recompute the gates: a GEMM over a chunk of
-//     steps grad_h += grad_output; grad_hidden = grad_h W_hr              with a projection: a kernel and a GEMM
+//     grad_h += grad_output; grad_hidden = grad_h W_hr              with a projection: a kernel and a GEMM
 //     grad_igates, grad_hgates, grad_h, grad_c = cell's backward    backward_step_kernel
 //     grad_h += grad_hgates W_hh                                    the caller's GEMM
 //
 // The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
 // before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
 // Must not know: equations (csrc/cell has them), tensors.
+#include "backward_preparation.cuh"
 #include "stepwise.cuh"
 
 namespace rnnfast::cuda::stepwise {
 namespace {
 
 template <class scalar_t>
-struct PreviousDirection {
-  const scalar_t* output = nullptr;  // rows of P: the neighbour of the first step, and on by stride_t
-  int64_t stride_t = 0, stride_b = 0;
-  const scalar_t* h0 = nullptr;  // [B, P]
-  const bool* reset = nullptr;   // [steps, rows] at the borders crossed, or null
-  scalar_t* h_prev = nullptr;    // [steps, rows, P]
-  int64_t first_step = 0, steps = 0;
-  int64_t rows = 0, neighbour_rows = 0;
-  bool reverse = false;
-};
-
-template <class scalar_t>
-struct PreviousStates {
-  int64_t all_steps = 0, output_size = 0;
-  const int64_t* lengths = nullptr;
-  PreviousDirection<scalar_t> direction[2];
-};
-
-// h_prev: the neighbouring step's output, the initial state where the row starts, zero behind a reset and past the end.
-// Mapping: a thread an element, rows counting through all the steps given. Nothing to synchronise.
-template <class scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    previous_states_kernel(const __grid_constant__ PreviousStates<scalar_t> args) {
-  const PreviousDirection<scalar_t>& d = args.direction[blockIdx.z];
-  const int64_t P = args.output_size;
-  const int64_t p = first_feature<1>();
-  if (p >= P) return;
-  for (int64_t row = first_row(); row < d.steps * d.rows; row += row_stride()) {
-    const int64_t t = row / d.rows, slot = row % d.rows;
-    const int64_t step = d.first_step + t, neighbour = d.reverse ? step + 1 : step - 1;
-    const bool has_neighbour =
-        neighbour >= 0 && neighbour < args.all_steps && slot < d.neighbour_rows && lives(args.lengths, slot, neighbour);
-    const bool crosses = d.reverse ? has_neighbour : true;
-    scalar_t* h_prev = d.h_prev + row * P + p;
-    if (!lives(args.lengths, slot, step) || (d.reset != nullptr && crosses && d.reset[row])) {
-      store_zero<1>(h_prev);
-    } else {
-      *h_prev = has_neighbour ? d.output[t * d.stride_t + slot * d.stride_b + p] : d.h0[slot * P + p];
-    }
-  }
-}
-
-template <class scalar_t>
 struct BackwardDirection {
   using acc_t = acc_type<scalar_t>;
   int64_t rows = 0, step = 0;
-  const scalar_t* saved = nullptr;   // [rows, S*H]; null: recompute, from
-  const acc_t* hgates = nullptr;     // [rows, G*H], without b_hh; and grad_igates, which holds igates
-  const scalar_t* b_hh = nullptr;    // [G*H] or null
+  const scalar_t* saved = nullptr;   // [rows, S*H]; may be grad_igates
   const scalar_t* h_prev = nullptr;  // [rows, H]; null with a projection
   const scalar_t* output = nullptr;  // rows of H; null with a projection
   int64_t output_stride = 0;
@@ -95,9 +47,9 @@ struct BackwardStep {
   BackwardDirection<scalar_t> direction[2];
 };
 
-// Equations: Cell::backward, after Cell::forward where the gates are recomputed.
-// Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads a
-// gate's element before it writes the gradient to the same place. Everything lies in global memory, each element
+// Equations: Cell::backward.
+// Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads its saved
+// values before it writes gradients to the same place. Everything lies in global memory, each element
 // belongs to one thread, and there is nothing to synchronise: the stream orders the steps.
 // The 1 in the launch bounds keeps ptxas from spilling float64 registers for the sake of more blocks an SM.
 template <class Cell, class scalar_t, int kWidth>
@@ -133,29 +85,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     acc_t saved[kSaved + 1][kWidth];
-    if (kSaved == 0 || d.saved != nullptr) {
 #pragma unroll
-      for (int s = 0; s < kSaved; ++s) load(d.saved + (row * kSaved + s) * H + unit, saved[s]);
-    } else {
-      acc_t igates[kGates][kWidth], hgates[kGates][kWidth], bias[kGates][kWidth] = {};
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) {
-        load(d.grad_igates + gate(g), igates[g]);
-        load(d.hgates + gate(g), hgates[g]);
-        if (d.b_hh != nullptr) load(d.b_hh + g * H + unit, bias[g]);
-      }
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        acc_t i[kGates], h[kGates], from[kStates], to[kStates], keep[kSaved + 1];
-#pragma unroll
-        for (int g = 0; g < kGates; ++g) i[g] = igates[g][k], h[g] = hgates[g][k] + bias[g][k];
-#pragma unroll
-        for (int s = 0; s < kStates; ++s) from[s] = previous[s][k];
-        Cell::forward(i, h, from, to, keep);
-#pragma unroll
-        for (int s = 0; s < kSaved; ++s) saved[s][k] = keep[s];
-      }
-    }
+    for (int s = 0; s < kSaved; ++s) load(d.saved + (row * kSaved + s) * H + unit, saved[s]);
 
     acc_t grad[kStates][kWidth] = {}, more[kWidth];
     if (d.grad_hidden != nullptr) {
@@ -299,37 +230,22 @@ __global__ void __launch_bounds__(kThreads) last_gradients_kernel(const __grid_c
 }
 
 // ------------------------------------------------------------------------------------------------ host
-bool recomputes(const LayerBackward& layer) {
-  return layer.direction[0].saved == nullptr && cell_info(layer.cell).saved > 0;
-}
-
-// Steps whose hgates one GEMM recomputes: enough rows to fill a GPU, few enough to bound the workspace.
-template <class scalar_t>
-int64_t recomputed_steps(const LayerBackward& layer) {
-  constexpr int64_t kBytes = int64_t{64} << 20;
-  const int64_t step_bytes = layer.sequence.batch * cell_info(layer.cell).gates * layer.hidden_size *
-                             static_cast<int64_t>(sizeof(acc_type<scalar_t>));
-  return std::max<int64_t>(1, std::min(layer.sequence.steps, kBytes / std::max<int64_t>(1, step_bytes)));
-}
-
 template <class scalar_t>
 struct BackwardWorkspace {
   using acc_t = acc_type<scalar_t>;
   acc_t* grad_h[2] = {};       // [B, P]
   acc_t* grad_c[2] = {};       // [B, H]: cells with two states
   acc_t* grad_hidden[2] = {};  // [B, H]: with a projection
-  acc_t* hgates[2] = {};       // [recomputed_steps * B, G*H]: to recompute the gates
+  BackwardPreparation preparation;
   size_t bytes = 0;
 
-  BackwardWorkspace(const LayerBackward& layer, void* base) {
+  BackwardWorkspace(const LayerBackward& layer, Workspace workspace) : preparation(layer, workspace) {
     const CellInfo info = cell_info(layer.cell);
     const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
-    Workspace workspace(base);
     for (int k = 0; k < layer.directions; ++k) {
       grad_h[k] = workspace.take<acc_t>(B * P);
       if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
-      if (recomputes(layer)) hgates[k] = workspace.take<acc_t>(recomputed_steps<scalar_t>(layer) * B * info.gates * H);
     }
     bytes = workspace.bytes();
   }
@@ -341,9 +257,9 @@ bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products
   bool all = layer.hidden_size % width == 0;
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
-    for (const void* pointer : {d.weights.b_hh, d.c0, d.saved, static_cast<const void*>(d.grad_igates),
-                                static_cast<const void*>(d.grad_hgates), static_cast<const void*>(products[k].h_prev),
-                                static_cast<const void*>(products[k].hidden)}) {
+    for (const void* pointer :
+         {d.c0, d.saved, static_cast<const void*>(d.grad_igates), static_cast<const void*>(d.grad_hgates),
+          static_cast<const void*>(products[k].h_prev), static_cast<const void*>(products[k].hidden)}) {
       all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
     }
     for (const Rows& rows : {d.c, d.grad_c}) all = all && aligned<scalar_t>(rows, width);
@@ -353,46 +269,8 @@ bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products
   return all;
 }
 
-// Gathers h_prev: all steps of a padded input at once, a packed one step by step, since its rows shrink.
-template <class scalar_t>
-int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&products)[2], cudaStream_t stream) {
-  const Sequence& sequence = layer.sequence;
-  const int64_t P = layer.output_size;
-  const int64_t together = sequence.packed ? 1 : sequence.steps;
-  for (int64_t first = 0; first < sequence.steps; first += together) {
-    if (sequence.batch_size(first) == 0) break;
-    PreviousStates<scalar_t> args{sequence.steps, P, sequence.lengths, {}};
-    for (int k = 0; k < layer.directions; ++k) {
-      const DirectionBackward& from = layer.direction[k];
-      PreviousDirection<scalar_t>& d = args.direction[k];
-      const int64_t neighbour = from.reverse ? first + 1 : first - 1;
-      const int64_t crossed = from.reverse ? neighbour : first;
-      const bool inside = neighbour >= 0 && neighbour < sequence.steps;
-      d.stride_t = from.output.stride_t;
-      d.stride_b = from.output.stride_b;
-      // Outside a padded input the address is only a base for the steps that follow.
-      const int64_t at =
-          sequence.packed ? (inside ? from.output.at(sequence, neighbour, 0) : 0) : neighbour * d.stride_t;
-      d.output = static_cast<const scalar_t*>(from.output.data) + at;
-      d.h0 = static_cast<const scalar_t*>(from.h0);
-      d.reset =
-          sequence.reset != nullptr && crossed < sequence.steps ? sequence.reset + sequence.offset(crossed) : nullptr;
-      d.h_prev = static_cast<scalar_t*>(products[k].h_prev) + sequence.offset(first) * P;
-      d.first_step = first;
-      d.steps = together;
-      d.rows = sequence.batch_size(first);
-      d.neighbour_rows = sequence.packed ? (inside ? sequence.batch_size(neighbour) : 0) : sequence.batch;
-      d.reverse = from.reverse;
-    }
-    RNNFAST_RETURN_IF_ERROR(launch(previous_states_kernel<scalar_t>,
-                                   rows_shape(P, together * sequence.batch_size(first), 1, layer.directions), stream,
-                                   args));
-  }
-  return 0;
-}
-
 template <class Cell, class scalar_t>
-int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
+int run(LayerBackward layer, const BackwardProducts (&products)[2], const Context& context) {
   const Sequence& sequence = layer.sequence;
   const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
   const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;
@@ -400,7 +278,9 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
   const auto stream = static_cast<cudaStream_t>(context.stream);
   if (B == 0) return 0;
 
-  const BackwardWorkspace<scalar_t> workspace(layer, context.workspace);
+  const BackwardWorkspace<scalar_t> workspace(layer, Workspace(context.workspace));
+  DeviceSequence device_sequence;
+  RNNFAST_RETURN_IF_ERROR(workspace.preparation.run(layer, products, context, device_sequence));
   Carried<scalar_t> carried{B, H, P, sequence.lengths, {}};
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
@@ -414,13 +294,10 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
   }
   const LaunchShape states_shape = rows_shape(std::max(H, P), B, 1, layer.directions);
   RNNFAST_RETURN_IF_ERROR(launch(first_gradients_kernel<scalar_t>, states_shape, stream, carried));
-  RNNFAST_RETURN_IF_ERROR(gather_previous_states<scalar_t>(layer, products, stream));
 
   const int width = can_vectorise<Cell, scalar_t>(layer, products) ? kVectorWidth<scalar_t> : 1;
   const auto kernel = width == 1 ? backward_step_kernel<Cell, scalar_t, 1>
                                  : backward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
-  const int64_t chunk = recomputed_steps<scalar_t>(layer);
-  int64_t hgates_row[2] = {};  // the first row, over all steps, that the workspace's hgates hold
   for (int64_t index = T - 1; index >= 0; --index) {
     BackwardStep<scalar_t> step{H, sequence.lengths, {}};
     Projected<scalar_t> projected{P, sequence.lengths, {}};
@@ -433,23 +310,10 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
       const Border left =
           index + 1 < T ? border_into(sequence, d.reverse, Position(sequence, d.reverse, index + 1)) : Border();
 
-      if (recomputes(layer) && (T - 1 - index) % chunk == 0) {
-        const int64_t last_index = std::max<int64_t>(0, index - chunk + 1);
-        const int64_t other = Position(sequence, d.reverse, last_index).step;
-        const int64_t low = std::min(at.step, other), high = std::max(at.step, other);
-        hgates_row[k] = sequence.offset(low);
-        const int64_t chunk_rows = sequence.offset(high) + sequence.batch_size(high) - hgates_row[k];
-        const scalar_t* h_prev = static_cast<const scalar_t*>(products[k].h_prev) + hgates_row[k] * P;
-        RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, chunk_rows, GH, P, h_prev, P, d.weights.w_hh, P,
-                                                        true, workspace.hgates[k], GH, false}));
-      }
-
       BackwardDirection<scalar_t>& s = step.direction[k];
       s.rows = rows;
       s.step = at.step;
       s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
-      s.hgates = advance(workspace.hgates[k], (offset - hgates_row[k]) * GH);
-      s.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
       s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
       s.grad_hgates = Cell::kSplitGates ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
       if (Cell::kStates == 2) {
@@ -506,7 +370,7 @@ int run(const LayerBackward& layer, const BackwardProducts (&products)[2], const
 
 size_t backward_workspace_bytes(const LayerBackward& layer) {
   return dispatch_dtype<void>(layer.dtype, [&](auto, auto scalar) {
-    return BackwardWorkspace<typename decltype(scalar)::type>(layer, nullptr).bytes;
+    return BackwardWorkspace<typename decltype(scalar)::type>(layer, Workspace(nullptr)).bytes;
   });
 }
 

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace rnnfast::cuda {
@@ -56,21 +57,36 @@ __device__ __forceinline__ void store_zero(scalar_t* to) {
   store<kWidth>(zero, to);
 }
 
-// Two neighbouring elements, of which `count` are there: with one instruction where pairs are aligned. Those that are
-// not there read as zero.
+// Two neighbouring elements as they lie in memory. In one word, lest each 16-bit element take a register.
 template <class scalar_t>
-__device__ __forceinline__ Packet<scalar_t, 2> load_pair(const scalar_t* from, int count, bool aligned) {
-  Packet<scalar_t, 2> pair;
-  from_acc(acc_type<scalar_t>(0), pair.value[0]);
-  pair.value[1] = pair.value[0];
-  if (aligned) {
-    if (count == 2) pair = *reinterpret_cast<const Packet<scalar_t, 2>*>(from);
-  } else {
-    if (count > 0) pair.value[0] = from[0];
-    if (count > 1) pair.value[1] = from[1];
+class Pair {
+ public:
+  // Of the two, `count` are there; the others read as zero. One load where pairs are aligned.
+  static __device__ __forceinline__ Pair load(const scalar_t* from, int count, bool aligned) {
+    Pair pair;
+    if (aligned) {
+      if (count == 2) memcpy(&pair.bits_, reinterpret_cast<const Packet<scalar_t, 2>*>(from), sizeof pair.bits_);
+    } else if (count > 0) {
+      Packet<scalar_t, 2> packet;
+      packet.value[0] = from[0];
+      from_acc(acc_type<scalar_t>(0), packet.value[1]);
+      if (count > 1) packet.value[1] = from[1];
+      memcpy(&pair.bits_, &packet, sizeof pair.bits_);
+    }
+    return pair;
   }
-  return pair;
-}
+  __device__ __forceinline__ void unpack(acc_type<scalar_t> (&value)[2]) const {
+    Packet<scalar_t, 2> packet;
+    memcpy(&packet, &bits_, sizeof bits_);
+    value[0] = to_acc(packet.value[0]);
+    value[1] = to_acc(packet.value[1]);
+  }
+
+ private:
+  static_assert(sizeof(scalar_t) <= 4, "a pair fits into a word of 64 bits");
+  std::conditional_t<sizeof(scalar_t) == 2, uint32_t, uint64_t> bits_ = 0;
+};
+
 template <class scalar_t>
 __device__ __forceinline__ void store_pair(const acc_type<scalar_t> (&value)[2], scalar_t* to, int count,
                                            bool aligned) {

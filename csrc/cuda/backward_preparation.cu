@@ -1,0 +1,183 @@
+#include "backward_preparation.cuh"
+
+namespace rnnfast::cuda {
+namespace {
+
+// The state before a step, of one feature: the neighbouring step's, the initial one where the row starts, zero behind a
+// reset. The row lives at the step.
+template <class scalar_t>
+__device__ __forceinline__ scalar_t previous_state(const DeviceSequence& sequence, bool reverse, int step, int slot,
+                                                   const DeviceRows<scalar_t>& rows, const scalar_t* initial,
+                                                   int64_t feature) {
+  const int neighbour = reverse ? step + 1 : step - 1, border = reverse ? step + 1 : step;
+  if (sequence.reset != nullptr && sequence.lives(border, slot) && sequence.reset[sequence.row(border, slot)]) {
+    scalar_t zero;
+    from_acc(acc_type<scalar_t>(0), zero);
+    return zero;
+  }
+  return sequence.lives(neighbour, slot) ? rows.at(sequence, neighbour, slot)[feature] : initial[feature];
+}
+
+template <class scalar_t>
+struct PreviousDirection {
+  DeviceRows<scalar_t> output;   // rows of P
+  const scalar_t* h0 = nullptr;  // [B, P]
+  scalar_t* h_prev = nullptr;    // compact [N, P]
+  bool reverse = false;
+};
+
+template <class scalar_t>
+struct PreviousStates {
+  int64_t rows = 0, output_size = 0;  // N, P
+  DeviceSequence sequence;
+  PreviousDirection<scalar_t> direction[2];
+};
+
+// h_prev, and zero past the end. Mapping: a thread an element, rows counting through all steps. Nothing to synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    previous_states_kernel(const __grid_constant__ PreviousStates<scalar_t> args) {
+  const PreviousDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t P = args.output_size, p = first_feature<1>();
+  if (p >= P) return;
+  for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
+    const int step = args.sequence.step_of(row), slot = static_cast<int>(row - args.sequence.row(step, 0));
+    if (args.sequence.lives(step, slot)) {
+      d.h_prev[row * P + p] = previous_state(args.sequence, d.reverse, step, slot, d.output, d.h0 + slot * P, p);
+    } else {
+      store_zero<1>(d.h_prev + row * P + p);
+    }
+  }
+}
+
+template <class scalar_t>
+struct Recomputed {
+  int64_t first_row = 0, rows = 0, hidden_size = 0;  // of this chunk
+  DeviceSequence sequence;
+  bool reverse = false;
+  const scalar_t* igates = nullptr;            // compact [N, G*H]
+  const acc_type<scalar_t>* hgates = nullptr;  // [rows, G*H]
+  const scalar_t* b_hh = nullptr;              // [G*H] or null
+  const scalar_t* h_prev = nullptr;            // compact [N, H]; null with a projection
+  DeviceRows<scalar_t> c;                      // rows of H: cells with two states
+  const scalar_t* c0 = nullptr;                // [B, H]
+  scalar_t* saved = nullptr;                   // compact [N, S*H]; may be igates
+};
+
+// Equations: Cell::forward, of which `saved` alone is kept.
+// Mapping: a thread an element of the state, rows counting through the chunk; it reads its igates before it writes to
+// the same place. Nothing to synchronise.
+template <class Cell, class scalar_t>
+__global__ void __launch_bounds__(kThreads) recompute_kernel(const __grid_constant__ Recomputed<scalar_t> args) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+  const int64_t H = args.hidden_size, unit = first_feature<1>();
+  if (unit >= H) return;
+  for (int64_t i = first_row(); i < args.rows; i += row_stride()) {
+    const int64_t row = args.first_row + i;
+    const int step = args.sequence.step_of(row), slot = static_cast<int>(row - args.sequence.row(step, 0));
+    if (!args.sequence.lives(step, slot)) continue;
+    acc_t igates[kGates], hgates[kGates], previous[kStates] = {}, state[kStates], saved[kSaved + 1];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      igates[g] = to_acc(args.igates[(row * kGates + g) * H + unit]);
+      hgates[g] = args.hgates[(i * kGates + g) * H + unit];
+      if (args.b_hh != nullptr) hgates[g] += to_acc(args.b_hh[g * H + unit]);
+    }
+    if (args.h_prev != nullptr) previous[0] = to_acc(args.h_prev[row * H + unit]);
+    if constexpr (kStates == 2) {
+      previous[1] = to_acc(previous_state(args.sequence, args.reverse, step, slot, args.c, args.c0 + slot * H, unit));
+    }
+    Cell::forward(igates, hgates, previous, state, saved);
+#pragma unroll
+    for (int s = 0; s < kSaved; ++s) from_acc(saved[s], args.saved[(row * kSaved + s) * H + unit]);
+  }
+}
+
+bool recomputes(const LayerBackward& layer) {
+  return layer.direction[0].saved == nullptr && cell_info(layer.cell).saved > 0;
+}
+
+// Enough rows to fill a GPU, few enough to bound the workspace.
+int64_t recomputed_rows(const LayerBackward& layer) {
+  constexpr int64_t kBytes = int64_t{64} << 20;
+  const int64_t row_bytes = cell_info(layer.cell).gates * layer.hidden_size * (layer.dtype == Dtype::f64 ? 8 : 4);
+  return std::max<int64_t>(1, std::min(layer.sequence.rows, kBytes / row_bytes));
+}
+
+template <class Cell, class scalar_t>
+int recompute(const LayerBackward& layer, int k, const BackwardProducts& products, const Context& context,
+              const DeviceSequence& sequence, int64_t chunk, void* hgates, void* saved) {
+  const DirectionBackward& d = layer.direction[k];
+  const int64_t H = layer.hidden_size, P = layer.output_size, GH = Cell::kGates * H;
+  Recomputed<scalar_t> args;
+  args.hidden_size = H;
+  args.sequence = sequence;
+  args.reverse = d.reverse;
+  args.igates = static_cast<const scalar_t*>(d.grad_igates);
+  args.hgates = static_cast<const acc_type<scalar_t>*>(hgates);
+  args.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
+  args.h_prev = d.weights.w_hr == nullptr ? static_cast<const scalar_t*>(products.h_prev) : nullptr;
+  args.c = DeviceRows<scalar_t>(d.c);
+  args.c0 = static_cast<const scalar_t*>(d.c0);
+  args.saved = static_cast<scalar_t*>(saved);
+  for (args.first_row = 0; args.first_row < layer.sequence.rows; args.first_row += chunk) {
+    args.rows = std::min(chunk, layer.sequence.rows - args.first_row);
+    const scalar_t* h_prev = static_cast<const scalar_t*>(products.h_prev) + args.first_row * P;
+    RNNFAST_RETURN_IF_ERROR(
+        multiply(context.gemm, {layer.dtype, args.rows, GH, P, h_prev, P, d.weights.w_hh, P, true, hgates, GH, false}));
+    RNNFAST_RETURN_IF_ERROR(launch(recompute_kernel<Cell, scalar_t>, rows_shape(H, args.rows, 1, 1),
+                                   static_cast<cudaStream_t>(context.stream), args));
+  }
+  return 0;
+}
+
+template <class scalar_t>
+int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&products)[2], cudaStream_t stream,
+                           const DeviceSequence& sequence) {
+  PreviousStates<scalar_t> args{layer.sequence.rows, layer.output_size, sequence, {}};
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionBackward& d = layer.direction[k];
+    args.direction[k] = {DeviceRows<scalar_t>(d.output), static_cast<const scalar_t*>(d.h0),
+                         static_cast<scalar_t*>(products[k].h_prev), d.reverse};
+  }
+  return launch(previous_states_kernel<scalar_t>, rows_shape(args.output_size, args.rows, 1, layer.directions), stream,
+                args);
+}
+
+}  // namespace
+
+BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& workspace) {
+  const CellInfo info = cell_info(layer.cell);
+  const int64_t H = layer.hidden_size, element = static_cast<int64_t>(size_of(layer.dtype));
+  offsets_ = workspace.take<int64_t>(offsets_count(layer.sequence));
+  if (!recomputes(layer)) return;
+  chunk_ = recomputed_rows(layer);
+  hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
+  for (int k = 0; k < layer.directions && info.saved != info.gates; ++k) {
+    saved_[k] = workspace.take<char>(layer.sequence.rows * info.saved * H * element);
+  }
+}
+
+int BackwardPreparation::run(LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context,
+                             DeviceSequence& sequence) const {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, offsets_, stream, sequence));
+  if (layer.sequence.rows == 0) return 0;
+  RNNFAST_RETURN_IF_ERROR(dispatch_dtype<void>(layer.dtype, [&](auto, auto scalar) {
+    return gather_previous_states<typename decltype(scalar)::type>(layer, products, stream, sequence);
+  }));
+  if (!recomputes(layer)) return 0;
+  for (int k = 0; k < layer.directions; ++k) {
+    DirectionBackward& d = layer.direction[k];
+    void* saved = saved_[k] != nullptr ? saved_[k] : d.grad_igates;
+    RNNFAST_RETURN_IF_ERROR(dispatch(layer.cell, layer.dtype, [&](auto cell, auto scalar) {
+      return recompute<typename decltype(cell)::type, typename decltype(scalar)::type>(
+          layer, k, products[k], context, sequence, chunk_, hgates_, saved);
+    }));
+    d.saved = saved;
+  }
+  return 0;
+}
+
+}  // namespace rnnfast::cuda

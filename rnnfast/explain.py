@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
-from . import _extension, cells, modules, ops
+from . import cells, modules, ops
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class LayerEngine:
     """What will run one layer."""
 
     name: str  # of the module in the model, and the layer's number
-    engine: str  # "cpu (avx512)", "cuda stepwise", "reference"; "none" where nothing can run it
+    engine: str  # "cpu (avx512)", "cuda persistent_cta", "reference"; "none" where nothing can run it
     reason: str  # why no faster engine runs; empty if there is none
 
     def __str__(self) -> str:
@@ -37,8 +39,8 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     Args:
         module: a layer, a cell, or a model with some inside.
-        inputs, kwargs: the call to explain, which is not made. The engines of this machine take every shape and form
-            of input, so nothing depends on them.
+        inputs, kwargs: the call to explain, which is not made. Where ``module`` is a layer itself, its steps and batch
+            are those of the first input; without one, and for layers inside a model, one step of one row is assumed.
 
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``.
@@ -46,10 +48,11 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     layers = []
+    steps, batch = _steps_and_batch(module, inputs)
     for name, part in module.named_modules():
         if not isinstance(part, (modules._Layers, cells._Cell)):
             continue
-        engine, reason = _engine(part)
+        engine, reason = _engine(part, steps, batch)
         label = f"{name} ({type(part).__name__})" if name else type(part).__name__
         if isinstance(part, modules._Layers):
             layers += [LayerEngine(f"{label} layer {index}", engine, reason) for index in range(part.num_layers)]
@@ -58,16 +61,66 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(layers))
 
 
-def _engine(part: modules._Layers | cells._Cell) -> tuple[str, str]:
+def _steps_and_batch(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
+    if not (isinstance(module, modules._Layers) and inputs):
+        return 1, 1
+    input = inputs[0]
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes), int(input.batch_sizes[0])
+    rows = input.shape[:-1] if input.dim() == 3 else (*input.shape[:-1], 1)
+    return (rows[1], rows[0]) if module.batch_first and input.dim() == 3 else (rows[0], rows[1])
+
+
+def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tuple[str, str]:
     """The engine's name, and why no faster one runs."""
     active, reason = ops.active_backend(part.backend)
     if active == "reference":
         return active, reason
-    device = next(part.parameters()).device.type
+    parameter = next(part.parameters())
+    device = parameter.device.type
     missing = ops.missing_kernels(device)
     if missing:
         return "none", missing if device == "meta" else f"a call would raise: {missing}"
+    assert ops.extension is not None  # or the reference would be active
     if device == "cpu":
-        assert _extension.extension is not None  # or the reference would be active
-        return f"cpu ({_extension.extension.instruction_set()})", ""
-    return f"{device} stepwise", ""
+        return f"cpu ({ops.extension.instruction_set()})", ""
+    return _cuda_engine(part, steps, batch, parameter)
+
+
+def _cuda_engine(
+    part: modules._Layers | cells._Cell, steps: int, batch: int, parameter: torch.Tensor
+) -> tuple[str, str]:
+    """What the plan says of forward and backward in the parameters' dtype."""
+    extension: Any = ops.extension
+    index = parameter.device.index
+    problem = {
+        "cell": _cell_name(part),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "steps": steps,
+        "batch": batch,
+        "hidden_size": part.hidden_size,
+        "directions": 2 if getattr(part, "bidirectional", False) else 1,
+        "projection": getattr(part, "proj_size", 0) > 0,
+        "tf32": extension.tf32_allowed(),
+        "device": extension.cuda_device(-1 if index is None else index),
+    }
+    forward, backward = (extension.plan(**problem, backward=backward) for backward in (False, True))
+    engine = f"cuda {forward['engine']}"
+    if backward["engine"] != forward["engine"]:
+        engine += f", backward {backward['engine']}"
+    order = extension.cuda_engines
+    reasons = {
+        f"{name}: {plan['against'][name]}": None  # a dictionary keeps the order and drops what is said twice
+        for plan in (forward, backward)
+        for name in order[: order.index(plan["engine"])]
+        if name in plan["against"]
+    }
+    return engine, "; ".join(reasons)
+
+
+def _cell_name(part: modules._Layers | cells._Cell) -> str:
+    if isinstance(part, modules._Layers):
+        return part.mode.lower()
+    if isinstance(part, cells.RNNCell):
+        return f"rnn_{part.nonlinearity}"
+    return "lstm" if isinstance(part, cells.LSTMCell) else "gru"

@@ -96,6 +96,32 @@ def backend(name: str) -> Iterator[None]:
         _choice.backend = outer
 
 
+@contextmanager
+def cuda_engine(name: str) -> Iterator[None]:
+    """Force what runs layers on CUDA inside, forward and backward: one of ``extension.cuda_engines``, such as
+    ``"stepwise"``. For tests and measurements; without it the plan of ``csrc/plan.h`` chooses.
+
+    It counts for all threads, since backward runs in autograd's own. A layer called inside that the engine cannot run
+    raises a RuntimeError that names the limit.
+
+    Raises:
+        ValueError: no engine has that name.
+        RuntimeError: there is no extension.
+    """
+    if extension is None:
+        raise RuntimeError(extension_error)
+    extension.force_cuda_engine(name)
+    _forced_engines.append(name)
+    try:
+        yield
+    finally:
+        _forced_engines.pop()
+        extension.force_cuda_engine(_forced_engines[-1] if _forced_engines else None)
+
+
+_forced_engines: list[str] = []
+
+
 def active_backend(backend: str | None = None) -> tuple[str, str]:
     """What would run a layer called here with ``backend``, ``"operators"`` or ``"reference"``, and why the latter."""
     if (backend or _choice.backend) == "reference":

@@ -69,11 +69,12 @@ TILES = [
     Sample("gru", steps=3, batch=8, hidden_size=101, directions=2, reset=True),
     Sample("gru", steps=20, batch=17, hidden_size=16, directions=2, form="packed", reset=True),
     Sample("rnn_tanh", steps=3, batch=17, hidden_size=130, directions=2, form="lengths", reset=True),
-    Sample("rnn_relu", steps=2, batch=8, hidden_size=256),
+    Sample("rnn_relu", steps=2, batch=8, hidden_size=192),
     Sample("rnn_sigmoid", steps=3, batch=9, hidden_size=47, form="packed", directions=2),
 ]
 # Those that the 16-bit types alone can hold.
 WIDE_TILES = [
+    Sample("rnn_relu", steps=2, batch=8, hidden_size=256),
     Sample("lstm", steps=3, batch=3, hidden_size=144, directions=2, form="lengths"),
     Sample("gru", steps=3, batch=3, hidden_size=192, reset=True),
 ]

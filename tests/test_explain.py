@@ -51,16 +51,37 @@ def test_without_an_extension(model: nn.Module, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-@pytest.mark.parametrize("reason", ["no nvcc was found", ""])
-def test_cuda_needs_a_cuda_build(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def lstm_on_cuda(hidden_size: int, **options: int) -> nn.Module:
     """No GPU is needed: fake tensors have any device."""
-    monkeypatch.setattr(ops, "extension", SimpleNamespace(build_info=lambda: {"no_cuda_reason": reason}))
-    lstm = rnnfast.LSTM(3, 4)
+    lstm = rnnfast.LSTM(3, hidden_size, **options)
     with FakeTensorMode():
-        lstm.weight_ih_l0 = nn.Parameter(torch.empty(16, 3, device="cuda"))
-    explanation = str(rnnfast.explain(lstm))
+        lstm.weight_ih_l0 = nn.Parameter(torch.empty(4 * hidden_size, 3, device="cuda", dtype=torch.bfloat16))
+    return lstm
+
+
+def test_cuda_needs_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "extension", SimpleNamespace(build_info=lambda: {"no_cuda_reason": "no nvcc was found"}))
     cause = "a call would raise: the extension rnnfast._C was built without CUDA kernels: no nvcc was found"
-    assert explanation == "LSTM layer 0: " + (f"none ({cause})" if reason else "cuda stepwise")
+    assert str(rnnfast.explain(lstm_on_cuda(4))) == f"LSTM layer 0: none ({cause})"
+
+
+@pytest.mark.skipif(ops.extension is None, reason="the plan is in the extension")
+def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.extension is not None
+    hopper = {"capability": 90, "multiprocessors": 132, "shared_bytes": 232448, "registers": 65536}
+    extension = SimpleNamespace(
+        build_info=lambda: {"no_cuda_reason": ""},
+        cuda_device=lambda _index: {**hopper, "cooperative": True, "clusters": True},
+        tf32_allowed=lambda: False,
+        plan=ops.extension.plan,
+        cuda_engines=ops.extension.cuda_engines,
+    )
+    monkeypatch.setattr(ops, "extension", extension)
+    assert str(rnnfast.explain(lstm_on_cuda(4))) == "LSTM layer 0: cuda persistent_cta"
+    (layer,) = rnnfast.explain(lstm_on_cuda(4, proj_size=2), torch.empty(5, 3, 3)).layers
+    assert layer.engine == "cuda stepwise"
+    assert layer.reason.startswith("persistent_cta: it has no projections (proj_size)")
+    assert layer.reason.count("persistent_cta") == 1  # forward and backward say the same
 
 
 def test_other_devices_have_no_engine() -> None:

@@ -1,12 +1,16 @@
-"""All CUDA sources compile with nvcc, where there is one, without a warning and without a spilled register; no GPU is
-needed. What faces torch compiles against a CPU wheel's headers, given stand-ins (cuda_stubs/) for those it lacks.
+"""All CUDA sources compile with nvcc, where there is one, without a warning and without a spilled register, and the
+persistent kernels keep to the resources that the plan counts on; no GPU is needed. What faces torch compiles against a
+CPU wheel's headers, given stand-ins (cuda_stubs/) for those it lacks.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,28 +41,194 @@ def compile_kernels(source: Path, archs: tuple[str, ...], output: Path, *flags: 
     return run([str(NVCC), "-c", *common, *flags, str(source), "-o", str(output)])
 
 
-def spills(log: str) -> list[str]:
-    """The kernels that ptxas says spill registers."""
-    kernels = re.findall(r"Function properties for (\S+)\s+.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert kernels, "ptxas -v named no kernel"
-    return [name for name, stores, loads in kernels if int(stores) or int(loads)]
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one kernel for one architecture."""
+
+    name: str  # mangled
+    arch: str
+    stack_bytes: int
+    spilled_bytes: int
+    registers: int
+    shared_bytes: int  # static
+
+    @property
+    def in_words(self) -> str:
+        return subprocess.run(["c++filt", self.name], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_spills_reads_what_ptxas_prints() -> None:
-    line = "Function properties for {}\n    8 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
-    assert spills(line.format("good", 0) + line.format("bad", 16)) == ["bad"]
+def kernels_of(log: str) -> list[Kernel]:
+    """The kernels of which ptxas -v tells."""
+    number = r"(\d+) bytes "
+    pattern = (
+        rf"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?{number}stack frame, {number}spill stores, "
+        rf"{number}spill loads\s+.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
+    )
+    return [
+        Kernel(name, arch, int(stack), int(stores) + int(loads), int(registers), int(shared or 0))
+        for name, arch, stack, stores, loads, registers, shared in re.findall(pattern, log, re.DOTALL)
+    ]
 
 
-@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.name)
-def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
-    # Kernels for clusters are empty before sm_90.
-    archs = ARCHS[1:] if source.name.startswith("persistent_cluster_") else ARCHS
-    log = compile_kernels(source, archs, tmp_path / "kernels.o", "-Xptxas", "-v")
+def test_kernels_of_reads_what_ptxas_prints() -> None:
+    log = """ptxas info    : Compiling entry function 'first' for 'sm_80'
+ptxas info    : Function properties for first
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 512 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function 'second' for 'sm_90'
+ptxas info    : Function properties for second
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+    assert kernels_of(log) == [Kernel("first", "80", 8, 16, 40, 512), Kernel("second", "90", 0, 0, 255, 0)]
+
+
+def archs_of(source: Path) -> tuple[str, ...]:
+    """Kernels for clusters are empty before sm_90."""
+    return ARCHS[1:] if source.name.startswith("persistent_cluster_") else ARCHS
+
+
+class Compiled:
+    """Every kernel file, compiled once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs: dict[str, str] = {}
+
+    def object(self, source: Path) -> Path:
+        result = self.folder / f"{source.stem}.o"
+        if not result.exists():
+            self.logs[source.name] = compile_kernels(
+                source, archs_of(source), result, "-Xptxas", "-v", "--threads", "2"
+            )
+        return result
+
+    def kernels(self, source: Path) -> list[Kernel]:
+        self.object(source)
+        return kernels_of(self.logs[source.name])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return Compiled(tmp_path_factory.mktemp("kernels"))
+
+
+each_source = pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.name)
+PERSISTENT = sorted((CSRC / "cuda").glob("persistent_*_*.cu"))
+each_persistent_source = pytest.mark.parametrize("source", PERSISTENT, ids=lambda path: path.name)
+
+
+@each_source
+def test_kernels_compile_without_spills(compiled: Compiled, source: Path) -> None:
+    kernels = compiled.kernels(source)
+    assert {kernel.arch for kernel in kernels} == (set() if source.name in WITHOUT_KERNELS else set(archs_of(source)))
+    assert [kernel.in_words for kernel in kernels if kernel.spilled_bytes] == []
+    if source in PERSISTENT:
+        assert [kernel.in_words for kernel in kernels if kernel.stack_bytes] == []
+
+
+# ------------------------------------------------------------------------------------------------ persistent kernels
+REGISTERS = 65536  # of a multiprocessor, dealt to warps by fours
+# (cell, arithmetic, wide) in the name of a persistent_cta kernel -> the hidden units of its largest layer.
+CTA_KERNEL = re.compile(
+    r"(forward|backward)_kernel<rnnfast::(\w+Cell).*?, (\w+), .*?(TensorCore|ScalarFloat).*?(true|false)>"
+)
+
+
+def most_units(cell: str, arithmetic: str, wide: str) -> int:
+    if wide == "true":
+        return 192
+    if cell == "ElmanCell":
+        return 256 if arithmetic == "TensorCore" else 192
+    return 128
+
+
+@pytest.mark.parametrize(
+    "source", [p for p in PERSISTENT if p.stem.startswith("persistent_cta_")], ids=lambda p: p.name
+)
+def test_a_block_of_persistent_cta_is_resident(compiled: Compiled, source: Path) -> None:
+    """Its registers fit, and all its shared memory is dynamic, which the plan counts."""
+    for kernel in compiled.kernels(source):
+        match = CTA_KERNEL.search(kernel.in_words)
+        assert match is not None, kernel.in_words
+        warps = -(-most_units(*match.group(2, 4, 5)) // 16)
+        assert kernel.registers * 32 * (-(-warps // 4) * 4) <= REGISTERS, kernel.in_words
+        assert kernel.shared_bytes == 0, kernel.in_words
+
+
+def test_the_plan_knows_the_largest_layers() -> None:
+    """What the test above assumes is what the plan says."""
+    plan = pytest.importorskip("rnnfast._C").plan
+    device = {"capability": 90, "multiprocessors": 132, "shared_bytes": 1 << 30, "registers": REGISTERS}
+    device |= {"cooperative": True, "clusters": True}
+    for cell, name in (("lstm", "LstmCell"), ("gru", "GruCell"), ("rnn_tanh", "ElmanCell")):
+        for dtype, tf32, arithmetic in (
+            ("float16", False, "TensorCore"),
+            ("float32", True, "TensorCore"),
+            ("float32", False, "ScalarFloat"),
+        ):
+            units = most_units(name, arithmetic, "true" if dtype == "float16" and name != "ElmanCell" else "false")
+            for hidden_size, fits in ((units, True), (units + 1, False)):
+                options = {"directions": 1, "projection": False, "backward": True, "device": device}
+                made = plan(cell, dtype, 5, 5, hidden_size, tf32=tf32, **options)
+                assert ("persistent_cta" not in made["against"]) == fits, (cell, dtype, tf32, hidden_size)
+
+
+def disassembler() -> dict[str, str] | None:
+    """The environment in which cuobjdump and the nvdisasm it calls are found: a toolkit's, or those of the packages
+    nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    packages = [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    path = os.pathsep.join([*packages, os.environ["PATH"]])
+    return {**os.environ, "PATH": path} if all(shutil.which(n, path=path) for n in ("cuobjdump", "nvdisasm")) else None
+
+
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump or nvdisasm was not found")
+@each_persistent_source
+def test_tensor_core_kernels_use_tensor_cores(compiled: Compiled, source: Path) -> None:
     if source.name in WITHOUT_KERNELS:
-        assert "entry function" not in log
         return
-    assert set(re.findall(r"for 'sm_(\d+)'", log)) == set(archs)
-    assert spills(log) == []
+    command = ["cuobjdump", "--dump-sass", str(compiled.object(source))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler())
+    functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)[1:]
+    assert len(functions) == len(compiled.kernels(source))
+    for function in functions:
+        name = function.splitlines()[0]
+        assert ("HMMA" in function) == ("ScalarFloat" not in name), name
+        assert "LDL" not in function, f"{name} reads local memory"
+
+
+LAYOUT = """
+#include <cstdio>
+#include "persistent_cta.cuh"
+using namespace rnnfast;
+using namespace rnnfast::cuda;
+template <class Cell, class Math, bool kWide>
+void compare() {
+  constexpr CtaShape shape = persistent_cta::Kernel<Cell, Math, kWide>::kShape;
+  for (int units = 1; units <= shape.most_warps * kTileUnits; ++units) {
+    for (bool backward : {false, true}) {
+      const size_t layout = persistent_cta::Shared<Cell, Math, kWide>(nullptr, units, backward).bytes;
+      const int plan = cta_shared_bytes(units, Cell::kGates, sizeof(typename Math::Operand), shape, backward);
+      if (layout != static_cast<size_t>(plan)) printf("%d: %zu, planned %d\\n", units, layout, plan);
+    }
+  }
+}
+int main() {
+  compare<LstmCell, TensorCore<__half>, false>();
+  compare<LstmCell, TensorCore<__half>, true>();
+  compare<GruCell, TensorCoreTf32, false>();
+  compare<ElmanCell<Tanh>, ScalarFloat, false>();
+  puts("compared");
+}
+"""
+
+
+def test_shared_memory_is_as_planned(tmp_path: Path) -> None:
+    """A block's layout, computed on the host, takes the bytes that the plan holds against the device's."""
+    source, program = tmp_path / "layout.cu", tmp_path / "layout"
+    source.write_text(LAYOUT)
+    run([str(NVCC), "-std=c++17", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", str(source), "-o", str(program)])
+    assert run([str(program)]) == "compared\n"
 
 
 @pytest.mark.parametrize("source", sorted(SUBJECTS.glob("*.cu")), ids=lambda path: path.name)

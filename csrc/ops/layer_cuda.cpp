@@ -1,8 +1,7 @@
 // Owns: the operators on CUDA: the device's view of time, the products over all steps, the workspace, the launch of the
-// engine.
+// engine that the plan chose.
 // Must not know: equations, loops over time, kernels.
 #include <ATen/Functions.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -10,6 +9,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cuda_engine.h"
+#include "device_cuda.h"
 #include "gemm_cuda.h"
 #include "layer.h"
 
@@ -50,24 +51,65 @@ class DeviceSequence {
   std::vector<int64_t> offsets_;
 };
 
-// What an engine needs to run on the current stream. The allocator aligns to 512 bytes, and hands memory out again only
-// behind this stream's work.
-class EngineContext {
- public:
-  EngineContext(size_t workspace_bytes, const Tensor& like)
-      : workspace_(at::empty({static_cast<int64_t>(workspace_bytes)}, like.options().dtype(at::kByte))) {
-    context_.stream = c10::cuda::getCurrentCUDAStream().stream();
-    context_.workspace = workspace_.data_ptr();
-    context_.gemm = cublas_gemm();
-  }
-  const cuda::Context& get() const { return context_; }
-
- private:
-  Tensor workspace_;
-  cuda::Context context_;
+struct Launchers {
+  size_t (*forward_workspace_bytes)(const LayerForward& layer);
+  int (*forward)(const LayerForward& layer, const cuda::Context& context);
+  size_t (*backward_workspace_bytes)(const LayerBackward& layer);
+  int (*backward)(const LayerBackward& layer, const cuda::BackwardProducts (&products)[2],
+                  const cuda::Context& context);
 };
 
-void check_engine(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+#define RNNFAST_LAUNCHERS(engine)                                                                        \
+  {cuda::engine::forward_workspace_bytes, cuda::engine::forward, cuda::engine::backward_workspace_bytes, \
+   cuda::engine::backward}
+constexpr Launchers kLaunchers[plan::kEngines] = {
+    // in the order of plan::Engine
+    RNNFAST_LAUNCHERS(persistent_cta),
+    RNNFAST_LAUNCHERS(stepwise),
+};
+#undef RNNFAST_LAUNCHERS
+
+// The engine of one call, and the way to run it on the current stream.
+class Engine {
+ public:
+  Engine(const Geometry& g, bool tf32, bool backward)
+      : plan_(choose_cuda_engine({g.cell, g.dtype, tf32, g.steps, g.batch, g.hidden_size, g.projection,
+                                  static_cast<int>(g.directions), backward},
+                                 cuda_device())) {}
+
+  void run(const LayerForward& layer, const Tensor& like) const {
+    const Tensor workspace = allocate(launchers().forward_workspace_bytes(layer), like);
+    check(launchers().forward(layer, context(workspace)));
+  }
+  void run(const LayerBackward& layer, const cuda::BackwardProducts (&products)[2], const Tensor& like) const {
+    const Tensor workspace = allocate(launchers().backward_workspace_bytes(layer), like);
+    check(launchers().backward(layer, products, context(workspace)));
+  }
+
+ private:
+  const Launchers& launchers() const { return kLaunchers[static_cast<int>(plan_.engine)]; }
+  // The allocator aligns to 512 bytes, and hands memory out again only behind this stream's work.
+  static Tensor allocate(size_t bytes, const Tensor& like) {
+    return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+  }
+  cuda::Context context(const Tensor& workspace) const {
+    cuda::Context context;
+    context.stream = c10::cuda::getCurrentCUDAStream().stream();
+    context.workspace = workspace.data_ptr();
+    context.gemm = cublas_gemm();
+    return context;
+  }
+  void check(int code) const {
+    const auto error = static_cast<cudaError_t>(code);
+    if (error == cudaSuccess) return;
+    (void)cudaGetLastError();  // or the next call would report it again
+    TORCH_CHECK(false, "rnnfast: the engine ", plan::kEngineNames[static_cast<int>(plan_.engine)],
+                " failed to launch: ", cudaGetErrorString(error), " (", plan_.tile.blocks, " blocks of ",
+                plan_.tile.threads, " threads and ", plan_.tile.shared_bytes, " bytes of shared memory)");
+  }
+
+  plan::Plan plan_;
+};
 
 // The weights of one direction, or their gradients; those that are not there are undefined.
 struct Weights {
@@ -114,12 +156,13 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   const Tensor igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, input.options());
   LayerForward params = forward_params(g, save, layer, tensors);
   params.sequence = sequence.sequence();
+  params.tf32 = tf32_allowed();
+  const Engine engine(g, params.tf32, /*backward=*/false);
   for (int64_t d = 0; d < g.directions; ++d) {
     project_input(x, Weights(g, layer.weights.data(), d), igates[d]);
     params.direction[d].igates = igates[d].data_ptr();
   }
-  const EngineContext context(cuda::stepwise::forward_workspace_bytes(params), input);
-  check_engine(cuda::stepwise::forward(params, context.get()));
+  engine.run(params, input);
   return tensors.result();
 }
 
@@ -172,6 +215,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   tensors.allocate_gate_gradients(g);
   LayerBackward params = backward_params(g, layer, tensors);
   params.sequence = sequence.sequence();
+  params.tf32 = tf32_allowed();
+  const Engine engine(g, params.tf32, /*backward=*/true);
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
   const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
@@ -186,8 +231,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     }
     if (recompute) project_input(x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
   }
-  const EngineContext context(cuda::stepwise::backward_workspace_bytes(params), input);
-  check_engine(cuda::stepwise::backward(params, products, context.get()));
+  engine.run(params, products, input);
   reduce_gradients(g, layer, sequence, h_prev, grad_h, hidden, tensors);
   return tensors.result();
 }

@@ -53,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU has.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"), "Forces an instruction set.");
   rnnfast::ops::bind(m);
+  rnnfast::ops::bind_plan(m);
 }

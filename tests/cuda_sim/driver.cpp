@@ -173,7 +173,10 @@ template <class Call>
 int with_workspace(size_t bytes, const Call& call) {
   void* workspace = nullptr;
   if (cudaMalloc(&workspace, bytes) != cudaSuccess) return cudaErrorMemoryAllocation;
-  const int error = call(cuda::Context{nullptr, workspace, {run_gemm, nullptr}});
+  cuda::Context context;
+  context.workspace = workspace;
+  context.gemm.run = run_gemm;
+  const int error = call(context);
   cudaFree(workspace);
   return error;
 }

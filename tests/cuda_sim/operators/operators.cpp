@@ -5,8 +5,11 @@
 #include <torch/library.h>
 
 #include "checks.cpp"
+#include "cuda_engine.cpp"
+#include "device_host.cpp"
 #include "gemm_host.cpp"
 #include "layer.cpp"
+#include "plan.cpp"
 
 #define CUDA PrivateUse1
 #include "layer_cuda.cpp"

@@ -1,0 +1,135 @@
+"""The plan of CUDA engines: a pure function of a layer's shape and of a device, so these devices are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sample_inputs import CELLS
+
+from rnnfast import ops
+
+pytestmark = pytest.mark.skipif(ops.extension is None, reason="the plan is in the extension")
+
+HOPPER = {
+    "capability": 90,
+    "multiprocessors": 132,
+    "shared_bytes": 232448,
+    "registers": 65536,
+    "cooperative": True,
+    "clusters": True,
+}
+AMPERE = {**HOPPER, "capability": 80, "multiprocessors": 108, "shared_bytes": 166912, "clusters": False}
+TURING = {**AMPERE, "capability": 75, "shared_bytes": 65536}
+SMALL_AMPERE = {**AMPERE, "capability": 86, "multiprocessors": 28, "shared_bytes": 101376}
+
+
+def plan(cell: str = "lstm", **changes: Any) -> dict[str, Any]:
+    problem = {
+        "cell": cell,
+        "dtype": "bfloat16",
+        "steps": 100,
+        "batch": 16,
+        "hidden_size": 128,
+        "directions": 1,
+        "projection": False,
+        "tf32": False,
+        "backward": False,
+        "device": HOPPER,
+    }
+    assert ops.extension is not None
+    result: dict[str, Any] = ops.extension.plan(**{**problem, **changes})
+    return result
+
+
+def test_a_block_holds_a_small_layer() -> None:
+    made = plan(batch=17, directions=2)
+    assert made["engine"] == "persistent_cta"
+    tile = made["tile"]
+    assert (tile["blocks"], tile["threads"], tile["units"], tile["rows"]) == (6, 256, 128, 8)
+    assert tile["shared_bytes"] == 2 * 8 * (128 * 2 + 16)  # all of W_hh lies in registers
+    assert "persistent_cta" not in made["against"]
+    assert made["against"]["stepwise"] == "persistent_cta can run it"
+
+
+def test_the_size_of_a_layer_and_of_shared_memory_decide() -> None:
+    most = {"lstm": 192, "gru": 192, "rnn_tanh": 256, "rnn_relu": 256, "rnn_sigmoid": 256}
+    assert set(most) == set(CELLS)
+    for cell, hidden_size in most.items():
+        assert plan(cell, hidden_size=hidden_size)["engine"] == "persistent_cta"
+        against = plan(cell, hidden_size=hidden_size + 1)["against"]["persistent_cta"]
+        assert against == (
+            f"a block holds {hidden_size} hidden units of this cell and dtype, the layer has {hidden_size + 1}"
+        )
+    wide = {"hidden_size": 192, "backward": True}
+    assert plan(**wide)["engine"] == "persistent_cta"
+    for device in (AMPERE, SMALL_AMPERE):
+        against = plan(**wide, device=device)["against"]["persistent_cta"]
+        assert against == f"a block needs 221440 bytes of shared memory, the device gives {device['shared_bytes']}"
+    assert plan(hidden_size=128, device=SMALL_AMPERE)["engine"] == "persistent_cta"
+
+
+def test_float32_takes_more_memory() -> None:
+    narrow, tf32 = plan(dtype="float32"), plan(dtype="float32", tf32=True)
+    assert narrow["engine"] == tf32["engine"] == "persistent_cta"
+    assert narrow["tile"]["shared_bytes"] > tf32["tile"]["shared_bytes"] > plan()["tile"]["shared_bytes"]
+    assert plan(dtype="float32", hidden_size=129)["engine"] != "persistent_cta"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": TURING}, "it needs sm_80, the device is sm_75"),
+        ({"device": {**AMPERE, "registers": 32768}}, "it needs 65536 registers a multiprocessor, the device has 32768"),
+        ({"dtype": "float64"}, "it has no float64"),
+        ({"projection": True}, "it has no projections (proj_size)"),
+        ({"batch": 2**31}, "it counts steps and rows in 32 bits"),
+    ],
+)
+def test_what_no_persistent_engine_runs(changes: dict[str, Any], reason: str) -> None:
+    made = plan(**changes)
+    assert made["engine"] == "stepwise"
+    assert set(made["against"].values()) == {reason}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALL_AMPERE, TURING], ids=lambda d: f"sm_{d['capability']}")
+def test_every_plan_keeps_to_the_device(cell: str, device: dict[str, Any]) -> None:
+    for dtype in ("bfloat16", "float16", "float32"):
+        for hidden_size in (1, 16, 100, 128, 144, 192, 250, 256, 512, 1024):
+            for backward in (False, True):
+                made = plan(cell, dtype=dtype, hidden_size=hidden_size, backward=backward, device=device)
+                tile = made["tile"]
+                assert tile["shared_bytes"] <= device["shared_bytes"]
+                assert tile["threads"] <= 1024
+                if made["engine"] != "stepwise":
+                    assert tile["threads"] % 32 == 0
+                    assert tile["blocks"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ forced engines
+@pytest.fixture
+def unforced() -> Iterator[None]:
+    yield
+    assert ops.extension is not None
+    ops.extension.force_cuda_engine(None)
+
+
+@pytest.mark.usefixtures("unforced")
+def test_a_forced_engine_runs_or_says_why_not() -> None:
+    with ops.cuda_engine("stepwise"):
+        assert plan()["engine"] == "stepwise"
+        with ops.cuda_engine("persistent_cta"):
+            assert plan()["engine"] == "persistent_cta"
+            limit = "a block holds 192 hidden units of this cell and dtype, the layer has 500"
+            with pytest.raises(RuntimeError, match=f"persistent_cta was forced and cannot run this lstm: {limit}"):
+                plan(hidden_size=500)
+        assert plan()["engine"] == "stepwise"
+    assert plan()["engine"] == "persistent_cta"
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one of persistent_cta, .*, got 'fast'"), ops.cuda_engine("fast"):
+        pass
+    assert plan()["engine"] == "persistent_cta"

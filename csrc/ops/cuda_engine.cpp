@@ -4,6 +4,8 @@
 
 #include <atomic>
 
+#include "cell/cells.h"
+
 namespace rnnfast::ops {
 namespace {
 constexpr int kPlanned = -1;

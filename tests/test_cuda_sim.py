@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,16 @@ class Problem:
         return self.arguments[0] != "rnn_relu" or torch.equal(output > 0, self.results[0] > 0)
 
 
-def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int, *, tf32: bool = False) -> None:
-    """Forward and backward of a sample on the simulator, against the reference."""
+def compare(
+    sim: driver.Simulator,
+    sample: Sample,
+    dtype: torch.dtype,
+    save: int,
+    *,
+    tf32: bool = False,
+    backward_engine: str = "",
+) -> None:
+    """Forward of a sample on the simulator, and backward, by the same engine or another, against the reference."""
     problem = Problem(sample, dtype)
     bound = Arithmetic(dtype, tf32).bound
     layer = driver.Layer(*problem.arguments, **problem.options, tf32=tf32)
@@ -134,6 +143,8 @@ def compare(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int
     results = [output, h_n, c_n, saved.c if save else problem.results[-1]]
     assert_close(results[: 2 * problem.states], problem.results, bound)
     if save and problem.differentiable(output):
+        if backward_engine:
+            sim.engine(backward_engine)
         grad_output, grad_h_n, grad_c_n, grad_c = [*problem.grads, None, None][:4]
         assert_close(
             sim.backward(layer, output, saved, grad_output, grad_h_n, grad_c_n, grad_c), problem.gradients(), bound
@@ -219,9 +230,39 @@ def test_persistent_kernels_have_no_races_and_read_no_garbage(
             compare(sim, sample, arithmetic.dtype, (driver.GATES, STATES)[index % 2], tf32=arithmetic.tf32)
 
 
-def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver.Simulator]) -> None:
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@persistent_engines
+def test_engines_read_what_another_saved(simulators: dict[str, driver.Simulator], engine: str, cell: str) -> None:
     sim = simulator(simulators, "sim")
-    arguments, options = WIDE[0].arguments(torch.float32)
+    for sample in [s for s in TILES if s.cell == cell]:
+        for save in (STATES, driver.GATES):
+            for forward, backward in ((engine, "stepwise"), ("stepwise", engine)):
+                sim.engine(forward)
+                compare(sim, sample, torch.float32, save, backward_engine=backward)
+
+
+@persistent_engines
+def test_rows_that_cannot_be_loaded_in_pairs(simulators: dict[str, driver.Simulator], engine: str) -> None:
+    sim = simulator(simulators, "sim")
+    sim.engine(engine)
+    sim.shift(1)
+    try:
+        for sample in TILES:
+            if sample.steps * sample.batch < 60:
+                compare(sim, sample, torch.bfloat16, driver.GATES)
+    finally:
+        sim.shift(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engine", ["stepwise", "persistent_cta"])
+def test_the_order_of_threads_does_not_change_a_bit(
+    simulators: dict[str, driver.Simulator], engine: str, dtype: torch.dtype
+) -> None:
+    sim = simulator(simulators, "sim")
+    sim.engine(engine)
+    sample = WIDE[0] if engine == "stepwise" else TILES[1]
+    arguments, options = sample.arguments(dtype)
     layer = driver.Layer(*arguments, **options)
     results = []
     for seed in range(12):
@@ -234,14 +275,29 @@ def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver
 
 # ------------------------------------------------------------------------------------------------ the operators
 @pytest.fixture(scope="module")
-def operators() -> DispatchKeySet:
-    """The CUDA operators of csrc/ops, on host tensors and the simulator: a key that dispatches to them."""
+def operators_library() -> Path:
     if ops.extension is None:
         pytest.skip("the extension is not built, so there are no operators")
     sources = [build.HERE / "operators" / "operators.cpp"]
     library = build.build("operators", "sim", ENGINE[1:], library=True, torch_sources=sources)
     torch.ops.load_library(str(library))
+    return library
+
+
+@pytest.fixture
+def operators(operators_library: Path) -> DispatchKeySet:
+    """The CUDA operators of csrc/ops, on host tensors and the simulator: a key that dispatches to them."""
+    assert operators_library.exists()
     return DispatchKeySet(DispatchKey.PrivateUse1)
+
+
+@pytest.fixture
+def force_engine(operators_library: Path) -> Iterator[Callable[[str], None]]:
+    """Chooses the engine of the operators on the simulator; "" leaves the choice to the plan."""
+    force = ctypes.CDLL(str(operators_library)).sim_force_engine
+    force.argtypes = [ctypes.c_char_p]
+    yield lambda name: force(name.encode())
+    force(b"")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -265,6 +321,29 @@ def test_operators_against_reference(operators: DispatchKeySet, cell: str, dtype
         )
         got = [grad_input, grad_h0, *([grad_c0] if problem.states == 2 else []), *grad_weights]
         assert_close(got, problem.gradients(), bound)
+
+
+def test_operators_take_the_engine_that_was_forced(
+    operators: DispatchKeySet, force_engine: Callable[[str], None]
+) -> None:
+    def run(hidden_size: int, dtype: torch.dtype) -> Tensor:
+        arguments, _ = Sample("gru", steps=20, hidden_size=hidden_size).arguments(dtype)
+        result = torch.ops.rnnfast.gru.default.redispatch(operators, *arguments[1:], None, None, None, driver.GATES)
+        return torch.cat([tensor.flatten() for tensor in result])
+
+    planned = run(40, torch.bfloat16)
+    force_engine("persistent_cta")
+    assert torch.equal(run(40, torch.bfloat16), planned)
+    for hidden_size, dtype, limit in (
+        (40, torch.float64, "it has no float64"),
+        (300, torch.bfloat16, "a block holds 192 hidden units of this cell and dtype, the layer has 300"),
+    ):
+        with pytest.raises(RuntimeError, match=f"persistent_cta was forced and cannot run this gru: {limit}"):
+            run(hidden_size, dtype)
+    force_engine("stepwise")
+    other = run(40, torch.bfloat16)
+    assert not torch.equal(other, planned)  # sums in another order
+    assert_close([other], [planned.double()], Arithmetic(torch.bfloat16).bound)
 
 
 def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:
@@ -399,6 +478,11 @@ def main() -> None:
     for index, sample in enumerate([*SAMPLES, *WIDE]):
         sim.seed(index)
         compare(sim, sample, driver.DTYPES[index % 4], (driver.GATES, STATES)[index // 4 % 2])
+    sim.engine("persistent_cta")
+    for index, sample in enumerate([*TILES, *WIDE_TILES]):
+        dtype = driver.DTYPES[1 + index % 3] if sample in TILES else torch.bfloat16
+        compare(sim, sample, dtype, (driver.GATES, STATES)[index % 2], tf32=dtype == torch.float32 and index % 2 == 0)
+    sim.engine("stepwise")
     sim.shift(1)  # vector loads would be misaligned
     for sample in WIDE:
         compare(sim, sample, torch.float32, STATES)

@@ -19,7 +19,7 @@ from torch.overrides import has_torch_function
 
 from . import reference
 from ._extension import error as extension_error
-from ._extension import extension
+from ._extension import extension as extension
 
 BACKENDS = ("auto", "reference")
 

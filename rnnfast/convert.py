@@ -22,7 +22,8 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
-_OWN_ATTRIBUTES = ("backend", "recompute", "batch_invariant", "_layer_names")  # which torch.nn's modules lack
+# What torch.nn's modules lack.
+_OWN_ATTRIBUTES = ("backend", "recompute", "batch_invariant", "weight_dropout", "forget_bias", "_layer_names")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -49,16 +50,18 @@ def to_torch(model: ModuleT) -> ModuleT:
         ``model``.
 
     Raises:
-        ValueError: a layer or cell has no counterpart (``nonlinearity="sigmoid"``); nothing has been changed then.
+        ValueError: a layer or cell has no counterpart (``nonlinearity="sigmoid"``, ``weight_dropout``); nothing has
+            been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
-        name or "the model itself"
+        f"{name or 'the model itself'} with {option}"
         for name, module in model.named_modules()
-        if module in found and getattr(module, "nonlinearity", "") == "sigmoid"
+        if module in found
+        for option in _without_counterpart(module)
     ]
     if lone:
-        raise ValueError(f"model: torch.nn has no recurrent layer with nonlinearity 'sigmoid', got {', '.join(lone)}")
+        raise ValueError(f"model: expected layers that torch.nn has, got {', '.join(lone)}")
     for module in found:
         state = {key: value for key, value in module.__dict__.items() if key not in _OWN_ATTRIBUTES}
         if isinstance(module, nn.RNNBase):
@@ -88,6 +91,12 @@ def patch_torch() -> Iterator[None]:
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+
+
+def _without_counterpart(module: nn.Module) -> list[str]:
+    """The options of a layer or cell that torch.nn's lacks."""
+    options = {name: getattr(module, name, None) for name in ("nonlinearity", "weight_dropout")}
+    return [f"{name}={value!r}" for name, value in options.items() if value and value not in ("tanh", "relu")]
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

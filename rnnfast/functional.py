@@ -55,6 +55,8 @@ def recurrent(
     return_states: bool = False,
     recompute: bool = False,
     batch_invariant: bool = False,
+    weight_dropout: float = 0.0,
+    generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Result:
     """Run a stack of layers, with torch.nn's forms of input and result.
@@ -78,6 +80,10 @@ def recurrent(
         batch_invariant: promise that output and states of a row, and the first derivatives by its input and its initial
             states, are the same bit for bit whatever else is in the batch and wherever in it the row is. It holds on
             the CPU at no cost.
+        weight_dropout: probability of zeroing an element of every ``w_hh``, the rest scaled by 1 / (1 - p): one mask a
+            direction and call, so the same at every step (Merity, Keskar and Socher, "Regularizing and Optimizing LSTM
+            Language Models", ICLR 2018).
+        generator: what the masks of ``weight_dropout`` are drawn from, of the weights' device; None: torch's default.
         backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
 
     Returns:
@@ -139,6 +145,8 @@ def recurrent(
     if reset is not None:
         reset = _reset(reset, x, batched, batch_first and batch_sizes is None, batch_sizes)
 
+    if weight_dropout:
+        weights = _drop_weights(weights, 2 if bidirectional else 1, weight_dropout, generator)
     if batch_invariant:
         _check_batch_invariant(x, dropout if len(weights) > 1 else 0.0, backend)
     save = 0
@@ -244,6 +252,25 @@ def _layers(
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns)
+
+
+def _drop_weights(
+    weights: Sequence[Sequence[Tensor]], directions: int, probability: float, generator: torch.Generator | None
+) -> list[list[Tensor]]:
+    """The layers' weights with elements of every w_hh dropped."""
+    dropped = []
+    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    for layer_weights in weights:
+        layer = list(layer_weights)
+        for index in range(1, len(layer), len(layer) // directions):
+            w_hh = layer[index]
+            if generator is None:
+                layer[index] = drop(w_hh, probability)
+            else:  # which torch's dropout does not take
+                keep = torch.empty_like(w_hh, requires_grad=False).bernoulli_(1 - probability, generator=generator)
+                layer[index] = w_hh * (keep * scale)
+        dropped.append(layer)
+    return dropped
 
 
 def _save(

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import functional
 
 # What a torch.nn layer's state, or an old one, may lack.
-_DEFAULTS = {"proj_size": 0, "recompute": False, "batch_invariant": False, "backend": None}
+_DEFAULTS = {"proj_size": 0, "recompute": False, "batch_invariant": False, "weight_dropout": 0.0, "backend": None}
 
 
 class _Layers(nn.RNNBase):
@@ -25,6 +25,7 @@ class _Layers(nn.RNNBase):
 
     recompute: bool
     batch_invariant: bool
+    weight_dropout: float
     backend: str | None
 
     def __init__(
@@ -42,11 +43,13 @@ class _Layers(nn.RNNBase):
         dtype: torch.dtype | None,
         recompute: bool,
         batch_invariant: bool,
+        weight_dropout: float,
         backend: str | None,
     ) -> None:
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+        for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
+            if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
+                raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
         if isinstance(proj_size, Integral) and not 0 <= proj_size < hidden_size:
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
@@ -70,6 +73,7 @@ class _Layers(nn.RNNBase):
         self.mode = mode
         self.recompute = recompute
         self.batch_invariant = batch_invariant
+        self.weight_dropout = float(weight_dropout)
         self.backend = backend
         self._name_layers()
 
@@ -81,6 +85,7 @@ class _Layers(nn.RNNBase):
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
+        generator: torch.Generator | None = None,
     ) -> functional.Result:
         """Run the layers over a sequence.
 
@@ -97,6 +102,7 @@ class _Layers(nn.RNNBase):
                 where set, the state before that step is zero, and no gradient crosses. The backward direction has
                 the same boundary, so it starts afresh at the step before.
             return_states: whether to return every layer's states at every step, too.
+            generator: what the masks of weight_dropout are drawn from, of the weights' device; None: torch's default.
 
         Returns:
             ``(output, h_n)``, for LSTM ``(output, (h_n, c_n))``: the last layer's output at every step, with D * H_out
@@ -126,6 +132,8 @@ class _Layers(nn.RNNBase):
             return_states=return_states,
             recompute=self.recompute,
             batch_invariant=self.batch_invariant,
+            weight_dropout=self.weight_dropout if self.training else 0.0,
+            generator=generator,
             backend=self.backend,
         )
 
@@ -161,9 +169,11 @@ class _Layers(nn.RNNBase):
         text = super().extra_repr()
         if self.mode == "RNN_SIGMOID":
             text += ", nonlinearity=sigmoid"
-        for name in ("recompute", "batch_invariant"):
+        for name in ("recompute", "batch_invariant", "weight_dropout"):
             if getattr(self, name):
-                text += f", {name}=True"
+                text += f", {name}={getattr(self, name)}"
+        if getattr(self, "forget_bias", None) is not None:
+            text += f", forget_bias={self.forget_bias}"
         if self.backend is not None:
             text += f", backend={self.backend}"
         return text
@@ -213,10 +223,13 @@ class RNN(_Layers):
             memory for more time, the same result.
         batch_invariant: whether a row's output, states and first derivatives must not depend, in a single bit, on what
             else is in the batch. It holds on the CPU at no cost; elsewhere, and with dropout, forward says no.
+        weight_dropout: probability, in training, of zeroing an element of every ``weight_hh``, the rest scaled by
+            1 / (1 - p). One mask a call, the same at every step (Merity, Keskar and Socher, "Regularizing and
+            Optimizing LSTM Language Models", ICLR 2018).
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
 
     Raises:
-        ValueError: a size below 1, dropout outside [0, 1], an unknown nonlinearity or backend, a proj_size.
+        ValueError: a size below 1, a probability outside [0, 1], an unknown nonlinearity or backend, a proj_size.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
@@ -238,6 +251,7 @@ class RNN(_Layers):
         proj_size: int = 0,
         recompute: bool = False,
         batch_invariant: bool = False,
+        weight_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -256,6 +270,7 @@ class RNN(_Layers):
             dtype,
             recompute,
             batch_invariant,
+            weight_dropout,
             backend,
         )
         self.nonlinearity = nonlinearity
@@ -273,13 +288,19 @@ class LSTM(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, backend: as for :class:`RNN`.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
+        forget_bias: what the forget gates' bias starts from, bias_ih and bias_hh together: 1 helps to remember long
+            (Jozefowicz, Zaremba and Sutskever, "An Empirical Exploration of Recurrent Network Architectures", ICML
+            2015). None leaves torch.nn's initial values.
 
     Raises:
-        ValueError: a size below 1, dropout outside [0, 1], proj_size outside 0 .. hidden_size - 1, unknown backend.
+        ValueError: a size below 1, a probability outside [0, 1], proj_size outside 0 .. hidden_size - 1, an unknown
+            backend, a forget_bias that is no number or has no bias to go to.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
+
+    forget_bias: float | None = None
 
     def __init__(
         self,
@@ -296,8 +317,14 @@ class LSTM(_Layers):
         *,
         recompute: bool = False,
         batch_invariant: bool = False,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
         backend: str | None = None,
     ) -> None:
+        if forget_bias is not None and (not isinstance(forget_bias, Real) or not bias):
+            takes = "a number or None" if bias else "None without bias"
+            raise ValueError(f"forget_bias: expected {takes}, got {forget_bias!r}")
+        self.forget_bias = forget_bias  # before the parameters, whose initial values it changes
         super().__init__(
             "LSTM",
             input_size,
@@ -312,8 +339,20 @@ class LSTM(_Layers):
             dtype,
             recompute,
             batch_invariant,
+            weight_dropout,
             backend,
         )
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as torch.nn does, then set the forget gates' bias to ``forget_bias``."""
+        super().reset_parameters()
+        if self.forget_bias is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("bias"):
+                    start = self.forget_bias if name.startswith("bias_ih") else 0.0
+                    parameter[self.hidden_size : 2 * self.hidden_size].fill_(start)
 
 
 class GRU(_Layers):
@@ -328,10 +367,10 @@ class GRU(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, backend: as for :class:`RNN`.
 
     Raises:
-        ValueError: a size below 1, dropout outside [0, 1], a proj_size, an unknown backend.
+        ValueError: a size below 1, a probability outside [0, 1], a proj_size, an unknown backend.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
@@ -350,6 +389,7 @@ class GRU(_Layers):
         proj_size: int = 0,
         recompute: bool = False,
         batch_invariant: bool = False,
+        weight_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -367,6 +407,7 @@ class GRU(_Layers):
             dtype,
             recompute,
             batch_invariant,
+            weight_dropout,
             backend,
         )
 

@@ -1,0 +1,182 @@
+"""What torch.nn's layers lack inside the recurrence: dropout of W_hh, and where the forget gate's bias starts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from sample_inputs import flatten
+from torch import Tensor, nn
+
+import rnnfast
+
+each_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+I, H, T, B = 5, 8, 6, 3
+
+
+def make(name: str, **options: Any) -> nn.Module:
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64, **options}
+    return getattr(rnnfast, name)(I, H, **options)
+
+
+def hidden_weights(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters() if name.startswith("weight_hh")]
+
+
+# ------------------------------------------------------------------------------------------------ weight dropout
+@each_layer
+@pytest.mark.parametrize("generated", [False, True])
+def test_weight_dropout_is_a_mask_on_w_hh(name: str, generated: bool, device: str) -> None:
+    """The same at every step, another for each layer and direction, drawn in their order: outputs and gradients."""
+    module = make(name, weight_dropout=0.4, device=device)
+    plain = make(name, device=device)
+    plain.load_state_dict(module.state_dict())
+    input = torch.randn(T, B, I, device=device, dtype=torch.float64)
+    generator = torch.Generator(device).manual_seed(5) if generated else None
+    torch.manual_seed(5)
+    got = module(input, generator=generator)[0]
+    grads = torch.autograd.grad(got.square().sum(), list(module.parameters()))
+
+    generator = torch.Generator(device).manual_seed(5) if generated else None
+    torch.manual_seed(5)
+    masks = {}
+    for key in hidden_weights(plain):
+        weight = getattr(plain, key)
+        ones = torch.ones_like(weight)
+        if generator is None:
+            masks[key] = nn.functional.dropout(ones, 0.4)
+        else:
+            masks[key] = ones.bernoulli_(0.6, generator=generator) / 0.6
+        with torch.no_grad():
+            weight.mul_(masks[key])
+    expected = plain(input)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(plain.parameters()))
+    for (key, _), grad, wanted in zip(module.named_parameters(), grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted * masks.get(key, 1.0), rtol=1e-10, atol=1e-10)
+
+
+@each_layer
+def test_weight_dropout_is_off_in_eval(name: str, device: str) -> None:
+    module, plain = make(name, weight_dropout=0.4, device=device), make(name, device=device)
+    plain.load_state_dict(module.state_dict())
+    input = torch.randn(T, B, I, device=device, dtype=torch.float64)
+    module.eval()
+    assert torch.equal(module(input)[0], plain(input)[0])
+    module.train()
+    assert not torch.equal(module(input)[0], plain(input)[0])
+
+
+@each_layer
+def test_a_generator_leaves_torch_s_own_alone(name: str, device: str) -> None:
+    module = make(name, weight_dropout=0.4, device=device)
+    input = torch.randn(T, B, I, device=device, dtype=torch.float64)
+    generator = torch.Generator(device)
+    state = torch.get_rng_state()
+    results = [flatten(module(input, generator=generator.manual_seed(seed))) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("generated", [False, True])
+def test_statistics_of_the_mask(probability: float, generated: bool) -> None:
+    """Kept elements are scaled by 1 / (1 - p), and as many are dropped as chance allows, within five deviations."""
+    module = rnnfast.RNN(1, 200, weight_dropout=probability, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_hh_l0.fill_(1e-3)
+    generator = torch.Generator().manual_seed(0) if generated else None
+    h0 = torch.eye(200, dtype=torch.float64).unsqueeze(0)  # row b of the output is tanh of W_hh's column b
+    with torch.no_grad():
+        output = module(torch.zeros(1, 200, 1, dtype=torch.float64), h0, generator=generator)[0][0]
+    kept = output != 0
+    deviation = math.sqrt(probability * (1 - probability) / output.numel())
+    assert abs(kept.double().mean().item() - (1 - probability)) < 5 * deviation
+    torch.testing.assert_close(output[kept].atanh(), torch.full_like(output[kept], 1e-3 / (1 - probability)))
+
+
+@each_layer
+def test_weight_dropout_has_derivatives_of_every_order(name: str, device: str) -> None:
+    module = getattr(rnnfast, name)(2, 2, weight_dropout=0.5, dtype=torch.float64, device=device)
+    input = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def run(input: Tensor, w_hh: Tensor) -> Tensor:
+        generator = torch.Generator(device).manual_seed(3)
+        return torch.func.functional_call(module, {"weight_hh_l0": w_hh}, (input,), {"generator": generator})[0]
+
+    assert torch.autograd.gradcheck(run, (input, module.weight_hh_l0))
+    assert torch.autograd.gradgradcheck(run, (input, module.weight_hh_l0))
+
+
+@each_layer
+def test_weight_dropout_with_lengths_resets_and_recompute(name: str, device: str) -> None:
+    """Equal to the reference formula with the same mask."""
+    lengths, reset = torch.tensor([T, 2, 0], device=device), torch.rand(T, B, device=device) < 0.3
+    input = torch.randn(T, B, I, device=device, dtype=torch.float64)
+    results = []
+    for backend in (None, "reference"):
+        torch.manual_seed(1)
+        module = make(name, weight_dropout=0.3, recompute=True, backend=backend, device=device)
+        output = module(input, lengths=lengths, reset=reset)[0]
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(module.parameters()))])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@each_layer
+@pytest.mark.parametrize("probability", [-0.1, 1.5, True, "half"])
+def test_bad_weight_dropout(name: str, probability: Any) -> None:
+    with pytest.raises(ValueError, match=f"weight_dropout: expected a probability from 0 to 1, got {probability!r}"):
+        getattr(rnnfast, name)(2, 3, weight_dropout=probability)
+
+
+def test_everything_dropped() -> None:
+    module = rnnfast.GRU(2, 3, weight_dropout=1.0)
+    input = torch.randn(1, 2, 2)
+    for generator in (None, torch.Generator()):
+        h0 = torch.randn(1, 2, 3)
+        expected = nn.GRU(2, 3)
+        expected.load_state_dict({**module.state_dict(), "weight_hh_l0": torch.zeros(9, 3)})
+        torch.testing.assert_close(module(input, h0, generator=generator)[0], expected(input, h0)[0])
+
+
+@each_layer
+def test_torch_nn_has_no_weight_dropout(name: str) -> None:
+    module = nn.Sequential(make(name, weight_dropout=0.25))
+    assert "weight_dropout=0.25" in repr(module)
+    with pytest.raises(ValueError, match=r"model: expected layers that torch.nn has, got 0 with weight_dropout=0\.25"):
+        rnnfast.to_torch(module)
+    module[0].weight_dropout = 0.0
+    assert type(rnnfast.to_torch(module)[0]) is getattr(nn, name)
+
+
+# --------------------------------------------------------------------------------------------------- forget bias
+def test_forget_bias() -> None:
+    """It is all that differs from torch.nn's initial values, and reset_parameters sets it again."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=3)
+    torch.manual_seed(0)
+    ours = rnnfast.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=3, forget_bias=1.5)
+    for _ in range(2):
+        for (key, expected), value in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+            wanted = expected.detach().clone()
+            if key.startswith("bias"):
+                wanted[H : 2 * H] = 1.5 if key.startswith("bias_ih") else 0.0
+            assert torch.equal(value, wanted)
+        for module in (theirs, ours):
+            torch.manual_seed(1)
+            module.reset_parameters()
+    assert "forget_bias=1.5" in repr(ours)
+    assert type(rnnfast.to_torch(ours)) is nn.LSTM
+    assert rnnfast.convert(ours).forget_bias is None
+
+
+def test_bad_forget_bias() -> None:
+    with pytest.raises(ValueError, match="forget_bias: expected a number or None, got '1'"):
+        rnnfast.LSTM(2, 3, forget_bias="1")
+    with pytest.raises(ValueError, match=r"forget_bias: expected None without bias, got 1\.0"):
+        rnnfast.LSTM(2, 3, bias=False, forget_bias=1.0)

@@ -150,7 +150,7 @@ def test_subclasses_are_left_alone() -> None:
 @pytest.mark.parametrize("make", [rnnfast.RNN, rnnfast.RNNCell])
 def test_sigmoid_has_no_counterpart(make: Any) -> None:
     model = nn.ModuleDict({"first": rnnfast.GRU(2, 2), "second": make(2, 2, nonlinearity="sigmoid")})
-    with pytest.raises(ValueError, match="torch.nn has, got second with nonlinearity='sigmoid'"):
+    with pytest.raises(ValueError, match=r"torch.nn has, got second with nonlinearity='sigmoid'"):
         rnnfast.to_torch(model)
     assert type(model["first"]) is rnnfast.GRU
     with pytest.raises(ValueError, match="got the model itself"):

@@ -78,7 +78,7 @@ def generate() -> Series:
         disturbance = disturbance @ COUPLING.t() + noise
         values.append(season[step % steps] + disturbance)
     days = torch.stack(values).view(101, steps, stations, channels)[1:]  # the first one only starts the disturbance
-    return Series(days[:80], days[80:], [f"station {i}" for i in range(stations)], COUPLING)
+    return Series(days[:80], days[80:], [str(i) for i in range(stations)], COUPLING)
 
 
 def read_tensors(path: Path) -> Series:
@@ -86,8 +86,10 @@ def read_tensors(path: Path) -> Series:
     try:
         training, test = torch.load(path, weights_only=True)
         fits = training.ndim == 4 and test.ndim == 4 and training.shape[1:] == test.shape[1:]
-    except (OSError, EOFError, RuntimeError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"error: --data {path} cannot be read as two tensors: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise SystemExit(f"error: --data {path} cannot be read: {error}") from None
+    except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, pickle.UnpicklingError):
+        raise SystemExit(f"error: --data {path} is no file of two tensors that torch.save wrote, nor a .csv") from None
     if not fits:
         shapes = f"{tuple(training.shape)} and {tuple(test.shape)}"
         raise SystemExit(f"error: --data {path} has tensors {shapes}; takes [seasons, T, stations, channels] twice")

@@ -50,7 +50,8 @@ def main() -> None:
         squeeze=False,
     )
     for axes, training in zip(panels[0], modes, strict=True):
-        title = "forward and backward" if training else "forward"
+        whole = not any(name in BY_NAME for name in names)  # trainings of applications, optimizer and all
+        title = "training" if whole else "forward and backward" if training else "forward"
         panel = [row for row in rows if row["training"] == training]
         for row in panel:
             y = names.index(row["shape"]) + OFFSETS[row["cell"]]

@@ -80,7 +80,7 @@ def docstrings() -> pandas.DataFrame:
         if spec is None or spec.origin is None:
             raise SystemExit(f"error: {library} is not installed; give --train and --test")
         for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-            if {"tests", "testing", "_vendor"} & set(path.parts):
+            if {"tests", "testing", "_vendor"} & set(path.relative_to(Path(spec.origin).parent).parts):
                 continue
             for node in ast.walk(ast.parse(path.read_bytes())):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):

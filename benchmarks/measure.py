@@ -221,4 +221,6 @@ def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
     }
     if case.device == "cuda":
         row |= {f"{name}_peak_bytes": peak_memory(side.run) for name, side in sides.items()}
+        explanation = rnnfast.explain(sides["rnnfast"].module, sides["rnnfast"].input)
+        row["engine"] = explanation.layers[0].engine.removeprefix("cuda ")
     return row

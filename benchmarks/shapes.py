@@ -73,6 +73,12 @@ STEP = (
 # Packed input against torch.nn packed, beside news and asr_packed above.
 PACKED = (Shape("packed_h128", 1000, 32, 128, 128, "long sequences of uneven length", packed=True),)
 
-GROUPS = {"demand": DEMAND, "cpu": CPU, "step": STEP, "packed": PACKED}
+# A GPU's latency of a step at few rows, where all of W_hh has to stay on the chip.
+CUDA = (
+    Shape("b16_t512_h512", 512, 16, 512, 512, "one cluster holds W_hh"),
+    Shape("b16_t512_h768", 512, 16, 768, 768, "the most that one cluster holds"),
+)
+
+GROUPS = {"demand": DEMAND, "cpu": CPU, "step": STEP, "packed": PACKED, "cuda": CUDA}
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 BY_NAME = {shape.name: shape for shape in SHAPES}

@@ -1,4 +1,4 @@
-"""Owns: what the CPU engine has to reach, and whether rows of measurements reach it. Must not know: how they were made.
+"""Owns: what the engines have to reach, and whether rows of measurements reach it. Must not know: how they were made.
 
 A row is what ``measure.measure_case`` returns.
 """
@@ -51,7 +51,27 @@ def roof(row: Row) -> float:
     return float(row["of_brgemm"])
 
 
-TARGETS = (
+def on_cuda(dtype: str) -> Callable[[Row], bool]:
+    return lambda row: row["device"] == "cuda" and row["dtype"] == dtype
+
+
+def step_of_lstm(hidden_size: int, most_rows: int) -> Callable[[Row], bool]:
+    def chosen(row: Row) -> bool:
+        sizes = row["hidden_size"] == hidden_size and row["batch"] <= most_rows and row["full_steps"] > 1
+        return on_cuda("bfloat16")(row) and row["cell"] == "lstm" and sizes and not row["training"]
+
+    return chosen
+
+
+def microseconds_a_step(row: Row) -> float:
+    return float(row["rnnfast_seconds"] / row["steps"] / row["layers"] * 1e6)
+
+
+def memory(row: Row) -> float:
+    return float(row["rnnfast_peak_bytes"] / row["baseline_peak_bytes"])
+
+
+CPU_TARGETS = (
     Target("every shape, every cell", against_torch, 1.0, 1.0),
     Target("LSTM, H <= 128", small("lstm"), 2.0, 2.0, mean=True),
     Target("GRU, H <= 128", small("gru"), 6.0, 6.0, mean=True),
@@ -81,10 +101,34 @@ TARGETS = (
 )
 
 
-def judge(rows: Iterable[Row]) -> list[list[str]]:
+CUDA_TARGETS = (
+    Target("bfloat16", on_cuda("bfloat16"), 3.0, 2.5, mean=True),
+    Target("float16", on_cuda("float16"), 1.5, 1.5, mean=True),
+    Target("float32 with TF32", on_cuda("float32"), 2.0, 1.5, mean=True),
+    Target("every shape, every dtype", lambda row: True, 1.0, 1.0),
+    Target("packed or bidirectional", lambda row: row["packed"] or row["directions"] == 2, 2.0, 2.0),
+    *(
+        Target(
+            f"LSTM, bfloat16, H = {hidden_size}, B <= {rows}: a layer's step",
+            step_of_lstm(hidden_size, rows),
+            most,
+            float("inf"),
+            figure=microseconds_a_step,
+            ceiling=True,
+            unit=" us",
+        )
+        for hidden_size, rows, most in ((128, 1024, 0.5), (512, 16, 0.8), (768, 16, 1.0))
+    ),
+    Target("peak memory, of cuDNN's", lambda row: True, float("inf"), 1.0, figure=memory, ceiling=True, unit="x"),
+)
+
+TARGETS = {"cpu": CPU_TARGETS, "cuda": CUDA_TARGETS}
+
+
+def judge(rows: Iterable[Row], device: str) -> list[list[str]]:
     """One line of text a target that has rows: what, then for forward and training what is wanted, reached, and met."""
     lines = []
-    for target in TARGETS:
+    for target in TARGETS[device]:
         line = [target.what + (", geometric mean" if target.mean else "")]
         for training, wanted in ((False, target.forward), (True, target.training)):
             chosen = [row for row in rows if row["training"] == training and target.rows(row)]

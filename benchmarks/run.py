@@ -34,8 +34,8 @@ from tqdm import tqdm
 import rnnfast
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What one step of a layer costs at least, in seconds, by what its state moves through: shared memory, distributed shared
-# memory, the second-level cache.
+# What one step of a layer costs at least, in seconds, by what its state moves through: shared memory, that of other
+# blocks, the second-level cache.
 FLOORS = {"persistent_cta": 0.2e-6, "persistent_cluster": 0.35e-6, "persistent_grid": 1.2e-6}
 BFLOAT16_SHAPES = ("reference", "char_lm_batch", "rl_sim_long", "b32_t100_h256")
 

@@ -32,8 +32,8 @@ struct Geometry {
   bool empty() const { return rows == 0 || hidden_size == 0; }
 };
 
-// Throws ValueError for a dtype that the operator does not take, RuntimeError for a shape, a device, or a dtype other than
-// the input's, as torch.nn does. Reads no data, and so does not synchronise with a device.
+// Throws ValueError for a dtype that the operator does not take, RuntimeError for a shape, a device, or a dtype other
+// than the input's, as torch.nn does. Reads no data, and so does not synchronise with a device.
 Geometry check_layer(CellKind cell, const LayerArguments& arguments);
 
 // Throw ValueError for batch_sizes, RuntimeError for lengths, as torch.nn.utils.rnn does, for the values of what

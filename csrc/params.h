@@ -250,6 +250,10 @@ namespace persistent_grid {
 size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
 int forward(const LayerForward& layer, const Spread& spread, const Context& context);
 
+size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
+             const Context& context);
+
 }  // namespace persistent_grid
 
 // The same, where a cluster of thread blocks holds W_hh and exchanges the state through their shared memory: sm_90 and
@@ -258,6 +262,10 @@ namespace persistent_cluster {
 
 size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
 int forward(const LayerForward& layer, const Spread& spread, const Context& context);
+
+size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
+             const Context& context);
 
 }  // namespace persistent_cluster
 

@@ -27,37 +27,43 @@ RNNFAST_SIZES int spread_register_depth(int tiles, bool tensor_cores) {
   return tensor_cores ? 8 : 2;
 }
 
-// One loop over time. The team exchanges `slices` numbers for each unit and batch row (1 forward: h; the number of
-// gates backward: their gradients), and multiplies them by `tiles` matrices with a row for each unit (the number of
-// gates forward, 1 backward).
+// One loop over time. A team exchanges for each batch row a vector of `parts` parts, each with an element for every
+// unit: forward h, backward the gradients of each gate. Forward multiplies it by W_hh of each gate, and backward each
+// part by the transpose of its gate's W_hh.
 struct SpreadSizes {
   int blocks;            // of a team
   int teams;             // of a direction
   int warps;             // of a block
-  int columns;           // exchanged numbers of a batch row
-  int stride;            // of a batch row of them, in elements
-  int all_depth, depth;  // tiles of k, and how many of them each warp has (the last may have fewer)
-  size_t operand_bytes;  // the exchanged numbers of a team
+  int units;             // of a team, those past H included
+  int all_depth, depth;  // tiles of k of a part, and how many of them each warp has (the last may have fewer)
+  int parts;             // of a vector
+  int part, stride;      // elements from a part to the next, and from a batch row to the next, in shared memory
+  size_t vector_bytes;   // the vectors of a team
   size_t weight_bytes;   // W_hh of a warp beside its registers
   size_t partial_bytes;  // the sums of all warps
 
-  RNNFAST_SIZES SpreadSizes(const Spread& spread, int hidden_size, int64_t batch, int slices, int tiles,
+  RNNFAST_SIZES SpreadSizes(const Spread& spread, int hidden_size, int64_t batch, int gates, bool backward,
                             int element_bytes, bool tensor_cores)
       : blocks(round_up(hidden_size, spread.unit_tiles * kTileUnits) / (spread.unit_tiles * kTileUnits)),
         teams(static_cast<int>((batch + spread.row_tiles * kTileRows - 1) / (spread.row_tiles * kTileRows))),
         warps(spread.unit_tiles * spread.depth_splits),
-        columns(blocks * spread.unit_tiles * kTileUnits * slices),
-        stride(operand_stride(columns, element_bytes)),
-        all_depth(depth_of(columns, element_bytes)),
+        units(blocks * spread.unit_tiles * kTileUnits),
+        all_depth(depth_of(units, element_bytes)),
         depth(round_up((all_depth + spread.depth_splits - 1) / spread.depth_splits, 2)),
-        operand_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
-        weight_bytes(tile_shared_bytes(tiles, depth, spread_register_depth(tiles, tensor_cores))),
-        partial_bytes(static_cast<size_t>(warps) * spread.row_tiles * tiles * kWarpLanes * 16) {}
+        parts(backward ? gates : 1),
+        part(all_depth * tile_depth(element_bytes)),
+        stride(operand_stride(parts * part, element_bytes)),
+        vector_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
+        weight_bytes(tile_shared_bytes(gates, depth, spread_register_depth(gates, tensor_cores))),
+        partial_bytes(static_cast<size_t>(warps) * spread.row_tiles * (backward ? 1 : gates) * kPartialBytes) {}
 
-  // Shared memory of a block whose exchange keeps so many copies of the exchanged numbers there.
+  // Shared memory of a block whose exchange keeps so many copies of the vectors there.
   RNNFAST_SIZES size_t shared_bytes(int copies) const {
-    return copies * operand_bytes + warps * weight_bytes + partial_bytes;
+    return copies * vector_bytes + warps * weight_bytes + partial_bytes;
   }
+
+ private:
+  static constexpr int kPartialBytes = kWarpLanes * 16;  // four sums a lane
 };
 
 }  // namespace rnnfast::cuda

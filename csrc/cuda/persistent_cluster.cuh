@@ -3,10 +3,8 @@
 #pragma once
 
 #include "device_ptx.h"
-#include "device_sequence.cuh"
-#include "launch.cuh"
 #include "persistent_spread.h"
-#include "workspace.cuh"
+#include "recurrent_lane.cuh"
 
 namespace rnnfast::cuda::persistent_cluster {
 
@@ -22,22 +20,21 @@ class ClusterExchange {
   struct Arguments {};
 
   __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* shared)
-      : stride_(shape.sizes.stride),
-        size_(shape.spread.row_tiles * kTileRows * stride_),
-        blocks_(shape.sizes.blocks),
-        vectors_(shared) {
-    for (int i = threadIdx.x; i < kCopies * size_; i += blockDim.x) from_acc(0.0f, vectors_[i]);
+      : sizes_(shape.sizes), size_(shape.spread.row_tiles * kTileRows * shape.sizes.stride), vectors_(shared) {
+    clear(vectors_, kCopies * size_);  // once: the padding stays zero
     device::cluster_arrive_release();  // a block may push once all have begun, and cleared their vectors
     device::cluster_wait_acquire();
   }
 
-  // Each block begins with another peer, so that no block receives from all at once.
-  __device__ __forceinline__ void publish(int row, int column, const Packet<Operand, 2>& pair) {
-    auto* const place = reinterpret_cast<Packet<Operand, 2>*>(vector(turn_) + row * stride_ + column);
+  // Two neighbouring units of a part, in a row of the team. Each block begins with itself, so that no block receives
+  // from all others at once.
+  __device__ __forceinline__ void publish(int row, int part, int unit, const Packet<Operand, 2>& pair) {
+    Operand* place = vectors(turn_) + row * sizes_.stride + part * sizes_.part + unit;
+    const unsigned blocks = sizes_.blocks;
     unsigned rank = blockIdx.x;
-    for (unsigned i = 0; i < blocks_; ++i) {
-      device::store_remote(place, rank, pair);
-      rank = rank + 1 == blocks_ ? 0 : rank + 1;
+    for (unsigned i = 0; i < blocks; ++i) {
+      device::store_remote(reinterpret_cast<Packet<Operand, 2>*>(place), rank, pair);
+      rank = rank + 1 == blocks ? 0 : rank + 1;
     }
   }
 
@@ -46,41 +43,35 @@ class ClusterExchange {
     ++turn_;
   }
 
-  // The vector of the last arrival.
+  // The vectors of the last arrival.
   __device__ __forceinline__ const Operand* wait() {
     device::cluster_wait_acquire();
-    return vector(turn_ - 1);
+    return vectors(turn_ - 1);
   }
 
  private:
-  __device__ __forceinline__ Operand* vector(unsigned turn) const { return vectors_ + turn % 2 * size_; }
+  __device__ __forceinline__ Operand* vectors(unsigned turn) const { return vectors_ + turn % 2 * size_; }
 
-  const int stride_, size_;
-  const unsigned blocks_;
+  const SpreadSizes& sizes_;
+  const int size_;
   Operand* const vectors_;
   unsigned turn_ = 0;  // arrivals of this block
 };
 
 // ------------------------------------------------------------------------------------------------ host
+// The exchange needs no memory.
 template <class Operand>
-class ClusterWorkspace {
- public:
+struct ClusterBuffers {
   typename ClusterExchange<Operand>::Arguments arguments;
-  int64_t* offsets;  // of a packed input
-  size_t bytes;
 
-  ClusterWorkspace(const Sequence& sequence, int, const SpreadShape&, void* base) {
-    Workspace workspace(base);
-    offsets = workspace.take<int64_t>(offsets_count(sequence));
-    bytes = workspace.bytes();
-  }
+  ClusterBuffers(int, const SpreadShape&, Workspace&) {}
   cudaError_t prepare(cudaStream_t) const { return cudaSuccess; }
 };
 
 template <class Operand>
 struct Exchange : ClusterExchange<Operand> {
   using ClusterExchange<Operand>::ClusterExchange;
-  using Workspace = ClusterWorkspace<Operand>;
+  using Buffers = ClusterBuffers<Operand>;
 
   template <class... Parameters, class... Arguments>
   static cudaError_t launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,

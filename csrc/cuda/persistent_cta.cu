@@ -1,28 +1,11 @@
 // Owns: the launcher of the engine persistent_cta: the choice of the kernels by storage type and arithmetic.
 // Must not know: the kernels.
+#include "arithmetic.cuh"
 #include "backward_preparation.cuh"
 #include "persistent_cta_kernels.cuh"
 #include "recurrent_tile.cuh"
 
 namespace rnnfast::cuda::persistent_cta {
-namespace {
-
-// Calls function(Type<scalar_t>, Type<Math>).
-template <class Function>
-int choose_arithmetic(Dtype dtype, bool tf32, const Function& function) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return function(Type<__nv_bfloat16>(), Type<TensorCore<__nv_bfloat16>>());
-    case Dtype::f16:
-      return function(Type<__half>(), Type<TensorCore<__half>>());
-    case Dtype::f32:
-      return tf32 ? function(Type<float>(), Type<TensorCoreTf32>()) : function(Type<float>(), Type<ScalarFloat>());
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-}  // namespace
 
 size_t forward_workspace_bytes(const LayerForward& layer) {
   return static_cast<size_t>(offsets_count(layer.sequence)) * sizeof(int64_t);

@@ -12,4 +12,13 @@ int forward(const LayerForward& layer, const Spread& spread, const Context& cont
   return SpreadEngine<Exchange>::forward(layer, spread, context);
 }
 
+size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread) {
+  return SpreadEngine<Exchange>::backward_workspace_bytes(layer, spread);
+}
+
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
+             const Context& context) {
+  return SpreadEngine<Exchange>::backward(layer, products, spread, context);
+}
+
 }  // namespace rnnfast::cuda::persistent_grid

@@ -4,10 +4,8 @@
 #pragma once
 
 #include "device_ptx.h"
-#include "device_sequence.cuh"
-#include "launch.cuh"
 #include "persistent_spread.h"
-#include "workspace.cuh"
+#include "recurrent_lane.cuh"
 
 namespace rnnfast::cuda::persistent_grid {
 
@@ -22,24 +20,22 @@ class GridExchange {
   static constexpr int kCopies = 1;       // of the vector in shared memory
   static constexpr int kFlagStride = 32;  // counters lie in cache lines of their own
   struct Arguments {
-    Operand* vectors = nullptr;    // [D, teams, 2, rows, columns]
+    Operand* vectors = nullptr;    // [D, teams, 2, rows, parts, units]
     unsigned* arrivals = nullptr;  // [D, teams, kFlagStride], zero
   };
 
   __device__ __forceinline__ GridExchange(const Arguments& arguments, const SpreadShape& shape, Operand* shared)
-      : columns_(shape.sizes.columns),
-        stride_(shape.sizes.stride),
-        rows_(shape.spread.row_tiles * kTileRows),
-        blocks_(shape.sizes.blocks),
-        shared_(shared) {
+      : sizes_(shape.sizes), rows_(shape.spread.row_tiles * kTileRows), shared_(shared) {
     const int64_t team = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-    vectors_ = arguments.vectors + team * 2 * rows_ * columns_;
+    vectors_ = arguments.vectors + team * 2 * size();
     arrivals_ = arguments.arrivals + team * kFlagStride;
-    for (int i = threadIdx.x; i < rows_ * stride_; i += blockDim.x) from_acc(0.0f, shared_[i]);
+    clear(shared_, rows_ * sizes_.stride);  // once: the padding stays zero
   }
 
-  __device__ __forceinline__ void publish(int row, int column, const Packet<Operand, 2>& pair) {
-    *reinterpret_cast<Packet<Operand, 2>*>(vector(turn_) + row * columns_ + column) = pair;
+  // Two neighbouring units of a part, in a row of the team.
+  __device__ __forceinline__ void publish(int row, int part, int unit, const Packet<Operand, 2>& pair) {
+    Operand* place = vectors(turn_) + (row * sizes_.parts + part) * sizes_.units + unit;
+    *reinterpret_cast<Packet<Operand, 2>*>(place) = pair;
   }
 
   __device__ __forceinline__ void arrive() {
@@ -48,29 +44,30 @@ class GridExchange {
     ++turn_;
   }
 
-  // The vector of the last arrival, in shared memory.
+  // The vectors of the last arrival, in shared memory.
   __device__ __forceinline__ const Operand* wait() {
     if (threadIdx.x == 0) {
-      while (device::load_acquire(arrivals_) < turn_ * blocks_) continue;
+      while (device::load_acquire(arrivals_) < turn_ * static_cast<unsigned>(sizes_.blocks)) continue;
     }
     __syncthreads();
     constexpr int kWidth = 16 / sizeof(Operand);
-    const Operand* const from = vector(turn_ - 1);
-    const int packets = columns_ / kWidth;
-    for (int i = threadIdx.x; i < rows_ * packets; i += blockDim.x) {
-      const int row = i / packets, column = i % packets * kWidth;
-      *reinterpret_cast<uint4*>(shared_ + row * stride_ + column) =
-          __ldcg(reinterpret_cast<const uint4*>(from + row * columns_ + column));
+    const Operand* const from = vectors(turn_ - 1);
+    const int packets = sizes_.units / kWidth;  // of a part
+    for (int i = threadIdx.x; i < rows_ * sizes_.parts * packets; i += blockDim.x) {
+      const int row_part = i / packets, unit = i % packets * kWidth;
+      Operand* to = shared_ + row_part / sizes_.parts * sizes_.stride + row_part % sizes_.parts * sizes_.part + unit;
+      *reinterpret_cast<uint4*>(to) = __ldcg(reinterpret_cast<const uint4*>(from + row_part * sizes_.units + unit));
     }
     __syncthreads();
     return shared_;
   }
 
  private:
-  __device__ __forceinline__ Operand* vector(unsigned turn) const { return vectors_ + turn % 2 * rows_ * columns_; }
+  __device__ __forceinline__ int size() const { return rows_ * sizes_.parts * sizes_.units; }
+  __device__ __forceinline__ Operand* vectors(unsigned turn) const { return vectors_ + turn % 2 * size(); }
 
-  const int columns_, stride_, rows_;
-  const unsigned blocks_;
+  const SpreadSizes& sizes_;
+  const int rows_;
   Operand* const shared_;
   Operand* vectors_;
   unsigned* arrivals_;
@@ -79,20 +76,16 @@ class GridExchange {
 
 // ------------------------------------------------------------------------------------------------ host
 template <class Operand>
-class GridWorkspace {
+class GridBuffers {
  public:
   typename GridExchange<Operand>::Arguments arguments;
-  int64_t* offsets;  // of a packed input
-  size_t bytes;
 
-  GridWorkspace(const Sequence& sequence, int directions, const SpreadShape& shape, void* base) {
+  GridBuffers(int directions, const SpreadShape& shape, Workspace& workspace) {
     const int64_t teams = static_cast<int64_t>(directions) * shape.sizes.teams;
+    const int64_t rows = teams * 2 * shape.spread.row_tiles * kTileRows;
     const int64_t flags = teams * GridExchange<Operand>::kFlagStride;
-    Workspace workspace(base);
-    arguments.vectors = workspace.take<Operand>(teams * 2 * shape.spread.row_tiles * kTileRows * shape.sizes.columns);
+    arguments.vectors = workspace.take<Operand>(rows * shape.sizes.parts * shape.sizes.units);
     arguments.arrivals = workspace.take<unsigned>(flags);
-    offsets = workspace.take<int64_t>(offsets_count(sequence));
-    bytes = workspace.bytes();
     arrival_bytes_ = flags * sizeof(unsigned);
   }
   cudaError_t prepare(cudaStream_t stream) const {
@@ -127,7 +120,7 @@ cudaError_t launch_resident(void (*kernel)(Parameters...), LaunchShape shape, cu
 template <class Operand>
 struct Exchange : GridExchange<Operand> {
   using GridExchange<Operand>::GridExchange;
-  using Workspace = GridWorkspace<Operand>;
+  using Buffers = GridBuffers<Operand>;
 
   template <class... Parameters, class... Arguments>
   static cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,

@@ -3,21 +3,30 @@
 // block to block (an Exchange does).
 //
 // A team of blocks computes a group of batch rows in one direction; each block has some of the hidden units, and all k
-// of their product. A step, forward:
+// of their products. A step, forward:
 //
-//     hgates = W_hh h                        a warp: one tile of 16 units, all gates, a part of k
-//     h, c   = cell(igates, hgates, h, c)    a warp that owns a tile of 16 units x 8 batch rows: adds up the parts
+//     hgates = W_hh h                                   a warp: one tile of 16 units, all gates, a part of k
+//     h, c   = cell(igates, hgates, h, c)               the owner of a tile of 16 units x 8 batch rows adds up the
+//     parts
+//
+// and backward, from the last step to the first:
+//
+//     grad_h = sum over gates of W_hh[gate]^T grad_hgates[gate]          likewise; of the step after this one
+//     grad_igates, grad_hgates, grad_h, grad_c = cell's backward         the owner
+//
+// Backward gathers the gradients of all gates, instead of scattering partial sums of grad_h: they are rounded once, to
+// their own dtype, as the weight gradients read them; every sum is made in one place, in one order; and both loops are
+// one.
 //
 // Mapping:       block x is the place in the team, block y the team, block z the direction. Warp w has unit tile
-//                w % unit_tiles and the depth split w / unit_tiles = s of k; it owns row tile s, where there is one.
-// Registers:     W_hh as far as they reach, the owners' states and what the next step reads.
-// Shared memory: the rest of W_hh; the exchanged vector of the team; the sums over parts of k.
-// Synchronises:  a step waits for the vector of the whole team, has one block barrier between the sums over parts and
-// the
-//                owners that add them, in the order of the parts, and arrives with the owners' new numbers. The vector
-//                is double-buffered by the exchange: a block that has seen all others arrive at a step knows that they
-//                have read the vector of the step before, into whose place it writes next. The same wait keeps the sums
-//                of a step from those of the next.
+//                w % unit_tiles and the part w / unit_tiles = s of k; it owns row tile s, where there is one.
+// Registers:     W_hh as far as they reach, the owners' states or their gradients, what the next step reads.
+// Shared memory: the rest of W_hh; the exchanged vectors of the team (h; grad_hgates); the sums over parts of k.
+// Synchronises:  a step waits for the vectors of the whole team, has one block barrier between the sums over parts and
+//                the owners that add them, in the order of the parts, and arrives with the owners' new numbers. The
+//                vectors are double-buffered by the exchange: a block that has seen all others arrive at a step knows
+//                that they have read the vectors of the step before, into whose place it writes next. The same wait
+//                keeps the sums of a step from those of the next.
 #pragma once
 
 #include "launch.cuh"
@@ -58,12 +67,12 @@ struct SpreadShared {
   using Operand = typename Exchange::Operand;
   Operand* vectors;  // [copies, row_tiles, 8, stride]
   uint4* w_hh;       // [warps, what does not fit into registers]
-  float4* partials;  // [depth_splits, unit_tiles, row_tiles, tiles, lanes]: each a lane's four sums
+  float4* partials;  // [depth_splits, unit_tiles, row_tiles, sums, lanes]: each a lane's four
   size_t bytes;
 
   __host__ __device__ SpreadShared(char* base, const SpreadSizes& sizes) {
     device::SharedLayout layout(base);
-    vectors = layout.take<Operand>(Exchange::kCopies * sizes.operand_bytes / sizeof(Operand));
+    vectors = layout.take<Operand>(Exchange::kCopies * sizes.vector_bytes / sizeof(Operand));
     w_hh = layout.take<uint4>(sizes.warps * sizes.weight_bytes / sizeof(uint4));
     partials = layout.take<float4>(sizes.partial_bytes / sizeof(float4));
     bytes = layout.bytes();
@@ -71,52 +80,70 @@ struct SpreadShared {
 };
 
 // ------------------------------------------------------------------------------------------------ the product
-// The warp's part of the product with kTiles matrices, and the owner's sum over all parts.
-template <class Math, int kTiles>
+// The warp's part of a product with the matrices of all gates, and the owner's sum over all parts. Forward has kSums =
+// kGates sums of the same vector; backward one, of a vector with a part for each gate.
+template <class Math, int kGates, int kSums>
 class SpreadProduct {
  public:
   using Operand = typename Math::Operand;
 
-  // element(tile, row, k) is the matrix, 0 outside of it.
+  // element(gate, row, k) is the matrix, 0 outside of it.
   template <class Element>
   __device__ __forceinline__ SpreadProduct(const SpreadShape& shape, const SpreadWarp& warp, uint4* w_hh,
                                            float4* partials, const Element& element)
       : shape_(shape), warp_(warp), first_k_(warp.split * shape.sizes.depth * Math::kDepth), partials_(partials) {
     const int left = shape.sizes.all_depth - warp.split * shape.sizes.depth;
     const int depth = left < 0 ? 0 : left < shape.sizes.depth ? left : shape.sizes.depth;
-    weights_.load([&](int tile, int row, int k) { return element(tile, row, first_k_ + k); }, depth,
+    weights_.load([&](int gate, int row, int k) { return element(gate, row, first_k_ + k); }, depth,
                   w_hh + threadIdx.x / kWarpLanes * (shape.sizes.weight_bytes / sizeof(uint4)));
   }
 
   // Leaves the warp's part, for all rows of the team.
-  __device__ __forceinline__ void multiply(const Operand* vector) const {
+  __device__ __forceinline__ void multiply(const Operand* vectors) const {
     const int stride = shape_.sizes.stride;
     for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile) {
-      typename Math::Sums sums[kTiles];
-      weights_.multiply(sums, vector + row_tile * kTileRows * stride + first_k_, stride);
+      const Operand* vector = vectors + row_tile * kTileRows * stride + first_k_;
+      float value[kSums][4];
+      if constexpr (kSums == kGates) {
+        typename Math::Sums sums[kGates];
+        weights_.multiply(sums, vector, stride);
+#pragma unroll
+        for (int s = 0; s < kSums; ++s) Math::finish(sums[s], value[s]);
+      } else {
+        // Several chains of products, so that one does not wait for the other.
+        constexpr int kChains = kOnTensorCores<Math> ? kGates : 1;
+        typename Math::Sums sums[kChains];
+        weights_.multiply_each(sums, vector, stride, shape_.sizes.part);
+        Math::finish(sums[0], value[0]);
+#pragma unroll
+        for (int chain = 1; chain < kChains; ++chain) {
+          float more[4];
+          Math::finish(sums[chain], more);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) value[0][i] += more[i];
+        }
+      }
       float4* partial = at(warp_.split, row_tile);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        float value[4];
-        Math::finish(sums[tile], value);
-        partial[tile * kWarpLanes] = make_float4(value[0], value[1], value[2], value[3]);
+      for (int s = 0; s < kSums; ++s) {
+        partial[s * kWarpLanes] = make_float4(value[s][0], value[s][1], value[s][2], value[s][3]);
       }
     }
   }
 
   // Behind a barrier, by the owner of the warp's row tile.
-  __device__ __forceinline__ void sum(float (&sums)[kTiles][4]) const {
+  __device__ __forceinline__ void sum(float (&sums)[kSums][4]) const {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) sums[tile][0] = sums[tile][1] = sums[tile][2] = sums[tile][3] = 0.0f;
+    for (int s = 0; s < kSums; ++s) sums[s][0] = sums[s][1] = sums[s][2] = sums[s][3] = 0.0f;
     for (int split = 0; split < shape_.spread.depth_splits; ++split) {
       const float4* partial = at(split, warp_.split);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const float4 value = partial[tile * kWarpLanes];
-        sums[tile][0] += value.x;
-        sums[tile][1] += value.y;
-        sums[tile][2] += value.z;
-        sums[tile][3] += value.w;
+      for (int s = 0; s < kSums; ++s) {
+        const float4 value = partial[s * kWarpLanes];
+        sums[s][0] += value.x;
+        sums[s][1] += value.y;
+        sums[s][2] += value.z;
+        sums[s][3] += value.w;
       }
     }
   }
@@ -124,14 +151,14 @@ class SpreadProduct {
  private:
   __device__ __forceinline__ float4* at(int split, int row_tile) const {
     const int place = (split * shape_.spread.unit_tiles + warp_.unit_tile) * shape_.spread.row_tiles + row_tile;
-    return partials_ + place * kTiles * kWarpLanes + threadIdx.x % kWarpLanes;
+    return partials_ + place * kSums * kWarpLanes + threadIdx.x % kWarpLanes;
   }
 
   const SpreadShape& shape_;
   const SpreadWarp& warp_;
   const int first_k_;
   float4* const partials_;
-  WeightTile<Math, kTiles, spread_register_depth(kTiles, kOnTensorCores<Math>)> weights_;
+  WeightTile<Math, kGates, spread_register_depth(kGates, kOnTensorCores<Math>)> weights_;
 };
 
 // A lane's two units of one batch row, in the exchanged vector.
@@ -141,7 +168,7 @@ __device__ __forceinline__ Packet<typename Math::Operand, 2> operand_pair(const 
 }
 
 // ------------------------------------------------------------------------------------------------ forward
-// The exchanged vector is h: column k is unit k.
+// The exchanged vector is h.
 template <class Cell, class scalar_t, class Math, class Exchange>
 __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
     spread_forward_kernel(const __grid_constant__ ForwardLayerOnDevice<scalar_t> layer,
@@ -161,11 +188,13 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
   Exchange exchange(exchange_arguments, shape, shared.vectors);
-  const SpreadProduct<Math, kGates> product(shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
-    const int unit = first_unit + unit_of_row(row);
-    const bool inside = unit < H && k < H;
-    return Math::to_operand(inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
-  });
+  const SpreadProduct<Math, kGates, kGates> product(
+      shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
+        const int unit = first_unit + unit_of_row(row);
+        const bool inside = unit < H && k < H;
+        return Math::to_operand(inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k])
+                                       : 0.0f);
+      });
 
   // A warp that owns nothing has rows past the batch.
   ForwardLane<Cell, scalar_t> lane(
@@ -176,7 +205,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
     for (int j = 0; j < 2; ++j) {
       float h[2];
       lane.operand(j, h);
-      exchange.publish(warp.split * kTileRows + of_lane.row(j), first_unit + of_lane.unit(0), operand_pair<Math>(h));
+      exchange.publish(warp.split * kTileRows + of_lane.row(j), 0, first_unit + of_lane.unit(0), operand_pair<Math>(h));
     }
   };
 
@@ -200,46 +229,123 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   lane.finish();
 }
 
+// ------------------------------------------------------------------------------------------------ backward
+// The exchanged vector is grad_hgates, a part for each gate.
+template <class Cell, class scalar_t, class Math, class Exchange>
+__global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
+    spread_backward_kernel(const __grid_constant__ BackwardLayerOnDevice<scalar_t> layer,
+                           const __grid_constant__ SpreadShape shape,
+                           const __grid_constant__ typename Exchange::Arguments exchange_arguments) {
+  if constexpr (!Exchange::kAvailable) return;
+  constexpr int kGates = Cell::kGates;
+  const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const DeviceSequence& sequence = layer.sequence;
+  const Spread& spread = shape.spread;
+  const int H = layer.hidden_size;
+  const SpreadWarp warp(spread);
+  const TileLane of_lane;
+  const SpreadShared<Exchange> shared(device::dynamic_shared(), shape.sizes);
+  const int first_unit = (static_cast<int>(blockIdx.x) * spread.unit_tiles + warp.unit_tile) * kTileUnits;
+  const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
+  const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
+
+  Exchange exchange(exchange_arguments, shape, shared.vectors);
+  const SpreadProduct<Math, kGates, 1> product(
+      shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
+        const int unit = first_unit + unit_of_row(row);
+        const bool inside = unit < H && k < H;
+        return Math::to_operand(inside ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + k) * H + unit])
+                                       : 0.0f);
+      });
+
+  BackwardLane<Cell, scalar_t> lane(
+      layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
+  lane.fetch(steps.last - 1);
+  float grad_h[1][4] = {};
+  for (int index = steps.last - 1; index >= steps.first; --index) {
+    if (warp.owner) {
+      lane.step(index, grad_h[0]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          float grad[2];
+          lane.operand(g, j, grad);
+          exchange.publish(warp.split * kTileRows + of_lane.row(j), g, first_unit + of_lane.unit(0),
+                           operand_pair<Math>(grad));
+        }
+      }
+    }
+    exchange.arrive();
+    product.multiply(exchange.wait());
+    __syncthreads();
+    if (warp.owner) product.sum(grad_h);
+  }
+  lane.finish(grad_h[0]);
+}
+
 // ------------------------------------------------------------------------------------------------ host
+// Calls function(Type<Cell>).
+template <class Function>
+int choose_cell(CellKind kind, const Function& function) {
+  switch (kind) {
+#define RNNFAST_CHOOSE_CELL(name, Cell) \
+  case CellKind::name:                  \
+    return function(Type<Cell>());
+    RNNFAST_FOR_EACH_CELL(RNNFAST_CHOOSE_CELL)
+#undef RNNFAST_CHOOSE_CELL
+  }
+  return cudaErrorInvalidValue;
+}
+
 inline bool is_possible(const SpreadShape& shape) {
   const Spread& spread = shape.spread;
   return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&
          shape.sizes.warps <= kSpreadMostWarps;
 }
 
-template <class Exchange>
-LaunchShape spread_launch(const SpreadShape& shape, int directions) {
+// Launches a kernel with the arguments that follow the layer.
+template <class Exchange, class Layer>
+int launch_spread(void (*kernel)(Layer, SpreadShape, typename Exchange::Arguments), const Layer& layer, int directions,
+                  const SpreadShape& shape, const Context& context, Workspace& workspace) {
+  if (!is_possible(shape)) return cudaErrorInvalidValue;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  const typename Exchange::Buffers buffers(directions, shape, workspace);
+  RNNFAST_RETURN_IF_ERROR(buffers.prepare(stream));
   LaunchShape launch;
   launch.grid = dim3(static_cast<unsigned>(shape.sizes.blocks), static_cast<unsigned>(shape.sizes.teams),
                      static_cast<unsigned>(directions));
   launch.block = dim3(static_cast<unsigned>(shape.sizes.warps * kWarpLanes));
   launch.shared_bytes = SpreadShared<Exchange>(nullptr, shape.sizes).bytes;
-  return launch;
-}
-
-template <class Cell, class scalar_t, class Math, class Exchange>
-int run_spread_forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  const SpreadShape shape = spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, 1, Cell::kGates);
-  if (!is_possible(shape)) return cudaErrorInvalidValue;
-  typename Exchange::Workspace workspace(layer.sequence, layer.directions, shape, context.workspace);
-  ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
-  RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.offsets, stream, args.sequence));
-  RNNFAST_RETURN_IF_ERROR(workspace.prepare(stream));
-  return Exchange::launch(spread_forward_kernel<Cell, scalar_t, Math, Exchange>,
-                          spread_launch<Exchange>(shape, layer.directions), stream, args, shape, workspace.arguments);
+  return Exchange::launch(kernel, launch, stream, layer, shape, buffers.arguments);
 }
 
 template <class scalar_t, class Math, class Exchange>
-int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-  switch (layer.cell) {
-#define RNNFAST_SPREAD_FORWARD(name, Cell) \
-  case CellKind::name:                     \
-    return run_spread_forward<Cell, scalar_t, Math, Exchange>(layer, spread, context);
-    RNNFAST_FOR_EACH_CELL(RNNFAST_SPREAD_FORWARD)
-#undef RNNFAST_SPREAD_FORWARD
-  }
-  return cudaErrorInvalidValue;
+int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context, Workspace& workspace) {
+  ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
+  RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.take<int64_t>(offsets_count(layer.sequence)),
+                                          static_cast<cudaStream_t>(context.stream), args.sequence));
+  return choose_cell(layer.cell, [&](auto cell) {
+    using Cell = typename decltype(cell)::type;
+    const SpreadShape shape =
+        spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/false);
+    return launch_spread<Exchange>(spread_forward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions, shape,
+                                   context, workspace);
+  });
+}
+
+template <class scalar_t, class Math, class Exchange>
+int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
+                    const Spread& spread, const Context& context, Workspace& workspace) {
+  BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
+  args.sequence = sequence;
+  return choose_cell(layer.cell, [&](auto cell) {
+    using Cell = typename decltype(cell)::type;
+    const SpreadShape shape =
+        spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
+    return launch_spread<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
+                                   shape, context, workspace);
+  });
 }
 
 }  // namespace rnnfast::cuda

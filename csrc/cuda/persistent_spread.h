@@ -2,8 +2,12 @@
 // file for each engine and storage type; the choice among those. Must not know: the kernels.
 #pragma once
 
+#include "arithmetic.cuh"
+#include "backward_preparation.cuh"
 #include "cell/cells.h"
+#include "launch.cuh"
 #include "params.h"
+#include "pointwise.cuh"
 #include "recurrent_tile.cuh"
 #include "spread.h"
 
@@ -19,52 +23,70 @@ template <class Math>
 constexpr bool kOnTensorCores = !std::is_same_v<Math, ScalarFloat>;
 
 template <class Math>
-SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int slices, int tiles) {
-  return {spread, SpreadSizes(spread, static_cast<int>(hidden_size), batch, slices, tiles,
+SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int gates, bool backward) {
+  return {spread, SpreadSizes(spread, static_cast<int>(hidden_size), batch, gates, backward,
                               sizeof(typename Math::Operand), kOnTensorCores<Math>)};
 }
 
+// For every cell. The workspace is what is left of it.
 template <class scalar_t, class Math, class Exchange>
-int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context);
-
-// Calls function(scalar_t(), Math()).
-template <class Function>
-int dispatch_math(Dtype dtype, bool tf32, const Function& function) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return function(__nv_bfloat16(), TensorCore<__nv_bfloat16>());
-    case Dtype::f16:
-      return function(__half(), TensorCore<__half>());
-    case Dtype::f32:
-      return tf32 ? function(float(), TensorCoreTf32()) : function(float(), ScalarFloat());
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
+int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context, Workspace& workspace);
+template <class scalar_t, class Math, class Exchange>
+int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
+                    const Spread& spread, const Context& context, Workspace& workspace);
 
 // The launchers of an engine, by how its blocks exchange numbers. To the host an exchange is
-//   Exchange::Workspace(sequence, directions, shape, base)   with bytes, offsets, the kernel's arguments,
-//   prepare(stream) Exchange::launch(kernel, launch shape, stream, arguments...)
+//   Exchange::Buffers(directions, shape, workspace)    with the kernel's `arguments` and prepare(stream)
+//   Exchange::launch(kernel, launch shape, stream, arguments...)
 template <template <class> class Exchange>
-struct SpreadEngine {
-  static size_t workspace_bytes(const Sequence& sequence, Dtype dtype, int directions, const Spread& spread,
-                                int64_t hidden_size, int slices, int tiles) {
-    const auto bytes = [&](auto math) {
-      using Math = decltype(math);
-      const SpreadShape shape = spread_shape<Math>(spread, hidden_size, sequence.batch, slices, tiles);
-      return typename Exchange<typename Math::Operand>::Workspace(sequence, directions, shape, nullptr).bytes;
-    };
-    return size_of(dtype) == 2 ? bytes(TensorCore<__half>()) : bytes(TensorCoreTf32());
-  }
+class SpreadEngine {
+ public:
   static size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread) {
-    return workspace_bytes(layer.sequence, layer.dtype, layer.directions, spread, layer.hidden_size, 1,
-                           cell_info(layer.cell).gates);
+    Workspace workspace(nullptr);
+    workspace.take<int64_t>(offsets_count(layer.sequence));
+    take_buffers(layer, spread, /*backward=*/false, workspace);
+    return workspace.bytes();
   }
+  static size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread) {
+    Workspace workspace(nullptr);
+    const BackwardPreparation preparation(layer, workspace);
+    take_buffers(layer, spread, /*backward=*/true, workspace);
+    return workspace.bytes();
+  }
+
   static int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-    return dispatch_math(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
-      using Math = decltype(math);
-      return spread_forward<decltype(scalar), Math, Exchange<typename Math::Operand>>(layer, spread, context);
+    Workspace workspace(context.workspace);
+    return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
+      using Math = typename decltype(math)::type;
+      using Exchange_ = Exchange<typename Math::Operand>;
+      return spread_forward<typename decltype(scalar)::type, Math, Exchange_>(layer, spread, context, workspace);
     });
+  }
+  static int backward(const LayerBackward& given, const BackwardProducts (&products)[2], const Spread& spread,
+                      const Context& context) {
+    Workspace workspace(context.workspace);
+    const BackwardPreparation preparation(given, workspace);
+    LayerBackward layer = given;
+    DeviceSequence sequence;
+    RNNFAST_RETURN_IF_ERROR(preparation.run(layer, products, context, sequence));
+    return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
+      using Math = typename decltype(math)::type;
+      using Exchange_ = Exchange<typename Math::Operand>;
+      return spread_backward<typename decltype(scalar)::type, Math, Exchange_>(layer, products, sequence, spread,
+                                                                               context, workspace);
+    });
+  }
+
+ private:
+  template <class Layer>
+  static void take_buffers(const Layer& layer, const Spread& spread, bool backward, Workspace& workspace) {
+    const auto take = [&](auto math) {
+      using Math = typename decltype(math)::type;
+      const SpreadShape shape =
+          spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, cell_info(layer.cell).gates, backward);
+      typename Exchange<typename Math::Operand>::Buffers(layer.directions, shape, workspace);
+    };
+    size_of(layer.dtype) == 2 ? take(Type<TensorCore<__half>>()) : take(Type<TensorCoreTf32>());
   }
 };
 

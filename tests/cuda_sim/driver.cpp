@@ -133,7 +133,10 @@ cuda::Spread spread;
   Engine {                                                                                                       \
     #name, [](const LayerForward& layer) { return cuda::name::forward_workspace_bytes(layer, spread); },         \
         [](const LayerForward& layer, const cuda::Context& c) { return cuda::name::forward(layer, spread, c); }, \
-        cuda::stepwise::backward_workspace_bytes, cuda::stepwise::backward                                       \
+        [](const LayerBackward& layer) { return cuda::name::backward_workspace_bytes(layer, spread); },          \
+        [](const LayerBackward& layer, const cuda::BackwardProducts(&products)[2], const cuda::Context& c) {     \
+          return cuda::name::backward(layer, products, spread, c);                                               \
+        }                                                                                                        \
   }
 constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta), SPREAD_ENGINE(persistent_grid),
                                SPREAD_ENGINE(persistent_cluster)};

@@ -100,6 +100,7 @@ struct LayerForward {
   Sequence sequence;
   Rows input;  // rows of I; data is only read
   DirectionForward direction[2];
+  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
 };
 
 struct DirectionBackward {
@@ -142,6 +143,7 @@ struct LayerBackward {
   Rows input;
   Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
   DirectionBackward direction[2];
+  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
 };
 
 // ---------------------------------------------------------------------------------------------------- CPU engine
@@ -247,12 +249,11 @@ int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], 
 // persistent_cta.
 namespace persistent_grid {
 
-size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
-int forward(const LayerForward& layer, const Spread& spread, const Context& context);
+size_t forward_workspace_bytes(const LayerForward& layer);
+int forward(const LayerForward& layer, const Context& context);
 
-size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread);
-int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
-             const Context& context);
+size_t backward_workspace_bytes(const LayerBackward& layer);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
 
 }  // namespace persistent_grid
 
@@ -260,12 +261,11 @@ int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], 
 // later.
 namespace persistent_cluster {
 
-size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread);
-int forward(const LayerForward& layer, const Spread& spread, const Context& context);
+size_t forward_workspace_bytes(const LayerForward& layer);
+int forward(const LayerForward& layer, const Context& context);
 
-size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread);
-int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
-             const Context& context);
+size_t backward_workspace_bytes(const LayerBackward& layer);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
 
 }  // namespace persistent_cluster
 

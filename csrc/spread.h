@@ -19,12 +19,12 @@ struct Spread {
 
 // 256 threads of 255 registers: more warps would leave less of the registers to W_hh.
 constexpr int kSpreadMostWarps = 8;
-// Tiles of k that a warp with so many row tiles of W_hh keeps in registers. Without tensor cores sums take four times
-// the registers.
-RNNFAST_SIZES int spread_register_depth(int tiles, bool tensor_cores) {
-  if (tiles == 1) return tensor_cores ? 24 : 20;
-  if (tiles <= 3) return tensor_cores ? 10 : 6;
-  return tensor_cores ? 8 : 2;
+// Tiles of k of each gate that a warp keeps in registers. Without tensor cores sums take four times the registers, and
+// backward carries more from step to step.
+RNNFAST_SIZES int spread_register_depth(int gates, bool backward, bool tensor_cores) {
+  if (gates == 1) return tensor_cores ? 24 : 20;
+  if (gates <= 3) return tensor_cores ? 10 : backward ? 4 : 6;
+  return tensor_cores ? (backward ? 6 : 8) : 2;
 }
 
 // One loop over time. A team exchanges for each batch row a vector of `parts` parts, each with an element for every
@@ -54,7 +54,7 @@ struct SpreadSizes {
         part(all_depth * tile_depth(element_bytes)),
         stride(operand_stride(parts * part, element_bytes)),
         vector_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
-        weight_bytes(tile_shared_bytes(gates, depth, spread_register_depth(gates, tensor_cores))),
+        weight_bytes(tile_shared_bytes(gates, depth, spread_register_depth(gates, backward, tensor_cores))),
         partial_bytes(static_cast<size_t>(warps) * spread.row_tiles * (backward ? 1 : gates) * kPartialBytes) {}
 
   // Shared memory of a block whose exchange keeps so many copies of the vectors there.

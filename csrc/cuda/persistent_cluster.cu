@@ -4,21 +4,20 @@
 
 namespace rnnfast::cuda::persistent_cluster {
 
-size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread) {
-  return SpreadEngine<Exchange>::forward_workspace_bytes(layer, spread);
+size_t forward_workspace_bytes(const LayerForward& layer) {
+  return SpreadEngine<Exchange>::forward_workspace_bytes(layer);
 }
 
-int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
-  return SpreadEngine<Exchange>::forward(layer, spread, context);
+int forward(const LayerForward& layer, const Context& context) {
+  return SpreadEngine<Exchange>::forward(layer, context);
 }
 
-size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread) {
-  return SpreadEngine<Exchange>::backward_workspace_bytes(layer, spread);
+size_t backward_workspace_bytes(const LayerBackward& layer) {
+  return SpreadEngine<Exchange>::backward_workspace_bytes(layer);
 }
 
-int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Spread& spread,
-             const Context& context) {
-  return SpreadEngine<Exchange>::backward(layer, products, spread, context);
+int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context) {
+  return SpreadEngine<Exchange>::backward(layer, products, context);
 }
 
 }  // namespace rnnfast::cuda::persistent_cluster

@@ -5,11 +5,9 @@
 namespace rnnfast::cuda {
 
 template int spread_forward<__half, TensorCore<__half>, persistent_cluster::Exchange<__half>>(const LayerForward&,
-                                                                                              const Spread&,
                                                                                               const Context&,
                                                                                               Workspace&);
 template int spread_backward<__half, TensorCore<__half>, persistent_cluster::Exchange<__half>>(
-    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Spread&, const Context&,
-    Workspace&);
+    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Context&, Workspace&);
 
 }  // namespace rnnfast::cuda

@@ -5,19 +5,16 @@
 namespace rnnfast::cuda {
 
 template int spread_forward<float, TensorCoreTf32, persistent_cluster::Exchange<float>>(const LayerForward&,
-                                                                                        const Spread&, const Context&,
-                                                                                        Workspace&);
+                                                                                        const Context&, Workspace&);
 template int spread_backward<float, TensorCoreTf32, persistent_cluster::Exchange<float>>(const LayerBackward&,
                                                                                          const BackwardProducts (&)[2],
                                                                                          const DeviceSequence&,
-                                                                                         const Spread&, const Context&,
-                                                                                         Workspace&);
-template int spread_forward<float, ScalarFloat, persistent_cluster::Exchange<float>>(const LayerForward&, const Spread&,
+                                                                                         const Context&, Workspace&);
+template int spread_forward<float, ScalarFloat, persistent_cluster::Exchange<float>>(const LayerForward&,
                                                                                      const Context&, Workspace&);
 template int spread_backward<float, ScalarFloat, persistent_cluster::Exchange<float>>(const LayerBackward&,
                                                                                       const BackwardProducts (&)[2],
                                                                                       const DeviceSequence&,
-                                                                                      const Spread&, const Context&,
-                                                                                      Workspace&);
+                                                                                      const Context&, Workspace&);
 
 }  // namespace rnnfast::cuda

@@ -5,9 +5,8 @@
 namespace rnnfast::cuda {
 
 template int spread_forward<__nv_bfloat16, TensorCore<__nv_bfloat16>, persistent_grid::Exchange<__nv_bfloat16>>(
-    const LayerForward&, const Spread&, const Context&, Workspace&);
+    const LayerForward&, const Context&, Workspace&);
 template int spread_backward<__nv_bfloat16, TensorCore<__nv_bfloat16>, persistent_grid::Exchange<__nv_bfloat16>>(
-    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Spread&, const Context&,
-    Workspace&);
+    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Context&, Workspace&);
 
 }  // namespace rnnfast::cuda

@@ -5,10 +5,8 @@
 namespace rnnfast::cuda {
 
 template int spread_forward<__half, TensorCore<__half>, persistent_grid::Exchange<__half>>(const LayerForward&,
-                                                                                           const Spread&,
                                                                                            const Context&, Workspace&);
 template int spread_backward<__half, TensorCore<__half>, persistent_grid::Exchange<__half>>(
-    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Spread&, const Context&,
-    Workspace&);
+    const LayerBackward&, const BackwardProducts (&)[2], const DeviceSequence&, const Context&, Workspace&);
 
 }  // namespace rnnfast::cuda

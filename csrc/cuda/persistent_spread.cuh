@@ -80,11 +80,12 @@ struct SpreadShared {
 };
 
 // ------------------------------------------------------------------------------------------------ the product
-// The warp's part of a product with the matrices of all gates, and the owner's sum over all parts. Forward has kSums =
-// kGates sums of the same vector; backward one, of a vector with a part for each gate.
-template <class Math, int kGates, int kSums>
+// The warp's part of a product with the matrices of all gates, and the owner's sum over all parts. Forward has a sum
+// for each gate, of the same vector; backward one, of a vector with a part for each gate.
+template <class Math, int kGates, bool kBackward>
 class SpreadProduct {
  public:
+  static constexpr int kSums = kBackward ? 1 : kGates;
   using Operand = typename Math::Operand;
 
   // element(gate, row, k) is the matrix, 0 outside of it.
@@ -104,7 +105,7 @@ class SpreadProduct {
     for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile) {
       const Operand* vector = vectors + row_tile * kTileRows * stride + first_k_;
       float value[kSums][4];
-      if constexpr (kSums == kGates) {
+      if constexpr (!kBackward) {
         typename Math::Sums sums[kGates];
         weights_.multiply(sums, vector, stride);
 #pragma unroll
@@ -158,7 +159,7 @@ class SpreadProduct {
   const SpreadWarp& warp_;
   const int first_k_;
   float4* const partials_;
-  WeightTile<Math, kGates, spread_register_depth(kGates, kOnTensorCores<Math>)> weights_;
+  WeightTile<Math, kGates, spread_register_depth(kGates, kBackward, kOnTensorCores<Math>)> weights_;
 };
 
 // A lane's two units of one batch row, in the exchanged vector.
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
   Exchange exchange(exchange_arguments, shape, shared.vectors);
-  const SpreadProduct<Math, kGates, kGates> product(
+  const SpreadProduct<Math, kGates, false> product(
       shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);
         const bool inside = unit < H && k < H;
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
   Exchange exchange(exchange_arguments, shape, shared.vectors);
-  const SpreadProduct<Math, kGates, 1> product(
+  const SpreadProduct<Math, kGates, true> product(
       shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);
         const bool inside = unit < H && k < H;
@@ -321,14 +322,14 @@ int launch_spread(void (*kernel)(Layer, SpreadShape, typename Exchange::Argument
 }
 
 template <class scalar_t, class Math, class Exchange>
-int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context, Workspace& workspace) {
+int spread_forward(const LayerForward& layer, const Context& context, Workspace& workspace) {
   ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.take<int64_t>(offsets_count(layer.sequence)),
                                           static_cast<cudaStream_t>(context.stream), args.sequence));
   return choose_cell(layer.cell, [&](auto cell) {
     using Cell = typename decltype(cell)::type;
     const SpreadShape shape =
-        spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/false);
+        spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/false);
     return launch_spread<Exchange>(spread_forward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions, shape,
                                    context, workspace);
   });
@@ -336,13 +337,13 @@ int spread_forward(const LayerForward& layer, const Spread& spread, const Contex
 
 template <class scalar_t, class Math, class Exchange>
 int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
-                    const Spread& spread, const Context& context, Workspace& workspace) {
+                    const Context& context, Workspace& workspace) {
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
   return choose_cell(layer.cell, [&](auto cell) {
     using Cell = typename decltype(cell)::type;
     const SpreadShape shape =
-        spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
+        spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
     return launch_spread<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
                                    shape, context, workspace);
   });

@@ -30,10 +30,10 @@ SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batc
 
 // For every cell. The workspace is what is left of it.
 template <class scalar_t, class Math, class Exchange>
-int spread_forward(const LayerForward& layer, const Spread& spread, const Context& context, Workspace& workspace);
+int spread_forward(const LayerForward& layer, const Context& context, Workspace& workspace);
 template <class scalar_t, class Math, class Exchange>
 int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
-                    const Spread& spread, const Context& context, Workspace& workspace);
+                    const Context& context, Workspace& workspace);
 
 // The launchers of an engine, by how its blocks exchange numbers. To the host an exchange is
 //   Exchange::Buffers(directions, shape, workspace)    with the kernel's `arguments` and prepare(stream)
@@ -41,29 +41,28 @@ int spread_backward(const LayerBackward& layer, const BackwardProducts (&product
 template <template <class> class Exchange>
 class SpreadEngine {
  public:
-  static size_t forward_workspace_bytes(const LayerForward& layer, const Spread& spread) {
+  static size_t forward_workspace_bytes(const LayerForward& layer) {
     Workspace workspace(nullptr);
     workspace.take<int64_t>(offsets_count(layer.sequence));
-    take_buffers(layer, spread, /*backward=*/false, workspace);
+    take_buffers(layer, /*backward=*/false, workspace);
     return workspace.bytes();
   }
-  static size_t backward_workspace_bytes(const LayerBackward& layer, const Spread& spread) {
+  static size_t backward_workspace_bytes(const LayerBackward& layer) {
     Workspace workspace(nullptr);
     const BackwardPreparation preparation(layer, workspace);
-    take_buffers(layer, spread, /*backward=*/true, workspace);
+    take_buffers(layer, /*backward=*/true, workspace);
     return workspace.bytes();
   }
 
-  static int forward(const LayerForward& layer, const Spread& spread, const Context& context) {
+  static int forward(const LayerForward& layer, const Context& context) {
     Workspace workspace(context.workspace);
     return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
       using Math = typename decltype(math)::type;
       using Exchange_ = Exchange<typename Math::Operand>;
-      return spread_forward<typename decltype(scalar)::type, Math, Exchange_>(layer, spread, context, workspace);
+      return spread_forward<typename decltype(scalar)::type, Math, Exchange_>(layer, context, workspace);
     });
   }
-  static int backward(const LayerBackward& given, const BackwardProducts (&products)[2], const Spread& spread,
-                      const Context& context) {
+  static int backward(const LayerBackward& given, const BackwardProducts (&products)[2], const Context& context) {
     Workspace workspace(context.workspace);
     const BackwardPreparation preparation(given, workspace);
     LayerBackward layer = given;
@@ -72,18 +71,18 @@ class SpreadEngine {
     return choose_arithmetic(layer.dtype, layer.tf32, [&](auto scalar, auto math) {
       using Math = typename decltype(math)::type;
       using Exchange_ = Exchange<typename Math::Operand>;
-      return spread_backward<typename decltype(scalar)::type, Math, Exchange_>(layer, products, sequence, spread,
-                                                                               context, workspace);
+      return spread_backward<typename decltype(scalar)::type, Math, Exchange_>(layer, products, sequence, context,
+                                                                               workspace);
     });
   }
 
  private:
   template <class Layer>
-  static void take_buffers(const Layer& layer, const Spread& spread, bool backward, Workspace& workspace) {
+  static void take_buffers(const Layer& layer, bool backward, Workspace& workspace) {
     const auto take = [&](auto math) {
       using Math = typename decltype(math)::type;
-      const SpreadShape shape =
-          spread_shape<Math>(spread, layer.hidden_size, layer.sequence.batch, cell_info(layer.cell).gates, backward);
+      const SpreadShape shape = spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch,
+                                                   cell_info(layer.cell).gates, backward);
       typename Exchange<typename Math::Operand>::Buffers(layer.directions, shape, workspace);
     };
     size_of(layer.dtype) == 2 ? take(Type<TensorCore<__half>>()) : take(Type<TensorCoreTf32>());

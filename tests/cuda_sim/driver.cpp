@@ -127,19 +127,8 @@ struct Engine {
     #name, cuda::name::forward_workspace_bytes, cuda::name::forward, cuda::name::backward_workspace_bytes, \
         cuda::name::backward                                                                               \
   }
-// Of the engines that spread W_hh over blocks.
-cuda::Spread spread;
-#define SPREAD_ENGINE(name)                                                                                      \
-  Engine {                                                                                                       \
-    #name, [](const LayerForward& layer) { return cuda::name::forward_workspace_bytes(layer, spread); },         \
-        [](const LayerForward& layer, const cuda::Context& c) { return cuda::name::forward(layer, spread, c); }, \
-        [](const LayerBackward& layer) { return cuda::name::backward_workspace_bytes(layer, spread); },          \
-        [](const LayerBackward& layer, const cuda::BackwardProducts(&products)[2], const cuda::Context& c) {     \
-          return cuda::name::backward(layer, products, spread, c);                                               \
-        }                                                                                                        \
-  }
-constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta), SPREAD_ENGINE(persistent_grid),
-                               SPREAD_ENGINE(persistent_cluster)};
+constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta), ENGINE(persistent_grid),
+                               ENGINE(persistent_cluster)};
 const Engine* engine = &kEngines[0];
 
 // ------------------------------------------------------------------------------------------------ sizes
@@ -193,9 +182,6 @@ EXPORT bool sim_set_engine(const char* name) {
     if (strcmp(name, candidate.name) == 0) engine = &candidate;
   }
   return strcmp(name, engine->name) == 0;
-}
-EXPORT void sim_set_spread(int unit_tiles, int row_tiles, int depth_splits) {
-  spread = {unit_tiles, row_tiles, depth_splits};
 }
 EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
 EXPORT void sim_mutate(int site) { cuda_sim::mutate(site); }

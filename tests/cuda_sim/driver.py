@@ -57,6 +57,10 @@ class DirectionForward(Structure):
     ]
 
 
+class Spread(Structure):
+    _fields_ = [(name, c_int) for name in ("unit_tiles", "row_tiles", "depth_splits")]
+
+
 class LayerForward(Structure):
     _fields_ = [
         ("cell", c_int),
@@ -70,6 +74,7 @@ class LayerForward(Structure):
         ("sequence", SequenceStruct),
         ("input", Rows),
         ("direction", DirectionForward * 2),
+        ("spread", Spread),
     ]
 
 
@@ -102,6 +107,7 @@ class LayerBackward(Structure):
         ("input", Rows),
         ("grad_input", Rows),
         ("direction", DirectionBackward * 2),
+        ("spread", Spread),
     ]
 
 
@@ -136,6 +142,7 @@ class Simulator:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.spread_of_layers = Spread(1, 1, 1)
         self.library.sim_set_seed.argtypes = [c_uint64]
         self.library.sim_set_engine.argtypes = [ctypes.c_char_p]
         self.library.sim_set_engine.restype = c_bool
@@ -153,7 +160,7 @@ class Simulator:
 
     def spread(self, unit_tiles: int, row_tiles: int, depth_splits: int) -> None:
         """How all later layers are cut by the engines that spread W_hh over blocks: spread.h."""
-        self.library.sim_set_spread(unit_tiles, row_tiles, depth_splits)
+        self.spread_of_layers = Spread(unit_tiles, row_tiles, depth_splits)
 
     def engine(self, name: str) -> None:
         assert self.library.sim_set_engine(name.encode()), f"the driver has no engine {name}"
@@ -307,6 +314,7 @@ class Layer:
         struct.dtype = DTYPES.index(self.input.dtype)
         struct.hidden_size, struct.output_size = self.hidden_size, self.output_size
         struct.directions = len(self.directions)
+        struct.spread = simulator.spread_of_layers
         struct.tf32 = self.tf32
         sequence = struct.sequence
         sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows

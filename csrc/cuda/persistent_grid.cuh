@@ -25,52 +25,53 @@ class GridExchange {
   };
 
   __device__ __forceinline__ GridExchange(const Arguments& arguments, const SpreadShape& shape, Operand* shared)
-      : sizes_(shape.sizes), rows_(shape.spread.row_tiles * kTileRows), shared_(shared) {
-    const int64_t team = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-    vectors_ = arguments.vectors + team * 2 * size();
-    arrivals_ = arguments.arrivals + team * kFlagStride;
-    clear(shared_, rows_ * sizes_.stride);  // once: the padding stays zero
+      : arguments_(arguments), shape_(shape), shared_(shared) {
+    clear(shared_, rows() * shape.sizes.stride);  // once: the padding stays zero
   }
 
   // Two neighbouring units of a part, in a row of the team.
   __device__ __forceinline__ void publish(int row, int part, int unit, const Packet<Operand, 2>& pair) {
-    Operand* place = vectors(turn_) + (row * sizes_.parts + part) * sizes_.units + unit;
+    Operand* place = vectors(turn_) + (row * shape_.sizes.parts + part) * shape_.sizes.units + unit;
     *reinterpret_cast<Packet<Operand, 2>*>(place) = pair;
   }
 
   __device__ __forceinline__ void arrive() {
     __syncthreads();
-    if (threadIdx.x == 0) device::add_release(arrivals_, 1);
+    if (threadIdx.x == 0) device::add_release(arrivals(), 1);
     ++turn_;
   }
 
   // The vectors of the last arrival, in shared memory.
   __device__ __forceinline__ const Operand* wait() {
     if (threadIdx.x == 0) {
-      while (device::load_acquire(arrivals_) < turn_ * static_cast<unsigned>(sizes_.blocks)) continue;
+      const unsigned all = turn_ * static_cast<unsigned>(shape_.sizes.blocks);
+      while (device::load_acquire(arrivals()) < all) continue;
     }
     __syncthreads();
     constexpr int kWidth = 16 / sizeof(Operand);
+    const SpreadSizes& sizes = shape_.sizes;
     const Operand* const from = vectors(turn_ - 1);
-    const int packets = sizes_.units / kWidth;  // of a part
-    for (int i = threadIdx.x; i < rows_ * sizes_.parts * packets; i += blockDim.x) {
+    const int packets = sizes.units / kWidth;  // of a part
+    for (int i = threadIdx.x; i < rows() * sizes.parts * packets; i += blockDim.x) {
       const int row_part = i / packets, unit = i % packets * kWidth;
-      Operand* to = shared_ + row_part / sizes_.parts * sizes_.stride + row_part % sizes_.parts * sizes_.part + unit;
-      *reinterpret_cast<uint4*>(to) = __ldcg(reinterpret_cast<const uint4*>(from + row_part * sizes_.units + unit));
+      Operand* to = shared_ + row_part / sizes.parts * sizes.stride + row_part % sizes.parts * sizes.part + unit;
+      *reinterpret_cast<uint4*>(to) = __ldcg(reinterpret_cast<const uint4*>(from + row_part * sizes.units + unit));
     }
     __syncthreads();
     return shared_;
   }
 
  private:
-  __device__ __forceinline__ int size() const { return rows_ * sizes_.parts * sizes_.units; }
-  __device__ __forceinline__ Operand* vectors(unsigned turn) const { return vectors_ + turn % 2 * size(); }
+  __device__ __forceinline__ int64_t team() const { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
+  __device__ __forceinline__ int rows() const { return shape_.spread.row_tiles * kTileRows; }
+  __device__ __forceinline__ unsigned* arrivals() const { return arguments_.arrivals + team() * kFlagStride; }
+  __device__ __forceinline__ Operand* vectors(unsigned turn) const {
+    return arguments_.vectors + (team() * 2 + turn % 2) * rows() * shape_.sizes.parts * shape_.sizes.units;
+  }
 
-  const SpreadSizes& sizes_;
-  const int rows_;
+  const Arguments& arguments_;
+  const SpreadShape& shape_;
   Operand* const shared_;
-  Operand* vectors_;
-  unsigned* arrivals_;
   unsigned turn_ = 0;  // arrivals of this block
 };
 

@@ -268,7 +268,8 @@ class WeightTile {
     for (int k = kRegisterDepth; k < depth_; k += 2) {
       typename Math::Fragment fragment;
       if (kOneOperand) Math::load(h + k * Math::kDepth, stride, fragment);
-#pragma unroll
+      // With one sum for all tiles, one operand at a time: together they would fill the registers.
+#pragma unroll(kSums == 1 ? 1 : kTiles)
       for (int tile = 0; tile < kTiles; ++tile) {
         if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
 #pragma unroll
@@ -281,7 +282,7 @@ class WeightTile {
     }
   }
 
-  uint32_t registers_[kRegisterDepth][kTiles][4];
+  uint32_t registers_[kRegisterDepth == 0 ? 1 : kRegisterDepth][kTiles][4];
   uint4* shared_ = nullptr;
   int depth_ = 0;
 };

@@ -11,9 +11,9 @@
 namespace rnnfast::plan {
 
 // In order of preference: the nearer h stays to its weights, the sooner a step ends.
-enum class Engine : int { persistent_cta, stepwise };
-constexpr int kEngines = 2;
-constexpr const char* kEngineNames[kEngines] = {"persistent_cta", "stepwise"};
+enum class Engine : int { persistent_cta, persistent_cluster, persistent_grid, stepwise };
+constexpr int kEngines = 4;
+constexpr const char* kEngineNames[kEngines] = {"persistent_cta", "persistent_cluster", "persistent_grid", "stepwise"};
 
 struct Device {
   int capability = 0;  // 90 is sm_90
@@ -40,6 +40,7 @@ struct Tile {
   int blocks = 0, threads = 0;  // of a launch; of a block
   int units = 0, rows = 0;      // hidden units of a block; batch rows of the blocks that share a state
   int64_t shared_bytes = 0;     // dynamic shared memory of a block
+  cuda::Spread spread;          // persistent_cluster and persistent_grid
 };
 
 // What an engine says of a problem: why it cannot run it, or else how it would.

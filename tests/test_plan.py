@@ -77,6 +77,36 @@ def test_float32_takes_more_memory() -> None:
     assert plan(dtype="float32", hidden_size=129)["engine"] != "persistent_cta"
 
 
+def test_a_cluster_holds_a_larger_layer() -> None:
+    made = plan(hidden_size=512, directions=2)
+    assert made["engine"] == "persistent_cluster"
+    tile = made["tile"]
+    # 16 blocks, the most of a cluster, with 32 units each; a cluster for 8 rows of a direction
+    assert (tile["blocks"], tile["threads"], tile["units"], tile["rows"]) == (64, 256, 32, 8)
+    assert "bytes of shared memory, the device gives 232448" in plan(hidden_size=1024)["against"]["persistent_cluster"]
+    assert plan(hidden_size=512, batch=2048)["against"]["persistent_cluster"] == (
+        "2048 rows of 512 hidden units in 1 direction are more than 4 times 16-block clusters have"
+    )
+
+
+def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
+    made = plan(hidden_size=1024)
+    assert made["engine"] == "persistent_grid"
+    assert (made["tile"]["blocks"], made["tile"]["units"], made["tile"]["rows"]) == (128, 16, 8)
+    old = plan(hidden_size=512, device=AMPERE)
+    assert old["engine"] == "persistent_grid"
+    assert old["against"]["persistent_cluster"] == "it needs clusters of blocks (sm_90), the device is sm_80"
+    alone = plan(hidden_size=512, device={**AMPERE, "cooperative": False})
+    assert alone["engine"] == "stepwise"
+    assert alone["against"]["persistent_grid"] == "the device has no cooperative launches"
+    assert plan(hidden_size=1024, batch=2048)["against"]["persistent_grid"] == (
+        "2048 rows of 1024 hidden units in 1 direction are more than 132 blocks that run at once have"
+    )
+    assert plan(hidden_size=20000)["against"]["persistent_grid"] == (
+        "its blocks hold 16896 hidden units at most, the layer has 20000"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -106,6 +136,10 @@ def test_every_plan_keeps_to_the_device(cell: str, device: dict[str, Any]) -> No
                 if made["engine"] != "stepwise":
                     assert tile["threads"] % 32 == 0
                     assert tile["blocks"] > 0
+                if made["engine"] == "persistent_grid":
+                    assert tile["blocks"] <= device["multiprocessors"]
+                if made["engine"] == "persistent_cluster":
+                    assert device["clusters"]
 
 
 # ------------------------------------------------------------------------------------------------ forced engines

@@ -65,6 +65,8 @@ struct Launchers {
 constexpr Launchers kLaunchers[plan::kEngines] = {
     // in the order of plan::Engine
     RNNFAST_LAUNCHERS(persistent_cta),
+    RNNFAST_LAUNCHERS(persistent_cluster),
+    RNNFAST_LAUNCHERS(persistent_grid),
     RNNFAST_LAUNCHERS(stepwise),
 };
 #undef RNNFAST_LAUNCHERS
@@ -77,11 +79,13 @@ class Engine {
                                   static_cast<int>(g.directions), backward},
                                  cuda_device())) {}
 
-  void run(const LayerForward& layer, const Tensor& like) const {
+  void run(LayerForward layer, const Tensor& like) const {
+    layer.spread = plan_.tile.spread;
     const Tensor workspace = allocate(launchers().forward_workspace_bytes(layer), like);
     check(launchers().forward(layer, context(workspace)));
   }
-  void run(const LayerBackward& layer, const cuda::BackwardProducts (&products)[2], const Tensor& like) const {
+  void run(LayerBackward layer, const cuda::BackwardProducts (&products)[2], const Tensor& like) const {
+    layer.spread = plan_.tile.spread;
     const Tensor workspace = allocate(launchers().backward_workspace_bytes(layer), like);
     check(launchers().backward(layer, products, context(workspace)));
   }

@@ -121,7 +121,8 @@ struct DirectionBackward {
   void* grad_h0 = nullptr;  // [B, P]
   void* grad_c0 = nullptr;  // [B, H]
 
-  // The loop's product. For a cell without split gates grad_hgates equals grad_igates.
+  // The loop's product. For a cell without split gates grad_hgates equals grad_igates. CPU engine: null, or float32 and
+  // float64 without weight gradients.
   void* grad_igates = nullptr;  // compact [N, G*H]
   void* grad_hgates = nullptr;  // compact [N, G*H]
 
@@ -146,6 +147,51 @@ struct LayerBackward {
   cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
 };
 
+// ---------------------------------------------------------------------------------------------------- tangents
+// The derivative of a layer along a direction (a tangent of each of its arguments), and that of its backward. An engine
+// runs the two loops; products over all steps are the operators'. Only float32 and float64, without a projection.
+// Where data is null, a tangent or a gradient is zero.
+struct DualRows {
+  Rows value, tangent;
+};
+struct DualPointer {
+  const void *value = nullptr, *tangent = nullptr;
+};
+
+struct DirectionTangent {
+  DualPointer w_hh;  // [G*H, P]
+  DualPointer h0;    // [B, P]
+  DualPointer c0;    // [B, H]
+  bool reverse = false;
+
+  const void* saved = nullptr;  // compact [N, S*H], as forward left it
+  void* t_saved = nullptr;      // compact [N, S*H]: written by forward unless null, read by backward
+  DualRows output;              // rows of P; forward writes the tangent
+  DualRows c;                   // rows of H; forward writes the tangent
+
+  // forward: rows of G*H, the tangents of the gates without the path h' W_hh^T that the loop adds. For a cell without
+  // split gates t_igates has both halves, and t_hgates is not used.
+  Rows t_igates, t_hgates;
+  void* t_h_n = nullptr;  // [B, P]
+  void* t_c_n = nullptr;  // [B, H]
+
+  // backward. For a cell without split gates grad_igates stands for grad_hgates, which is not used.
+  DualRows grad_output, grad_c;       // rows of P, rows of H
+  DualPointer grad_h_n, grad_c_n;     // [B, P], [B, H]
+  DualRows grad_igates, grad_hgates;  // rows of G*H, all written
+  void* t_grad_h0 = nullptr;          // [B, P]
+  void* t_grad_c0 = nullptr;          // [B, H]
+};
+
+struct LayerTangent {
+  CellKind cell{};
+  Dtype dtype{};
+  int64_t hidden_size = 0;
+  int directions = 1;
+  Sequence sequence;
+  DirectionTangent direction[2];
+};
+
 // ---------------------------------------------------------------------------------------------------- CPU engine
 // The engine allocates nothing: the caller hands it a workspace of at least the size it asks for, 64-byte aligned.
 // threads is the most it may use; it uses fewer where more do not pay.
@@ -157,6 +203,10 @@ struct Engine {
   void (*forward)(const LayerForward& layer, void* workspace, int threads);
   size_t (*backward_workspace_bytes)(const LayerBackward& layer, int threads);
   void (*backward)(const LayerBackward& layer, void* workspace, int threads);
+  // One workspace serves both.
+  size_t (*tangent_workspace_bytes)(const LayerTangent& layer, int threads);
+  void (*tangent_forward)(const LayerTangent& layer, void* workspace, int threads);
+  void (*tangent_backward)(const LayerTangent& layer, void* workspace, int threads);
 };
 
 // The engine in use, of this CPU's best instruction set unless another was forced. A call takes it once: another thread

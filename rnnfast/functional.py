@@ -77,7 +77,7 @@ def recurrent(
         return_states: also return the states of every layer at every step.
         recompute: keep the states alone for backward, which computes the gates again from them: less memory for more
             time, and the same result. The reference formula keeps what autograd keeps.
-        batch_invariant: promise that output and states of a row, and the first derivatives by its input and its initial
+        batch_invariant: promise that output and states of a row, and what backward gives for its input and its initial
             states, are the same bit for bit whatever else is in the batch and wherever in it the row is. It holds on
             the CPU at no cost.
         weight_dropout: probability of zeroing an element of every ``w_hh``, the rest scaled by 1 / (1 - p): one mask a

@@ -221,7 +221,7 @@ class RNN(_Layers):
         device, dtype: of the parameters.
         recompute: whether training keeps the states alone for backward, which computes the gates again from them: less
             memory for more time, the same result.
-        batch_invariant: whether a row's output, states and first derivatives must not depend, in a single bit, on what
+        batch_invariant: whether a row's output, states and backward must not depend, in a single bit, on what
             else is in the batch. It holds on the CPU at no cost; elsewhere, and with dropout, forward says no.
         weight_dropout: probability, in training, of zeroing an element of every ``weight_hh``, the rest scaled by
             1 / (1 - p). One mask a call, the same at every step (Merity, Keskar and Socher, "Regularizing and

@@ -1,7 +1,7 @@
 """One recurrent layer, and what runs it: the extension's operators, or the reference formula.
 
-Owns that choice, and what torch must be told of the operators in Python: their shapes without data, and the formula
-behind the derivatives and transforms that have no kernel. Must not know stacks of layers, dropout, parameters.
+Owns that choice, and what torch must be told of the operators in Python: their shapes without data here, derivatives
+and transforms in derivatives.py. Must not know stacks of layers, dropout, parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import reference
+from . import derivatives, reference
 from ._extension import error as extension_error
 from ._extension import extension as extension
 
@@ -56,8 +56,9 @@ def layer(
             gates where a gradient is wanted, and nothing elsewhere. A choice of memory against time, never of result.
         backend: ``"auto"``, ``"reference"``, or None for what :func:`backend` chose around the call.
 
-    The operators run in first derivatives and everything below them. Higher derivatives, forward-mode derivatives and
-    the transforms of ``torch.func`` take the reference formula.
+    The operators run in first and second derivatives, forward-mode ones, and the transforms of ``torch.func``. What has
+    no kernel takes the reference formula: third derivatives, and on CUDA or with a projection second and forward-mode
+    ones.
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
@@ -128,8 +129,6 @@ def active_backend(backend: str | None = None) -> tuple[str, str]:
         return "reference", "backend 'reference' was chosen"
     if extension is None:
         return "reference", extension_error
-    if torch._C._are_functorch_transforms_active():
-        return "reference", "a transform of torch.func is active"
     return "operators", ""
 
 
@@ -210,67 +209,32 @@ def _fake_layer_backward(
     return grad_input, grad_h0, grad_c0, [weight.new_empty(weight.shape) for weight in weights if output_mask[3]]
 
 
-# ------------------------------------------------------------------------- the formula behind what has no kernel
-def _reference(
-    cell: str,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_grouped_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    *of_backward, groups = arguments
+    *grads, weights = _fake_layer_backward(*of_backward)
+    return *grads, [weight.new_empty(groups, *weight.shape) for weight in weights]  # type: ignore[return-value]
+
+
+def _fake_jvp(t_input: Any, t_h0: Any, t_c0: Any, t_weights: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    input, h0, c0, weights, batch_sizes, lengths, reset, output, c, saved = arguments
+    tangents = (t_input, t_h0, t_c0, *t_weights)
+    _check_devices(input, (h0, c0, *weights, reset, output, c, saved, *tangents), batch_sizes, lengths)
+    t_states = [input.new_empty(0 if c0 is None else part.shape) for part in (c0, c)]
+    return input.new_empty(output.shape), input.new_empty(h0.shape), *t_states
+
+
+def _fake_backward_jvp(*arguments: Any) -> tuple[Any, ...]:
+    t_grads, tangents, grads = arguments[:4], arguments[4:8], arguments[8:12]
+    *layer, output, c, saved, output_mask = arguments[12:]
+    _check_devices(layer[0], (*t_grads, *grads), None, None)
+    t_results = _fake_jvp(*tangents, *layer, output, c, saved)
+    return *t_results, *_fake_layer_backward(*(*grads, *layer, output, c, saved, output_mask))
+
+
+# The layer by the formula, as an operator: for forward-mode derivatives without a kernel.
+def _reference(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, h0, c0, weights, batch_sizes, lengths, reset = arguments
     return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
-
-
-def _reference_transformed(cell: str, input: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    """The operator's whole result, under a transform of torch.func."""
-    *arguments, _save = rest
-    return *_reference(cell, input, *arguments), input.new_empty(0)  # type: ignore[arg-type]
-
-
-def _reference_backward(
-    cell: str,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_c: Tensor | None,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The operator's backward as a differentiable function of the gradients and of the layer's arguments."""
-    with torch.enable_grad():
-        # Each argument gets a node of its own: the gradient asked for is with respect to this call's use of it, even
-        # where one argument was computed from another, or is the same tensor.
-        own = [
-            tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-            for tensor in (input, h0, *([] if c0 is None else [c0]), *weights)
-        ]
-        first_weight = 2 if c0 is None else 3
-        results = _reference(
-            cell, own[0], own[1], None if c0 is None else own[2], own[first_weight:], batch_sizes, lengths, reset
-        )
-        pairs = [
-            (result, grad)
-            for result, grad in zip(results, (grad_output, grad_h_n, grad_c_n, grad_c), strict=True)
-            if grad is not None and result.requires_grad
-        ]
-        outputs, grad_outputs = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(outputs, own, grad_outputs, create_graph=True, materialize_grads=True)
-    nothing = input.new_empty(0)
-    return (
-        grads[0] if output_mask[0] else nothing,
-        grads[1] if output_mask[1] else nothing,
-        grads[2] if output_mask[2] and c0 is not None else nothing,
-        list(grads[first_weight:]) if output_mask[3] else [],
-    )
 
 
 # ------------------------------------------------------------------------------------ CUDA tensors in a CPU build
@@ -284,12 +248,20 @@ def _refuse_cuda(*_arguments: object) -> NoReturn:
 if extension is not None:
     _direct = {cell: getattr(extension, cell) for cell in reference.CELLS}
     _library: Any = torch.library.Library("rnnfast", "IMPL")
-    _library.impl("reference", _reference, "CompositeImplicitAutograd")
-    _library.impl("reference_backward", _reference_backward, "CompositeImplicitAutograd")
+    for _name, _formula in (
+        ("reference", _reference),
+        ("reference_backward", derivatives.reference_backward),
+        ("reference_jvp", derivatives.reference_jvp),
+        ("reference_backward_jvp", derivatives.reference_backward_jvp),
+    ):
+        _library.impl(_name, _formula, "CompositeImplicitAutograd")
     for _cell in reference.CELLS:
         torch.library.register_fake(f"rnnfast::{_cell}", partial(_fake_layer, extension.saved_values[_cell]))
         torch.library.register_fake(f"rnnfast::{_cell}_backward", _fake_layer_backward)
-        _library.impl(_cell, partial(_reference_transformed, _cell), "FuncTorchDynamicLayerFrontMode")
+        torch.library.register_fake(f"rnnfast::{_cell}_grouped_backward", _fake_grouped_backward)
+        torch.library.register_fake(f"rnnfast::{_cell}_jvp", _fake_jvp)
+        torch.library.register_fake(f"rnnfast::{_cell}_backward_jvp", _fake_backward_jvp)
+        derivatives.register(_library, _cell)
         if missing_kernels("cuda"):
             _library.impl(_cell, _refuse_cuda, "CUDA")
             _library.impl(f"{_cell}_backward", _refuse_cuda, "CUDA")

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rnnfast import ops, reference
 
@@ -389,13 +390,99 @@ def test_opcheck_backward(sample: Sample, mask: list[bool]) -> None:
     torch.library.opcheck(operator(f"{sample.cell}_backward"), (*backward_arguments(sample), mask))
 
 
+def require_gradients(arguments: list[Any]) -> None:
+    for part in tree_leaves(arguments):
+        if isinstance(part, Tensor) and part.is_floating_point():
+            part.requires_grad_()
+
+
 @each_cell
 def test_opcheck_second_derivative(cell: str) -> None:
     arguments = backward_arguments(Sample(cell, steps=2))
-    for part in (*arguments[:7], *arguments[7]):
-        if part is not None:
-            part.requires_grad_()
+    require_gradients(arguments[:8])
     torch.library.opcheck(operator(f"{cell}_backward"), (*arguments, [True] * 4))
+
+
+def tangent_arguments(sample: Sample) -> tuple[list[Any], list[Any]]:
+    """Arguments of <cell>_jvp, and of <cell>_backward_jvp without `output_mask`."""
+    arguments = backward_arguments(sample)
+    grads, layer, kept = arguments[:4], arguments[4:11], arguments[11:]
+    t_grads, tangents = tree_map(lambda t: None if t is None else torch.randn_like(t), (grads, layer[:4]))
+    return [*tangents, *layer, *kept], [*t_grads, *tangents, *grads, *layer, *kept]
+
+
+without_projection = pytest.mark.parametrize(
+    "sample", [sample for sample in OPCHECKED if not sample.proj_size], ids=lambda sample: sample.name
+)
+
+
+@without_projection
+def test_opcheck_tangents(sample: Sample) -> None:
+    of_jvp, of_backward_jvp = tangent_arguments(sample)
+    torch.library.opcheck(operator(f"{sample.cell}_jvp"), tuple(of_jvp))
+    torch.library.opcheck(operator(f"{sample.cell}_backward_jvp"), (*of_backward_jvp, [True] * 4))
+
+
+@each_cell
+def test_opcheck_third_derivatives(cell: str) -> None:
+    of_jvp, of_backward_jvp = tangent_arguments(Sample(cell, steps=2))
+    require_gradients(of_jvp[:8])
+    require_gradients(of_backward_jvp[:16])
+    checks = ("test_schema", "test_autograd_registration")  # tracing the formula takes minutes
+    torch.library.opcheck(operator(f"{cell}_jvp"), tuple(of_jvp), test_utils=checks)
+    torch.library.opcheck(operator(f"{cell}_backward_jvp"), (*of_backward_jvp, [True] * 4), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    "sample", [s for s in OPCHECKED if not s.proj_size and s.form != "packed"], ids=lambda s: s.name
+)
+def test_opcheck_groups(sample: Sample) -> None:
+    torch.library.opcheck(operator(f"{sample.cell}_grouped_backward"), (*backward_arguments(sample), [True] * 4, 3))
+
+
+@each_form
+def test_groups_sum_to_the_whole(sample: Sample) -> None:
+    if sample.proj_size:
+        with pytest.raises(RuntimeError, match="a projection has no kernel for gradients of groups"):
+            operator("lstm_grouped_backward")(*backward_arguments(sample), [True] * 4, 1)
+        return
+    arguments = backward_arguments(replace(sample, batch=6, row_lengths=(5, 5, 4, 4, 0, 0)))
+    whole = operator(f"{sample.cell}_backward")(*arguments, [True] * 4)
+    groups = operator(f"{sample.cell}_grouped_backward")(*arguments, [True] * 4, 2)
+    assert_close(groups[:3], whole[:3])
+    assert_close([gradient.sum(0) for gradient in groups[3]], whole[3])
+
+
+BAD_TANGENTS: dict[str, tuple[int, Callable[[Any], Any], type[Exception], str]] = {
+    "t_input of 4 steps": (0, lambda t: t[1:], RuntimeError, r"t_input has shape \[4, 3, 4\], it takes .*\[5, 3, 4\]"),
+    "t_h0 of another dtype": (1, Tensor.float, ValueError, "t_h0 has dtype Float, it takes .* Double"),
+    "t_c0 of rank 2": (2, lambda t: t[0], RuntimeError, r"t_c0 has shape \[3, 5\]"),
+    "one t_weights": (3, lambda t: t[:1], RuntimeError, "t_weights has 1 tensors, it takes none or as many .*, 4"),
+    "a t_weights of other size": (3, lambda t: [w[1:] for w in t], RuntimeError, "a tangent of a weight has shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TANGENTS)
+def test_bad_tangents(name: str) -> None:
+    index, spoil, error, message = BAD_TANGENTS[name]
+    arguments, _ = tangent_arguments(Sample("lstm"))
+    operator("lstm_jvp")(*arguments)
+    arguments[index] = spoil(arguments[index])
+    with pytest.raises(error, match=f"rnnfast.lstm: {message}"):
+        operator("lstm_jvp")(*arguments)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 2])
+def test_bad_groups(groups: int) -> None:
+    with pytest.raises(ValueError, match=f"groups is {groups}, it takes a divisor of the batch, 3"):
+        operator("gru_grouped_backward")(*backward_arguments(Sample("gru")), [True] * 4, groups)
+
+
+def test_gradients_of_groups_refuse_a_derivative() -> None:
+    arguments = backward_arguments(Sample("gru"))
+    require_gradients(arguments[:8])
+    with pytest.raises(NotImplementedError, match="gru_grouped_backward has no derivative"):
+        operator("gru_grouped_backward")(*arguments, [True] * 4, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -573,17 +660,6 @@ def test_unknown_backend(name: str) -> None:
         pass
     with pytest.raises(ValueError, match="backend: expected one of"):
         ops.layer(*arguments, **options, backend=name)
-
-
-def test_explanation_inside_a_transform() -> None:
-    seen = []
-
-    def f(x: Tensor) -> Tensor:
-        seen.append(ops.active_backend())
-        return x.sum()
-
-    torch.func.grad(f)(torch.ones(2))
-    assert seen == [("reference", "a transform of torch.func is active")]
 
 
 def test_every_sample_is_a_cell_of_the_operators() -> None:

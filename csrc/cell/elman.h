@@ -1,4 +1,4 @@
-// Owns: the equations of the Elman cell, forward and backward, for one unit of one row.
+// Owns: the equations of the Elman cell, forward, backward and along a tangent, for one unit of one row.
 // Must not know: pointers into tensors, indices, batches, dtypes of storage.
 #pragma once
 
@@ -29,6 +29,14 @@ struct ElmanCell {
     grad_igates[0] = grad_state[0] * Nonlinearity::derivative(state[0]);
     grad_hgates[0] = grad_igates[0];
     grad_prev[0] = V(0);
+  }
+
+  // The derivative of forward along (t_igates [kGates], t_hgates [kGates], t_prev [kStates]), from what forward kept:
+  //   saved [kSaved], prev [kStates], state [kStates] -> t_state [kStates], t_saved [kSaved]
+  template <class V>
+  static RNNFAST_HOST_DEVICE void tangent(const V*, const V*, const V* state, const V* t_igates, const V* t_hgates,
+                                          const V*, V* t_state, V*) {
+    t_state[0] = (t_igates[0] + t_hgates[0]) * Nonlinearity::derivative(state[0]);
   }
 };
 

@@ -1,4 +1,4 @@
-// Owns: the equations of the GRU cell, forward and backward, for one unit of one row.
+// Owns: the equations of the GRU cell, forward, backward and along a tangent, for one unit of one row.
 // Must not know: pointers into tensors, indices, batches, dtypes of storage.
 #pragma once
 
@@ -40,6 +40,19 @@ struct GruCell {
     grad_hgates[1] = grad_igates[1];
     grad_hgates[2] = grad_n * r;
     grad_prev[0] = grad_state[0] * z;
+  }
+
+  // The derivative of forward along (t_igates [kGates], t_hgates [kGates], t_prev [kStates]), from what forward kept:
+  //   saved [kSaved], prev [kStates], state [kStates] -> t_state [kStates], t_saved [kSaved]
+  template <class V>
+  static RNNFAST_HOST_DEVICE void tangent(const V* saved, const V* prev, const V*, const V* t_igates, const V* t_hgates,
+                                          const V* t_prev, V* t_state, V* t_saved) {
+    const V r = saved[0], z = saved[1], n = saved[2], hidden_n = saved[3];
+    t_saved[0] = (t_igates[0] + t_hgates[0]) * Sigmoid::derivative(r);
+    t_saved[1] = (t_igates[1] + t_hgates[1]) * Sigmoid::derivative(z);
+    t_saved[2] = (t_igates[2] + t_saved[0] * hidden_n + r * t_hgates[2]) * Tanh::derivative(n);
+    t_saved[3] = t_hgates[2];
+    t_state[0] = t_saved[2] + t_saved[1] * (prev[0] - n) + z * (t_prev[0] - t_saved[2]);
   }
 };
 

@@ -1,4 +1,4 @@
-// Owns: the equations of the LSTM cell, forward and backward, for one unit of one row.
+// Owns: the equations of the LSTM cell, forward, backward and along a tangent, for one unit of one row.
 // Must not know: pointers into tensors, indices, batches, dtypes of storage.
 #pragma once
 
@@ -49,6 +49,22 @@ struct LstmCell {
     for (int k = 0; k < kGates; ++k) grad_hgates[k] = grad_igates[k];
     grad_prev[0] = V(0);
     grad_prev[1] = grad_c * f;
+  }
+
+  // The derivative of forward along (t_igates [kGates], t_hgates [kGates], t_prev [kStates]), from what forward kept:
+  //   saved [kSaved], prev [kStates], state [kStates] -> t_state [kStates], t_saved [kSaved]
+  // Reads prev[1], state[1] and t_prev[1] (the cell state) only.
+  template <class V>
+  static RNNFAST_HOST_DEVICE void tangent(const V* saved, const V* prev, const V* state, const V* t_igates,
+                                          const V* t_hgates, const V* t_prev, V* t_state, V* t_saved) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = tanh(state[1]);
+    t_saved[0] = (t_igates[0] + t_hgates[0]) * Sigmoid::derivative(i);
+    t_saved[1] = (t_igates[1] + t_hgates[1]) * Sigmoid::derivative(f);
+    t_saved[2] = (t_igates[2] + t_hgates[2]) * Tanh::derivative(g);
+    t_saved[3] = (t_igates[3] + t_hgates[3]) * Sigmoid::derivative(o);
+    t_state[1] = t_saved[1] * prev[1] + f * t_prev[1] + t_saved[0] * g + i * t_saved[2];
+    t_state[0] = t_saved[3] * tanh_c + o * Tanh::derivative(tanh_c) * t_state[1];
   }
 };
 

@@ -115,7 +115,7 @@ class Backward {
   // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
   static int64_t ld_gates(const LayerBackward& l) {
     const int64_t width = round_up(G * l.hidden_size, Product<S>::kPair), line = 64 / sizeof(Operand);
-    return width % (8 * line) != 0 ? width : width + line;
+    return l.direction[0].grad_igates || width % (8 * line) != 0 ? width : width + line;
   }
   static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
   static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
@@ -141,8 +141,12 @@ class Backward {
       s.w_hh = columns(N, gates, P);
       s.grad_h = carver.take<Acc>(B * ld_acc(P));
       if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
-      s.igates = carver.take<Operand>(N * ld_gates(l));
-      s.hgates = Cell::kSplitGates ? carver.take<Operand>(N * ld_gates(l)) : s.igates;
+      const DirectionBackward& direction = l.direction[d];
+      s.igates =
+          direction.grad_igates ? static_cast<Operand*>(direction.grad_igates) : carver.take<Operand>(N * ld_gates(l));
+      s.hgates = !Cell::kSplitGates      ? s.igates
+                 : direction.grad_hgates ? static_cast<Operand*>(direction.grad_hgates)
+                                         : carver.take<Operand>(N * ld_gates(l));
       if (projects(l)) {
         s.w_hr = columns(N, P, H);
         s.grad_hidden = carver.take<Acc>(B * ld_acc(H));

@@ -1,11 +1,12 @@
-// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, forward.h and backward.h, compiled
-// for it, and the choice of cell and dtype.
+// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, forward.h, backward.h and
+// tangent.h, compiled for it, and the choice of cell and dtype.
 //
 // Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
 // defined.
 
 // The equations come after the target pragma: a function compiled for another instruction set is never inlined.
 #include "../cell/cells.h"
+#include "../cell/dual.h"
 //
 #include "simd.h"
 //
@@ -15,6 +16,7 @@
 //
 #include "backward.h"
 #include "forward.h"
+#include "tangent.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 namespace {
@@ -66,11 +68,41 @@ void backward(const LayerBackward& layer, void* workspace, int threads) {
   });
 }
 
+// Tangents are float32 or float64.
+template <class F>
+auto with_wide_types(CellKind cell, Dtype dtype, const F& f) {
+  switch (cell) {
+#define RNNFAST_CASE(name, Type) \
+  case CellKind::name:           \
+    return dtype == Dtype::f64 ? f(static_cast<Type*>(nullptr), double()) : f(static_cast<Type*>(nullptr), float());
+    RNNFAST_FOR_EACH_CELL(RNNFAST_CASE)
+#undef RNNFAST_CASE
+  }
+  __builtin_unreachable();
+}
+
+size_t tangent_workspace_bytes(const LayerTangent& layer, int threads) {
+  return with_wide_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    return Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::workspace_bytes(layer, threads);
+  });
+}
+void tangent_forward(const LayerTangent& layer, void* workspace, int threads) {
+  with_wide_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run_forward(layer, workspace, threads);
+  });
+}
+void tangent_backward(const LayerTangent& layer, void* workspace, int threads) {
+  with_wide_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
+    Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run_backward(layer, workspace, threads);
+  });
+}
+
 }  // namespace
 
 #define RNNFAST_STRING_(x) #x
 #define RNNFAST_STRING(x) RNNFAST_STRING_(x)
-extern const Engine kEngine = {RNNFAST_STRING(RNNFAST_ISA), forward_workspace_bytes, forward, backward_workspace_bytes,
-                               backward};
+extern const Engine kEngine = {
+    RNNFAST_STRING(RNNFAST_ISA), forward_workspace_bytes, forward,         backward_workspace_bytes, backward,
+    tangent_workspace_bytes,     tangent_forward,         tangent_backward};
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,5 +1,5 @@
-// Owns: derivatives of the operators. First derivatives call <cell>_backward; derivatives of that, and forward-mode
-// ones, go through the formula of rnnfast/reference.py.
+// Owns: derivatives of the operators. First derivatives call <cell>_backward, forward-mode ones <cell>_jvp, second ones
+// <cell>_backward_jvp; what has no kernel goes through the formula of rnnfast/reference.py.
 // Must not know: how an operator runs, sizes (they may be symbolic here).
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -26,6 +26,21 @@ using ReferenceBackwardSignature = BackwardResult(c10::string_view cell, const O
                                                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                                   const OptionalTensor& reset, OutputMask output_mask);
 
+using ReferenceJvpSignature = JvpResult(c10::string_view cell, const OptionalTensor& t_input,
+                                        const OptionalTensor& t_h0, const OptionalTensor& t_c0,
+                                        at::TensorList t_weights, const Tensor& input, const Tensor& h0,
+                                        const OptionalTensor& c0, at::TensorList weights,
+                                        const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                        const OptionalTensor& reset);
+
+using ReferenceBackwardJvpSignature = BackwardJvpResult(
+    c10::string_view cell, const OptionalTensor& t_grad_output, const OptionalTensor& t_grad_h_n,
+    const OptionalTensor& t_grad_c_n, const OptionalTensor& t_grad_c, const OptionalTensor& t_input,
+    const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights, const OptionalTensor& grad_output,
+    const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+    const OptionalTensor& lengths, const OptionalTensor& reset, OutputMask output_mask);
+
 // Does the predicate hold for a tensor among these?
 template <class Predicate>
 bool any_of(Predicate holds, const Tensor& tensor) {
@@ -51,25 +66,73 @@ bool any_tangent(const Tensors&... tensors) {
 }
 
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+// Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
+bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList weights) {
+  return input.device().is_cpu() && (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
+}
+
+// Of tangents of the weights, all or none: an undefined one among them is zero.
+std::vector<Tensor> all_or_none(std::vector<Tensor> tangents, at::TensorList of) {
+  if (std::none_of(tangents.begin(), tangents.end(), [](const Tensor& tangent) { return tangent.defined(); }))
+    return {};
+  for (size_t i = 0; i < tangents.size(); ++i)
+    if (!tangents[i].defined()) tangents[i] = at::zeros_like(of[i]);
+  return tangents;
+}
+
+// The two parts of a forward-mode dual. There is one level of duals.
+Tensor primal(const Tensor& tensor) { return torch::autograd::isFwGradDefined(tensor) ? tensor._fw_primal(0) : tensor; }
+OptionalTensor primal(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? OptionalTensor(primal(*tensor)) : std::nullopt;
+}
+std::vector<Tensor> primal(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(primal(tensor));
+  return result;
+}
+OptionalTensor tangent(const Tensor& tensor) {
+  return torch::autograd::isFwGradDefined(tensor) ? OptionalTensor(tensor._fw_grad(0)) : std::nullopt;
+}
+OptionalTensor tangent(const OptionalTensor& tensor) { return tensor ? tangent(*tensor) : std::nullopt; }
+std::vector<Tensor> tangent(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(undefined_unless(tangent(tensor)));
+  return all_or_none(std::move(result), tensors);
+}
+Tensor dual(const Tensor& value, const Tensor& tangent) {
+  return value.numel() ? at::_make_dual(value, tangent, 0) : value;
+}
+
+// Forward-mode duals among a node's arguments, in place of which it got their primal parts: what the node saves are the
+// duals, so that its backward has tangents too. Null where there are none.
+struct Duals {
+  Tensor grads[4];  // of LayerBackward
+  Tensor input, h0, c0;
+  at::TensorList weights;
+};
 
 template <CellKind kind>
 struct Layer : torch::autograd::Function<Layer<kind>> {
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
-                               const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save) {
+                               const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
+                               const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, h_n, c_n, c, saved] =
         forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save);
-    variable_list kept = {input,
-                          h0,
-                          c0.value_or(Tensor()),
+    variable_list kept = {duals ? duals->input : input,
+                          duals ? duals->h0 : h0,
+                          duals ? duals->c0 : c0.value_or(Tensor()),
                           batch_sizes.value_or(Tensor()),
                           lengths.value_or(Tensor()),
                           reset.value_or(Tensor()),
                           output,
                           c,
                           saved};
-    kept.insert(kept.end(), weights.begin(), weights.end());
+    const at::TensorList kept_weights = duals ? duals->weights : weights;
+    kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
     context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
@@ -96,56 +159,251 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 4);  // batch_sizes, lengths, reset, save
+    result.resize(result.size() + 5);  // batch_sizes, lengths, reset, save, duals
     return result;
   }
 };
 
+// Forward, with a node for its backward if a gradient is wanted.
 template <CellKind kind>
-ForwardResult forward(c10::DispatchKeySet keys, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
-                      at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                      const OptionalTensor& reset, int64_t save) {
-  if (any_tangent(input, h0, c0, weights)) {
-    static const auto reference = find_operator<ReferenceSignature>("reference");
-    auto [output, h_n, c_n, c] =
-        reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset);
-    return {output, h_n, c_n, c, at::empty({0}, input.options())};
-  }
+ForwardResult recorded(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+                       int64_t save, const Duals* duals) {
   if (any_requires_grad(input, h0, c0, weights)) {
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
-    auto result = Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save);
+    auto result = Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, duals);
     return {result[0], result[1], result[2], result[3], result[4]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return forward_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, h0, c0, weights,
-                                             batch_sizes, lengths, reset, save);
+  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save);
 }
 
 template <CellKind kind>
-BackwardResult backward(c10::DispatchKeySet keys, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+                      int64_t save) {
+  if (any_tangent(input, h0, c0, weights)) {
+    if (!has_tangent_kernel(input, h0, weights)) {
+      static const auto reference = find_operator<ReferenceSignature>("reference");
+      auto [output, h_n, c_n, c] =
+          reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset);
+      return {output, h_n, c_n, c, at::empty({0}, input.options())};
+    }
+    const Tensor x = primal(input), h = primal(h0);
+    const OptionalTensor cell_state = primal(c0);
+    const std::vector<Tensor> w = primal(weights);
+    const Duals duals{{}, input, h0, undefined_unless(c0), weights};
+    auto [output, h_n, c_n, c, saved] =
+        recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset, static_cast<int64_t>(Save::gates), &duals);
+    auto [t_output, t_h_n, t_c_n, t_c] =
+        jvp_operator<kind>().call(tangent(input), tangent(h0), tangent(c0), tangent(weights), x, h, cell_state, w,
+                                  batch_sizes, lengths, reset, output.detach(), c.detach(), saved);
+    return {dual(output, t_output), dual(h_n, t_h_n), dual(c_n, t_c_n), dual(c, t_c), saved};
+  }
+  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, nullptr);
+}
+
+// Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
+// no derivative of its own.
+template <CellKind kind>
+struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
+  static variable_list forward(AutogradContext* context, const OptionalTensor& grad_output,
+                               const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                               const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
+                               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+                               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask, const Duals* duals) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_input, grad_h0, grad_c0, grad_weights] =
+        backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                       lengths, reset, output, c, saved, output_mask);
+    variable_list kept = {undefined_unless(grad_output),
+                          undefined_unless(grad_h_n),
+                          undefined_unless(grad_c_n),
+                          undefined_unless(grad_c),
+                          input,
+                          h0,
+                          undefined_unless(c0)};
+    if (duals) {
+      std::copy(std::begin(duals->grads), std::end(duals->grads), kept.begin());
+      kept[4] = duals->input;
+      kept[5] = duals->h0;
+      kept[6] = duals->c0;
+    }
+    kept.insert(kept.end(),
+                {undefined_unless(batch_sizes), undefined_unless(lengths), undefined_unless(reset), output, c, saved});
+    const at::TensorList kept_weights = duals ? duals->weights : weights;
+    kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
+    context->save_for_backward(std::move(kept));
+    context->set_materialize_grads(false);
+    variable_list result = {grad_input, grad_h0, grad_c0};
+    result.insert(result.end(), grad_weights.begin(), grad_weights.end());
+    return result;
+  }
+
+  // <tangents, backward> is <J tangents, gradients>, J the layer's derivative: with respect to the gradients its
+  // derivative is J tangents, and with respect to the arguments that of backward along the tangents.
+  static variable_list backward(AutogradContext* context, variable_list tangents) {
+    const variable_list kept = context->get_saved_variables();
+    const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
+    const Tensor &input = kept[4], &h0 = kept[5];
+    const at::TensorList weights = at::TensorList(kept).slice(13);
+    OptionalTensor t_states[3];
+    for (size_t i = 0; i < 3; ++i) t_states[i] = optional(tangents[i]);
+    const std::vector<Tensor> t_weights = all_or_none({tangents.begin() + 3, tangents.end()}, weights);
+
+    // Tensors count here, arguments without one do not.
+    size_t index = 0;
+    bool wanted[7];
+    for (size_t i = 0; i < 7; ++i) wanted[i] = kept[i].defined() && context->needs_input_grad(index++);
+    const OutputMask mask = {wanted[4], wanted[5], wanted[6],
+                             context->needs_input_grad({{index, index + weights.size()}})};
+    auto [t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0, grad_weights] = backward_jvp_operator<kind>().call(
+        {}, {}, {}, {}, t_states[0], t_states[1], t_states[2], t_weights, kept_or_none(0), kept_or_none(1),
+        kept_or_none(2), kept_or_none(3), input, h0, kept_or_none(6), weights, kept_or_none(7), kept_or_none(8),
+        kept_or_none(9), kept[10], kept[11], kept[12], mask);
+
+    variable_list result = {t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0};
+    for (size_t i = 0; i < 7; ++i)
+      if (!wanted[i]) result[i] = Tensor();
+    grad_weights.resize(weights.size());
+    result.insert(result.end(), grad_weights.begin(), grad_weights.end());
+    result.resize(result.size() + 8);  // batch_sizes, lengths, reset, output, c, saved, output_mask, duals
+    return result;
+  }
+};
+
+// Backward, with a node for its own backward if a gradient is wanted.
+template <CellKind kind>
+BackwardResult recorded_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                 const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+                                 const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                 const OptionalTensor& reset, const Tensor& output, const Tensor& c,
+                                 const Tensor& saved, OutputMask output_mask, const Duals* duals) {
+  if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
+    auto result =
+        LayerBackward<kind>::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                   lengths, reset, output.detach(), c.detach(), saved, output_mask, duals);
+    return {result[0], result[1], result[2], {result.begin() + 3, result.end()}};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                        lengths, reset, output, c, saved, output_mask);
+}
+
+template <CellKind kind>
+BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
                         const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
-  if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights) ||
-      any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
+  const bool has_tangent = any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
+  const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
+  if ((has_tangent || requires_grad) && !has_tangent_kernel(input, h0, weights)) {
     static const auto reference = find_operator<ReferenceBackwardSignature>("reference_backward");
     return reference.call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
                           batch_sizes, lengths, reset, output_mask);
   }
+  if (!has_tangent)
+    return recorded_backward<kind>(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                   lengths, reset, output, c, saved, output_mask, nullptr);
+
+  const Tensor x = primal(input), h = primal(h0), every_h = primal(output), every_c = primal(c);
+  const OptionalTensor cell_state = primal(c0);
+  const OptionalTensor grads[] = {primal(grad_output), primal(grad_h_n), primal(grad_c_n), primal(grad_c)};
+  const std::vector<Tensor> w = primal(weights);
+  const Duals duals{
+      {undefined_unless(grad_output), undefined_unless(grad_h_n), undefined_unless(grad_c_n), undefined_unless(grad_c)},
+      input,
+      h0,
+      undefined_unless(c0),
+      weights};
+  auto [grad_input, grad_h0, grad_c0, grad_weights] =
+      recorded_backward<kind>(grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths, reset,
+                              every_h, every_c, saved, output_mask, &duals);
+  auto [t_output, t_h_n, t_c_n, t_c, t_input, t_h0, t_c0, t_weights] = backward_jvp_operator<kind>().call(
+      tangent(grad_output), tangent(grad_h_n), tangent(grad_c_n), tangent(grad_c), tangent(input), tangent(h0),
+      tangent(c0), tangent(weights), grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths,
+      reset, every_h, every_c, saved, output_mask);
+  for (size_t i = 0; i < grad_weights.size(); ++i) grad_weights[i] = dual(grad_weights[i], t_weights[i]);
+  return {dual(grad_input, t_input), dual(grad_h0, t_h0), dual(grad_c0, t_c0), grad_weights};
+}
+
+// Nothing else keeps a gradient from getting lost here.
+template <CellKind kind>
+BackwardResult grouped_backward(c10::DispatchKeySet keys, const OptionalTensor& grad_output,
+                                const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                                const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
+                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+                                const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
+                                const Tensor& c, const Tensor& saved, OutputMask output_mask, int64_t groups) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights) &&
+                                  !any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights),
+                              "rnnfast.", cell_info(kind).name, "_grouped_backward has no derivative");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return backward_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n, grad_c_n,
-                                              grad_c, input, h0, c0, weights, batch_sizes, lengths, reset, output, c,
-                                              saved, output_mask);
+  return grouped_backward_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
+                                                      grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
+                                                      reset, output, c, saved, output_mask, groups);
+}
+
+template <CellKind kind>
+JvpResult jvp(c10::DispatchKeySet keys, const OptionalTensor& t_input, const OptionalTensor& t_h0,
+              const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& input, const Tensor& h0,
+              const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+              const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
+              const Tensor& saved) {
+  if (!has_tangent_kernel(input, h0, weights) ||
+      any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights) ||
+      any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
+    static const auto reference = find_operator<ReferenceJvpSignature>("reference_jvp");
+    return reference.call(cell_info(kind).name, t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes,
+                          lengths, reset);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return jvp_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, t_input, t_h0, t_c0, t_weights,
+                                         input, h0, c0, weights, batch_sizes, lengths, reset, output, c, saved);
+}
+
+template <CellKind kind>
+BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t_grad_output,
+                               const OptionalTensor& t_grad_h_n, const OptionalTensor& t_grad_c_n,
+                               const OptionalTensor& t_grad_c, const OptionalTensor& t_input,
+                               const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights,
+                               const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+                               const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                               const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved,
+                               OutputMask output_mask) {
+  const auto holds = [&](const auto& any) {
+    return any(t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output, grad_h_n,
+               grad_c_n, grad_c, input, h0, c0, weights);
+  };
+  if (!has_tangent_kernel(input, h0, weights) ||
+      holds([](const auto&... tensors) { return any_requires_grad(tensors...) || any_tangent(tensors...); })) {
+    static const auto reference = find_operator<ReferenceBackwardJvpSignature>("reference_backward_jvp");
+    return reference.call(cell_info(kind).name, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0,
+                          t_weights, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                          lengths, reset, output_mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return backward_jvp_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, t_grad_output, t_grad_h_n,
+                                                  t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output,
+                                                  grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                                  lengths, reset, output, c, saved, output_mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
-#define RNNFAST_AUTOGRAD(name, Type)                  \
-  m.impl(#name, TORCH_FN((forward<CellKind::name>))); \
-  m.impl(#name "_backward", TORCH_FN((backward<CellKind::name>)));
+#define RNNFAST_AUTOGRAD(name, Type)                                               \
+  m.impl(#name, TORCH_FN((forward<CellKind::name>)));                              \
+  m.impl(#name "_backward", TORCH_FN((backward<CellKind::name>)));                 \
+  m.impl(#name "_grouped_backward", TORCH_FN((grouped_backward<CellKind::name>))); \
+  m.impl(#name "_jvp", TORCH_FN((jvp<CellKind::name>)));                           \
+  m.impl(#name "_backward_jvp", TORCH_FN((backward_jvp<CellKind::name>)));
   RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOGRAD)
 #undef RNNFAST_AUTOGRAD
 }

@@ -3,21 +3,12 @@
 #include <ATen/Functions.h>
 
 namespace rnnfast::ops {
-namespace {
-
-Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
 
 // Engines take any strides but that of the features.
 Tensor contiguous_features(const Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
-Tensor contiguous_features_or_undefined(const OptionalTensor& tensor) {
-  return tensor ? contiguous_features(*tensor) : Tensor();
-}
 
-Tensor no_elements(const Tensor& like) { return at::empty({0}, like.options()); }
-
-// [T, B, features], or [N, features] when packed.
 Tensor empty_steps(const Geometry& g, const Tensor& like, int64_t features, bool zero) {
   const int64_t padded[] = {g.steps, g.batch, features};
   const int64_t packed[] = {g.rows, features};
@@ -25,13 +16,11 @@ Tensor empty_steps(const Geometry& g, const Tensor& like, int64_t features, bool
   return zero ? at::zeros(sizes, like.options()) : at::empty(sizes, like.options());
 }
 
-// Element `index` of direction d's block of a contiguous [D, ...] tensor; null for an undefined one.
 void* block(const Tensor& tensor, int64_t d) {
   if (!tensor.defined()) return nullptr;
   return static_cast<char*>(tensor.data_ptr()) + d * tensor.stride(0) * tensor.element_size();
 }
 
-// Columns [first, first + features) of a tensor of empty_steps' shape; data null for an undefined tensor.
 Rows rows_of(const Geometry& g, const Tensor& tensor, int64_t first) {
   Rows rows;
   if (!tensor.defined()) return rows;
@@ -40,6 +29,16 @@ Rows rows_of(const Geometry& g, const Tensor& tensor, int64_t first) {
   rows.stride_b = tensor.stride(g.packed ? 0 : 1);
   return rows;
 }
+
+namespace {
+
+Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+
+Tensor contiguous_features_or_undefined(const OptionalTensor& tensor) {
+  return tensor ? contiguous_features(*tensor) : Tensor();
+}
+
+Tensor no_elements(const Tensor& like) { return at::empty({0}, like.options()); }
 
 DirectionWeights direction_weights(const Geometry& g, const LayerTensors& layer, int64_t d) {
   const Tensor* tensors = &layer.weights[d * g.weights_per_direction()];

@@ -10,6 +10,14 @@
 
 namespace rnnfast::ops {
 
+// Element 0 of direction d's block of a contiguous [D, ...] tensor; null for an undefined one.
+void* block(const Tensor& tensor, int64_t d);
+// Columns [first, ...) of a tensor [T, B, features], or [N, features] when packed; data null for an undefined one.
+Rows rows_of(const Geometry& geometry, const Tensor& tensor, int64_t first);
+// An uninitialised tensor of that shape, or a zero one.
+Tensor empty_steps(const Geometry& geometry, const Tensor& like, int64_t features, bool zero);
+Tensor contiguous_features(const Tensor& tensor);
+
 // The arguments in the form that engines read; keeps alive what had to be copied for it.
 struct LayerTensors {
   explicit LayerTensors(const LayerArguments& arguments);

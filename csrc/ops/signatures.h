@@ -23,6 +23,10 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // grad_input, grad_h0, grad_c0, grad_weights
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 using OutputMask = std::array<bool, 4>;
+// The tangents of output, h_n, c_n, c
+using JvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// The same, then the tangents of BackwardResult
+using BackwardJvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 using ForwardSignature = ForwardResult(const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
                                        at::TensorList weights, const OptionalTensor& batch_sizes,
@@ -36,7 +40,30 @@ using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, cons
                                          const Tensor& output, const Tensor& c, const Tensor& saved,
                                          OutputMask output_mask);
 
-// The arguments that both operators of a cell share.
+using JvpSignature = JvpResult(const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0,
+                               at::TensorList t_weights, const Tensor& input, const Tensor& h0,
+                               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+                               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
+                               const Tensor& c, const Tensor& saved);
+
+using BackwardJvpSignature = BackwardJvpResult(
+    const OptionalTensor& t_grad_output, const OptionalTensor& t_grad_h_n, const OptionalTensor& t_grad_c_n,
+    const OptionalTensor& t_grad_c, const OptionalTensor& t_input, const OptionalTensor& t_h0,
+    const OptionalTensor& t_c0, at::TensorList t_weights, const OptionalTensor& grad_output,
+    const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+    const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
+    const Tensor& saved, OutputMask output_mask);
+
+using GroupedBackwardSignature = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                                const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
+                                                const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+                                                at::TensorList weights, const OptionalTensor& batch_sizes,
+                                                const OptionalTensor& lengths, const OptionalTensor& reset,
+                                                const Tensor& output, const Tensor& c, const Tensor& saved,
+                                                OutputMask output_mask, int64_t groups);
+
+// The arguments that all operators of a cell share.
 struct LayerArguments {
   const Tensor& input;
   const Tensor& h0;
@@ -52,7 +79,7 @@ c10::TypedOperatorHandle<Signature> find_operator(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + name).c_str(), "").typed<Signature>();
 }
 
-// Looked up once; forward and backward of the cell.
+// Looked up once.
 template <CellKind kind>
 const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
   static const auto handle = find_operator<ForwardSignature>(cell_info(kind).name);
@@ -61,6 +88,22 @@ const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
 template <CellKind kind>
 const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
   static const auto handle = find_operator<BackwardSignature>(std::string(cell_info(kind).name) + "_backward");
+  return handle;
+}
+template <CellKind kind>
+const c10::TypedOperatorHandle<GroupedBackwardSignature>& grouped_backward_operator() {
+  static const auto handle =
+      find_operator<GroupedBackwardSignature>(std::string(cell_info(kind).name) + "_grouped_backward");
+  return handle;
+}
+template <CellKind kind>
+const c10::TypedOperatorHandle<JvpSignature>& jvp_operator() {
+  static const auto handle = find_operator<JvpSignature>(std::string(cell_info(kind).name) + "_jvp");
+  return handle;
+}
+template <CellKind kind>
+const c10::TypedOperatorHandle<BackwardJvpSignature>& backward_jvp_operator() {
+  static const auto handle = find_operator<BackwardJvpSignature>(std::string(cell_info(kind).name) + "_backward_jvp");
   return handle;
 }
 

@@ -1,0 +1,86 @@
+// Owns: what every operator on the CPU hands to the engine beside tensors: the host's view of time, the workspace, the
+// number of threads.
+// Must not know: engines, equations.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "layer.h"
+
+namespace rnnfast::ops {
+
+inline int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// A step of a small layer takes microseconds, so its workspace is not worth an allocation.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    if (bytes > sizeof(small_)) large_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
+  }
+  void* data() { return large_.defined() ? large_.data_ptr() : small_; }  // the allocator aligns to 64, too
+
+ private:
+  alignas(64) static inline thread_local char small_[32 << 10];
+  Tensor large_;
+};
+
+// The arrays behind a Sequence.
+class HostSequence {
+ public:
+  HostSequence(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
+    sequence_.steps = g.steps;
+    sequence_.batch = g.batch;
+    sequence_.rows = g.rows;
+    sequence_.packed = g.packed;
+    sequence_.reset = tensors.reset.defined() ? tensors.reset.const_data_ptr<bool>() : nullptr;
+    if (g.packed) read_batch_sizes(g, a.batch_sizes->contiguous());
+    if (a.lengths) sort_lengths(g, *a.lengths);
+  }
+  const Sequence& sequence() const { return sequence_; }
+
+ private:
+  void read_batch_sizes(const Geometry& g, const Tensor& tensor) {
+    check_batch_sizes(g, tensor);
+    const int64_t* values = tensor.const_data_ptr<int64_t>();
+    batch_sizes_.assign(values, values + g.steps);
+    set_steps();
+  }
+
+  void sort_lengths(const Geometry& g, const Tensor& tensor) {
+    TORCH_CHECK(tensor.device().is_cpu(), "rnnfast.", g.info.name, ": lengths is on ", tensor.device(),
+                ", it takes cpu for input on cpu");
+    check_lengths(g, tensor);
+    const Tensor contiguous = tensor.contiguous();
+    const int64_t* lengths = contiguous.const_data_ptr<int64_t>();
+    batch_sizes_.assign(g.steps, 0);
+    for (int64_t b = 0; b < g.batch; ++b) {
+      if (lengths[b] > 0) ++batch_sizes_[lengths[b] - 1];
+    }
+    for (int64_t t = g.steps - 1; t > 0; --t) batch_sizes_[t - 1] += batch_sizes_[t];
+    set_steps();
+
+    batch_index_.resize(g.batch);
+    std::iota(batch_index_.begin(), batch_index_.end(), 0);
+    std::stable_sort(batch_index_.begin(), batch_index_.end(),
+                     [lengths](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    sequence_.batch_index = batch_index_.data();
+  }
+
+  void set_steps() {
+    offsets_.resize(batch_sizes_.size());
+    std::exclusive_scan(batch_sizes_.begin(), batch_sizes_.end(), offsets_.begin(), int64_t{0});
+    sequence_.batch_sizes = batch_sizes_.data();
+    sequence_.offsets = offsets_.data();
+    sequence_.rows = batch_sizes_.empty() ? 0 : offsets_.back() + batch_sizes_.back();
+  }
+
+  Sequence sequence_;
+  std::vector<int64_t> batch_sizes_, offsets_, batch_index_;
+};
+
+}  // namespace rnnfast::ops

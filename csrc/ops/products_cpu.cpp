@@ -1,0 +1,65 @@
+#include "products_cpu.h"
+
+namespace rnnfast::ops {
+namespace {
+
+int64_t row_of(const Sequence& s, int64_t t, int64_t slot) {
+  return s.packed ? s.offsets[t] + slot : t * s.batch + s.batch_row(slot);
+}
+
+template <class Scalar>
+void copy_previous_states(const Geometry& g, const Sequence& s, const Tensor& output, const Tensor& h0, int64_t d,
+                          Scalar* to) {
+  const int64_t P = g.output_size;
+  const bool reverse = d == 1;
+  const Rows rows = rows_of(g, output, d * P);
+  const Scalar *every = static_cast<const Scalar*>(rows.data), *initial = static_cast<const Scalar*>(block(h0, d));
+  for (int64_t t = 0; t < s.steps; ++t)
+    for (int64_t slot = 0; slot < s.batch_size(t); ++slot) {
+      const int64_t before = reverse ? t + 1 : t - 1;
+      const bool has_previous = reverse ? before < s.steps && slot < s.batch_size(before) : t > 0;
+      // The later of the two steps carries the flag of the boundary between them.
+      if (s.reset && (!reverse || has_previous) && s.reset[row_of(s, reverse ? before : t, slot)]) continue;
+      const Scalar* from = nullptr;
+      if (has_previous) {
+        from = every + rows.at(s, before, slot);
+      } else if (initial) {
+        from = initial + s.batch_row(slot) * P;
+      }
+      if (from) std::copy(from, from + P, to + row_of(s, t, slot) * P);
+    }
+}
+
+}  // namespace
+
+Tensor widen(const Tensor& tensor) {
+  const bool narrow = tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
+  return narrow ? tensor.to(at::kFloat) : tensor;
+}
+OptionalTensor widen(const OptionalTensor& tensor) { return tensor ? OptionalTensor(widen(*tensor)) : std::nullopt; }
+std::vector<Tensor> widen(at::TensorList tensors) {
+  std::vector<Tensor> wide;
+  for (const Tensor& tensor : tensors) wide.push_back(widen(tensor));
+  return wide;
+}
+
+Tensor rows_within_lengths(const Geometry& g, const OptionalTensor& lengths, const Tensor& steps) {
+  Tensor rows = steps;
+  if (lengths) {
+    const Tensor step = at::arange(g.steps, lengths->options()).unsqueeze(1);
+    rows = rows.masked_fill(step.ge(*lengths).unsqueeze(-1), 0);
+  }
+  return rows.reshape({g.rows, steps.size(-1)});
+}
+
+Tensor previous_states(const Geometry& g, const Sequence& s, const Tensor& output, const Tensor& h0, int64_t d) {
+  const Tensor result = at::zeros({g.rows, g.output_size}, output.options());
+  if (g.dtype == Dtype::f64) {
+    copy_previous_states(g, s, output, h0, d, result.data_ptr<double>());
+  } else {
+    copy_previous_states(g, s, output, h0, d, result.data_ptr<float>());
+  }
+  return result;
+}
+
+}  // namespace rnnfast::ops

@@ -1,0 +1,323 @@
+// Owns: the operators <cell>_jvp and <cell>_backward_jvp on the CPU: the products over all steps, and the call of the
+// engine's two loops.
+// Must not know: equations, loops over time.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "products_cpu.h"
+
+namespace rnnfast::ops {
+namespace {
+
+using Gradients = std::array<OptionalTensor, 4>;  // of output, h_n, c_n, c
+
+Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+
+// sum + a b, either of which may be undefined: zero.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (!a.defined() || !b.defined()) return;
+  sum.defined() ? sum.addmm_(a, b) : sum = at::mm(a, b);
+}
+
+// A value with its tangent, which is undefined where it is zero.
+struct DualTensor {
+  Tensor value, tangent;
+
+  DualRows rows(const Geometry& g, int64_t first = 0) const {
+    return {rows_of(g, value, first), rows_of(g, tangent, first)};
+  }
+  DualPointer pointer(int64_t d) const { return {block(value, d), block(tangent, d)}; }
+  DualPointer pointer() const { return {data(value), data(tangent)}; }
+
+ private:
+  static const void* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+};
+
+DualTensor contiguous_pair(const OptionalTensor& value, const OptionalTensor& tangent) {
+  return {contiguous_or_undefined(value), contiguous_or_undefined(tangent)};
+}
+DualTensor steps_pair(const OptionalTensor& value, const OptionalTensor& tangent) {
+  return {value ? contiguous_features(*value) : Tensor(), tangent ? contiguous_features(*tangent) : Tensor()};
+}
+
+// One layer with the tangents of its arguments. An undefined tangent is zero.
+class TangentLayer {
+ public:
+  TangentLayer(const Geometry& geometry, const LayerArguments& arguments, const OptionalTensor& t_input,
+               const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& output,
+               const Tensor& c, const Tensor& saved)
+      : g_(geometry),
+        layer_(arguments),
+        host_(geometry, arguments, layer_),
+        h0_{layer_.h0, contiguous_or_undefined(t_h0)},
+        c0_{layer_.c0, contiguous_or_undefined(t_c0)},
+        saved_(saved),
+        gaps_(arguments.lengths.has_value()) {
+    const Tensor& like = layer_.input;
+    const bool two_states = g_.info.states == 2;
+    output_ = {contiguous_features(output), empty_steps(g_, like, g_.directions * g_.output_size, gaps_)};
+    if (two_states) c_ = {contiguous_features(c), empty_steps(g_, like, g_.directions * g_.hidden_size, gaps_)};
+    t_h_n_ = at::empty_like(layer_.h0);
+    t_c_n_ = two_states ? at::empty_like(layer_.c0) : Tensor();
+    x_ = {rows_within_lengths(g_, arguments.lengths, layer_.input),
+          t_input ? rows_within_lengths(g_, arguments.lengths, *t_input) : Tensor()};
+    for (size_t i = 0; i < layer_.weights.size(); ++i)
+      weights_.push_back({layer_.weights[i], t_weights.empty() ? Tensor() : t_weights[i].contiguous()});
+    params_.cell = g_.cell;
+    params_.dtype = g_.dtype;
+    params_.hidden_size = g_.hidden_size;
+    params_.directions = static_cast<int>(g_.directions);
+    params_.sequence = host_.sequence();
+    for (int64_t d = 0; d < g_.directions; ++d) {
+      DirectionTangent& direction = params_.direction[d];
+      direction.reverse = d == 1;
+      direction.w_hh = weight(d, 1).pointer();
+      direction.h0 = h0_.pointer(d);
+      direction.output = output_.rows(g_, d * g_.output_size);
+      direction.t_h_n = block(t_h_n_, d);
+      if (saved_.numel() > 0) direction.saved = block(saved_, d);
+      if (!two_states) continue;
+      direction.c0 = c0_.pointer(d);
+      direction.c = c_.rows(g_, d * g_.hidden_size);
+      direction.t_c_n = block(t_c_n_, d);
+    }
+  }
+
+  // for_backward: whether backward is to follow.
+  void forward(bool for_backward) {
+    if (empty()) {
+      output_.tangent.zero_();
+      if (c_.tangent.defined()) c_.tangent.zero_();
+      pass(t_h_n_, h0_.tangent);
+      if (t_c_n_.defined()) pass(t_c_n_, c0_.tangent);
+      return;
+    }
+    if (for_backward && g_.info.saved > 0) t_saved_ = at::empty_like(saved_);
+    std::vector<Tensor> gates;  // keeps alive what the engine reads
+    for (int64_t d = 0; d < g_.directions; ++d) {
+      const DualTensor &w_ih = weight(d, 0), &w_hh = weight(d, 1);
+      h_prev_[d].value = previous(output_.value, h0_.value, d);
+      Tensor igates;
+      add_product(igates, x_.tangent, w_ih.value.t());
+      if (w_ih.tangent.defined()) add_product(igates, x_.value, w_ih.tangent.t());
+      Tensor hgates = g_.info.split_gates ? Tensor() : igates;
+      if (w_hh.tangent.defined()) add_product(hgates, h_prev_[d].value, w_hh.tangent.t());
+      if (g_.biases && w_hh.tangent.defined()) {  // weights have tangents all together
+        igates.add_(weight(d, 2).tangent);
+        hgates.add_(weight(d, 3).tangent);
+      }
+      DirectionTangent& direction = params_.direction[d];
+      direction.t_igates = gate_rows(g_.info.split_gates ? igates : hgates);
+      if (g_.info.split_gates) direction.t_hgates = gate_rows(hgates);
+      direction.t_saved = block(t_saved_, d);
+      gates.push_back(igates);
+      gates.push_back(hgates);
+    }
+    run(&cpu::Engine::tangent_forward);
+  }
+
+  // After forward: the tangents of the gradients that the mask wants.
+  BackwardResult backward(const Gradients& grads, const Gradients& t_grads, const OutputMask& mask) {
+    const Tensor& like = layer_.input;
+    const DualTensor grad_output = steps_pair(grads[0], t_grads[0]), grad_h_n = contiguous_pair(grads[1], t_grads[1]);
+    const DualTensor grad_c_n = contiguous_pair(grads[2], t_grads[2]), grad_c = steps_pair(grads[3], t_grads[3]);
+    const bool two_states = g_.info.states == 2;
+    Tensor t_grad_input, t_grad_h0 = at::empty_like(layer_.h0);
+    Tensor t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
+    std::vector<Tensor> t_grad_weights;
+    if (mask[3])
+      for (const DualTensor& weight : weights_) t_grad_weights.push_back(at::zeros_like(weight.value));
+    if (!mask[0] && !mask[1] && !mask[2] && !mask[3]) {
+      // The tangents of the results were all that was wanted.
+    } else if (empty()) {
+      pass(t_grad_h0, grad_h_n.tangent);
+      if (two_states) pass(t_grad_c0, grad_c_n.tangent);
+    } else {
+      DualTensor igates[2], hgates[2];
+      for (int64_t d = 0; d < g_.directions; ++d) {
+        igates[d] = gate_gradients();
+        hgates[d] = g_.info.split_gates ? gate_gradients() : igates[d];
+        DirectionTangent& direction = params_.direction[d];
+        direction.grad_output = grad_output.rows(g_, d * g_.output_size);
+        direction.grad_h_n = grad_h_n.pointer(d);
+        direction.grad_igates = {gate_rows(igates[d].value), gate_rows(igates[d].tangent)};
+        if (g_.info.split_gates) direction.grad_hgates = {gate_rows(hgates[d].value), gate_rows(hgates[d].tangent)};
+        direction.t_grad_h0 = block(t_grad_h0, d);
+        if (!two_states) continue;
+        direction.grad_c = grad_c.rows(g_, d * g_.hidden_size);
+        direction.grad_c_n = grad_c_n.pointer(d);
+        direction.t_grad_c0 = block(t_grad_c0, d);
+      }
+      run(&cpu::Engine::tangent_backward);
+      for (int64_t d = 0; d < g_.directions; ++d) {
+        if (mask[0]) {
+          add_product(t_grad_input, igates[d].tangent, weight(d, 0).value);
+          add_product(t_grad_input, igates[d].value, weight(d, 0).tangent);
+        }
+        if (mask[3]) grad_weights(d, igates[d], hgates[d], &t_grad_weights[d * g_.weights_per_direction()]);
+      }
+    }
+    if (mask[0]) t_grad_input = t_grad_input.defined() ? t_grad_input.view(like.sizes()) : at::zeros_like(like);
+    return {mask[0] ? t_grad_input : nothing(), mask[1] ? t_grad_h0 : nothing(), mask[2] ? t_grad_c0 : nothing(),
+            t_grad_weights};
+  }
+
+  JvpResult result() const {
+    if (g_.info.states == 1) return {output_.tangent, t_h_n_, nothing(), nothing()};
+    return {output_.tangent, t_h_n_, t_c_n_, c_.tangent};
+  }
+
+ private:
+  Tensor nothing() const { return at::empty({0}, layer_.input.options()); }
+  bool empty() const { return g_.empty() || params_.sequence.rows == 0; }
+  const DualTensor& weight(int64_t d, int64_t i) const { return weights_[d * g_.weights_per_direction() + i]; }
+  static void pass(Tensor& to, const Tensor& from) { from.defined() ? to.copy_(from) : to.zero_(); }
+
+  Tensor previous(const Tensor& states, const Tensor& first, int64_t d) const {
+    return previous_states(g_, host_.sequence(), states, first, d);
+  }
+  DualTensor gate_gradients() const {
+    const std::array<int64_t, 2> sizes = {g_.rows, g_.info.gates * g_.hidden_size};
+    const auto buffer = [&] {
+      return gaps_ ? at::zeros(sizes, layer_.input.options()) : at::empty(sizes, layer_.input.options());
+    };
+    return {buffer(), buffer()};
+  }
+  // Of a contiguous [N, G*H].
+  Rows gate_rows(const Tensor& gates) const {
+    if (!gates.defined()) return {};
+    return {gates.data_ptr(), g_.packed ? 0 : g_.batch * gates.stride(0), gates.stride(0)};
+  }
+
+  void grad_weights(int64_t d, const DualTensor& igates, const DualTensor& hgates, Tensor* to) {
+    h_prev_[d].tangent = previous(output_.tangent, h0_.tangent, d);
+    add_product(to[0], igates.tangent.t(), x_.value);
+    add_product(to[0], igates.value.t(), x_.tangent);
+    add_product(to[1], hgates.tangent.t(), h_prev_[d].value);
+    add_product(to[1], hgates.value.t(), h_prev_[d].tangent);
+    if (!g_.biases) return;
+    at::sum_out(to[2], igates.tangent, 0);
+    g_.info.split_gates ? at::sum_out(to[3], hgates.tangent, 0) : to[3].copy_(to[2]);
+  }
+
+  void run(void (*cpu::Engine::*loop)(const LayerTangent&, void*, int)) const {
+    const int threads = max_threads();
+    const cpu::Engine& engine = cpu::engine();
+    Workspace workspace(engine.tangent_workspace_bytes(params_, threads));
+    (engine.*loop)(params_, workspace.data(), threads);
+  }
+
+  const Geometry g_;
+  const LayerTensors layer_;
+  const HostSequence host_;
+  const DualTensor h0_, c0_;
+  const Tensor saved_;
+  const bool gaps_;
+  DualTensor output_, c_, x_;
+  std::vector<DualTensor> weights_;
+  DualTensor h_prev_[2];
+  Tensor t_h_n_, t_c_n_, t_saved_;
+  LayerTangent params_;
+};
+
+void check_tangent(const CellInfo& cell, const char* name, const OptionalTensor& tangent, const Tensor& of) {
+  if (!tangent) return;
+  TORCH_CHECK(tangent->sizes() == of.sizes(), "rnnfast.", cell.name, ": ", name, " has shape ", tangent->sizes(),
+              ", it takes that of what it is the tangent of, ", of.sizes());
+  TORCH_CHECK_VALUE(tangent->scalar_type() == of.scalar_type(), "rnnfast.", cell.name, ": ", name, " has dtype ",
+                    tangent->scalar_type(), ", it takes that of what it is the tangent of, ", of.scalar_type());
+  TORCH_CHECK(tangent->device() == of.device(), "rnnfast.", cell.name, ": ", name, " is on ", tangent->device(),
+              ", it takes the device of what it is the tangent of, ", of.device());
+}
+
+void check_tangents(const Geometry& g, const LayerArguments& a, const OptionalTensor& t_input,
+                    const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights) {
+  TORCH_CHECK(!g.projection, "rnnfast.", g.info.name, ": a layer with a projection has no kernel for tangents");
+  check_tangent(g.info, "t_input", t_input, a.input);
+  check_tangent(g.info, "t_h0", t_h0, a.h0);
+  if (a.c0) check_tangent(g.info, "t_c0", t_c0, *a.c0);
+  TORCH_CHECK(t_weights.empty() || t_weights.size() == a.weights.size(), "rnnfast.", g.info.name, ": t_weights has ",
+              t_weights.size(), " tensors, it takes none or as many as weights, ", a.weights.size());
+  for (size_t i = 0; i < t_weights.size(); ++i)
+    check_tangent(g.info, "a tangent of a weight", t_weights[i], a.weights[i]);
+}
+
+// The operator's arguments in float32 or float64, checked, with the states and gates that backward reads.
+template <CellKind kind>
+class Call {
+ public:
+  Call(const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights,
+       const LayerArguments& a, const Gradients& grads, const Tensor& output, const Tensor& c, const Tensor& saved)
+      : dtype_(a.input.scalar_type()) {
+    const Geometry given = check_layer(kind, a);
+    check_gradients(given, a, grads[0], grads[1], grads[2], grads[3], output, c, saved);
+    check_tangents(given, a, t_input, t_h0, t_c0, t_weights);
+    const Tensor input = widen(a.input), h0 = widen(a.h0);
+    const OptionalTensor c0 = widen(a.c0);
+    const std::vector<Tensor> weights = widen(a.weights);
+    const LayerArguments wide{input, h0, c0, weights, a.batch_sizes, a.lengths, a.reset};
+    Tensor gates = widen(saved);
+    if (saved.numel() == 0 && given.info.saved > 0)
+      gates = std::get<4>(forward_operator<kind>().call(input, h0, c0, weights, a.batch_sizes, a.lengths, a.reset,
+                                                        static_cast<int64_t>(Save::gates)));
+    layer_.emplace(check_layer(kind, wide), wide, widen(t_input), widen(t_h0), widen(t_c0), widen(t_weights),
+                   widen(output), widen(c), gates);
+  }
+
+  TangentLayer& layer() { return *layer_; }
+  Tensor narrow(const Tensor& tensor) const { return tensor.to(dtype_); }
+
+ private:
+  const at::ScalarType dtype_;
+  std::optional<TangentLayer> layer_;
+};
+
+template <CellKind kind>
+JvpResult jvp(const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0,
+              at::TensorList t_weights, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+              at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+              const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved) {
+  Call<kind> call(t_input, t_h0, t_c0, t_weights, {input, h0, c0, weights, batch_sizes, lengths, reset}, {}, output, c,
+                  saved);
+  call.layer().forward(/*for_backward=*/false);
+  const auto [t_output, t_h_n, t_c_n, t_c] = call.layer().result();
+  return {call.narrow(t_output), call.narrow(t_h_n), call.narrow(t_c_n), call.narrow(t_c)};
+}
+
+template <CellKind kind>
+BackwardJvpResult backward_jvp(const OptionalTensor& t_grad_output, const OptionalTensor& t_grad_h_n,
+                               const OptionalTensor& t_grad_c_n, const OptionalTensor& t_grad_c,
+                               const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0,
+                               at::TensorList t_weights, const OptionalTensor& grad_output,
+                               const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+                               const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
+                               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
+                               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+  Gradients grads{grad_output, grad_h_n, grad_c_n, grad_c};
+  Gradients t_grads{t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c};
+  Call<kind> call(t_input, t_h0, t_c0, t_weights, arguments, grads, output, c, saved);
+  const Geometry geometry = check_layer(kind, arguments);
+  check_gradients(geometry, arguments, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, output, c, saved);
+  call.layer().forward(/*for_backward=*/true);
+  for (Gradients* gradients : {&grads, &t_grads})
+    for (OptionalTensor& gradient : *gradients) gradient = widen(gradient);
+  auto [t_grad_input, t_grad_h0, t_grad_c0, t_grad_weights] = call.layer().backward(grads, t_grads, output_mask);
+  for (Tensor& gradient : t_grad_weights) gradient = call.narrow(gradient);
+  const auto [t_output, t_h_n, t_c_n, t_c] = call.layer().result();
+  return {call.narrow(t_output),     call.narrow(t_h_n),     call.narrow(t_c_n),     call.narrow(t_c),
+          call.narrow(t_grad_input), call.narrow(t_grad_h0), call.narrow(t_grad_c0), t_grad_weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+#define RNNFAST_CPU(name, Type)               \
+  m.impl(#name "_jvp", &jvp<CellKind::name>); \
+  m.impl(#name "_backward_jvp", &backward_jvp<CellKind::name>);
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CPU)
+#undef RNNFAST_CPU
+}
+
+}  // namespace rnnfast::ops

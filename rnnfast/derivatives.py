@@ -1,0 +1,614 @@
+"""Derivatives of the operators that C++ cannot give: a formula for those without a kernel, and torch.func's transforms.
+
+Owns both. ``reference_*`` are derivatives of the reference formula, themselves differentiable any number of times. Each
+``torch.autograd.Function`` here is one operator as torch.func sees it: its derivatives are other operators, and vmap
+makes one call of all samples, their rows merged into one batch. Must not know which backend runs a layer, layers,
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import VmapInfo
+from torch.autograd import Function
+
+from . import reference
+
+OptionalTensors = Sequence[Tensor | None]
+
+
+# ------------------------------------------------------------------------------- the formula behind what has no kernel
+def _as_function(
+    cell: str, has_c0: bool, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The layer as a function of input, h0, c0 if there is one, and weights; without the results that have no elements.
+
+    That is output and h_n, and of a cell with two states c_n and c.
+    """
+
+    def function(input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        c0, weights = (rest[0], rest[1:]) if has_c0 else (None, rest)
+        results = reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+        return results if has_c0 else results[:2]
+
+    return function
+
+
+def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """torch.func.vjp without has_aux, whose type is a union of both."""
+    results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
+    return results, pull
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True))
+
+
+def reference_jvp(
+    cell: str,
+    t_input: Tensor | None,
+    t_h0: Tensor | None,
+    t_c0: Tensor | None,
+    t_weights: Sequence[Tensor],
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    primals = _present(input, h0, c0, *weights)
+    states = [t_input, t_h0] if c0 is None else [t_input, t_h0, t_c0]
+    along: list[Tensor | None] = [*states, *t_weights] if t_weights else [*states, *[None] * len(weights)]
+    tangents = _or_zeros(along, primals)
+    tangents = _along(_as_function(cell, c0 is not None, batch_sizes, lengths, reset), primals, tangents)
+    return tangents[0], tangents[1], *(tangents[2:] or (input.new_empty(0), input.new_empty(0)))  # type: ignore[return-value]
+
+
+def _along(
+    function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The derivative of ``function`` along ``tangents``.
+
+    It is the transpose of the transposed derivative. torch.func.jvp would do it in one pass, but not inside a
+    dual_level of torch.autograd.forward_ad.
+    """
+    results, pull = _vjp(function, *primals)
+    _, push = _vjp(pull, tuple(torch.zeros_like(result) for result in results))
+    (pushed,) = push(tangents)
+    return pushed  # type: ignore[no-any-return]
+
+
+def _gradients(
+    cell: str,
+    grads: OptionalTensors,
+    primals: Sequence[Tensor],
+    has_c0: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Backward of the reference: the gradients of ``primals``."""
+    results, pull = _vjp(_as_function(cell, has_c0, batch_sizes, lengths, reset), *primals)
+    return pull(_or_zeros(grads[: len(results)], results))  # type: ignore[no-any-return]
+
+
+def _masked(
+    grads: Sequence[Tensor], has_c0: bool, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Backward's result from the gradients of input, h0, c0 if there is one, and weights."""
+    grad_input, grad_h0, grad_c0, *grad_weights = grads if has_c0 else (*grads[:2], grads[0].new_empty(0), *grads[2:])
+    states = (
+        grad if wanted else grad.new_empty(0)
+        for grad, wanted in zip((grad_input, grad_h0, grad_c0), output_mask[:3], strict=True)
+    )
+    return *states, grad_weights if output_mask[3] else []  # type: ignore[return-value]
+
+
+def reference_backward(
+    cell: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_c: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads = (grad_output, grad_h_n, grad_c_n, grad_c)
+    primals = _present(input, h0, c0, *weights)
+    return _masked(
+        _gradients(cell, grads, primals, c0 is not None, batch_sizes, lengths, reset), c0 is not None, output_mask
+    )
+
+
+def reference_backward_jvp(
+    cell: str,
+    t_grad_output: Tensor | None,
+    t_grad_h_n: Tensor | None,
+    t_grad_c_n: Tensor | None,
+    t_grad_c: Tensor | None,
+    t_input: Tensor | None,
+    t_h0: Tensor | None,
+    t_c0: Tensor | None,
+    t_weights: Sequence[Tensor],
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_c: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    layer = (cell, t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths, reset)
+    t_results = reference_jvp(*layer)
+    has_c0 = c0 is not None
+    primals = _present(input, h0, c0, *weights)
+    states = [t_input, t_h0] if c0 is None else [t_input, t_h0, t_c0]
+    along: list[Tensor | None] = [*states, *t_weights] if t_weights else [*states, *[None] * len(weights)]
+    tangents = _or_zeros(along, primals)
+    count = 4 if has_c0 else 2  # of results
+    grads = _or_zeros((grad_output, grad_h_n, grad_c_n, grad_c)[:count], t_results[:count])
+    t_grads = _or_zeros((t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c)[:count], t_results[:count])
+
+    def backward(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return _gradients(cell, arguments[:count], arguments[count:], has_c0, batch_sizes, lengths, reset)
+
+    t_gradients = _along(backward, [*grads, *primals], (*t_grads, *tangents))
+    return *t_results, *_masked(t_gradients, has_c0, output_mask)
+
+
+# ------------------------------------------------------------------------------------------- transforms of torch.func
+# A Function takes tensors flat: lists spliced, None where there is none. The layer's are
+#     input, h0, c0, batch_sizes, lengths, reset, *weights
+# and before them stand what the operator takes besides, in the operator's order, but for tangents of weights, which
+# come last.
+
+# Where a tensor has the rows of the batch: the axis, padded and packed.
+_STEPS, _STATES, _SAVED, _LENGTHS, _RESET = (1, 0), (1, 1), (1, 1), (0, 0), (1, 0)
+_LAYER = (_STEPS, _STATES, _STATES, None, _LENGTHS, _RESET)
+_RESULTS = (_STEPS, _STATES, _STATES, _STEPS)  # output, h_n, c_n, c
+_ARGUMENTS = (_STEPS, _STATES, _STATES)  # input, h0, c0
+_KEPT = (_STEPS, _STEPS, _SAVED)  # output, c, saved
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of an operator, without its tensors."""
+
+    cell: str
+    weights: int  # how many
+    save: int = 2
+    output_mask: tuple[bool, ...] = (False,) * 4
+    groups: int = 0  # of backward: gradients of the weights for each group of rows apart; row b is in group b % groups
+
+    def layer(self, tensors: OptionalTensors) -> list[Any]:
+        """The layer's arguments in the operator's order."""
+        return [*tensors[:3], list(tensors[6 : 6 + self.weights]), *tensors[3:6]]
+
+    def operator(self, suffix: str) -> Any:
+        return getattr(torch.ops.rnnfast, self.cell + suffix).default
+
+
+def _flat(layer: Sequence[Any]) -> list[Any]:
+    """The inverse of :meth:`_Call.layer`."""
+    return [*layer[:3], *layer[4:7], *layer[3]]
+
+
+def _all_or_none(tangents: OptionalTensors, of: Sequence[Tensor]) -> list[Tensor]:
+    """Tangents of weights as the operators take them."""
+    return [] if all(tangent is None for tangent in tangents) else list(_or_zeros(tangents, of))
+
+
+def _vmap(
+    run: Callable[[_Call, OptionalTensors], tuple[Tensor, ...]],
+    head: Sequence[Any],
+    results: Sequence[Any],
+    info: Any,
+    in_dims: Sequence[int | None],
+    call: _Call,
+    tensors: OptionalTensors,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """One call whose batch holds the rows of all samples, row b of sample v at b * samples + v.
+
+    Where weights differ between samples, and where a kernel would have to tell the samples' weight gradients apart and
+    cannot, a call for each sample. ``head`` and ``results`` say where the rows lie in the tensors before the layer's
+    and in what ``run`` returns; its results beyond these are gradients of weights, or their tangents.
+    """
+    samples = info.batch_size
+    axes = [*head, *_LAYER]
+    axes += [None] * (len(tensors) - len(axes))
+    packed = tensors[len(head) + 3] is not None
+    one_call = all(dim is None for dim, axis in zip(in_dims, axes, strict=True) if axis is None)
+    if call.output_mask[3] and not (run is _run_backward and _can_group(call, tensors, in_dims)):
+        one_call = False
+    if not one_call:
+        each = []
+        for sample in range(samples):
+            selected = zip(tensors, in_dims, strict=True)
+            each.append(
+                run(call, [t if d is None or t is None else t.select(d, sample).contiguous() for t, d in selected])
+            )
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
+
+    def merge(tensor: Tensor | None, dim: int | None, axis: tuple[int, int] | None) -> Tensor | None:
+        if tensor is None or axis is None:
+            return tensor
+        at = axis[packed]
+        if dim is not None:
+            return tensor.movedim(dim, at + 1).flatten(at, at + 1)
+        if tensor.dim() <= at:  # nothing kept
+            return tensor
+        return tensor.repeat_interleave(samples, at)
+
+    merged = [merge(*part) for part in zip(tensors, in_dims, axes, strict=True)]
+    if packed:
+        batch_sizes = tensors[len(head) + 3]
+        assert batch_sizes is not None
+        merged[len(head) + 3] = batch_sizes * samples
+    groups = max(call.groups, 1)
+    found = run(replace(call, groups=groups * samples) if call.output_mask[3] else call, merged)
+    parts: list[Tensor] = []
+    out_dims: list[int | None] = []
+    for result, axis in zip(found, results, strict=False):
+        at = axis[packed]
+        absent = result.dim() == 1  # without elements
+        parts.append(result if absent else result.unflatten(at, (result.size(at) // samples, samples)))
+        out_dims.append(None if absent else at + 1)
+    for grad in found[len(results) :]:
+        parts.append(grad.unflatten(0, (groups, samples)) if call.groups else grad)
+        out_dims.append(1 if call.groups else 0)
+    return tuple(parts), tuple(out_dims)
+
+
+def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | None]) -> bool:
+    """Whether a kernel gives weight gradients of groups, and nobody asks for a derivative of them, which it has not."""
+    grads, (input, h0, c0), weights = tensors[:4], tensors[7:10], tensors[13:]
+    assert input is not None
+    assert h0 is not None
+    directions = h0.size(1 if in_dims[8] == 0 else 0)
+    if input.device.type != "cpu" or call.weights // directions % 2:  # a projection
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    if any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack() or ()):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in _present(*grads, input, h0, c0, *weights)))
+
+
+def _run_forward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    return call.operator("")(*call.layer(tensors), call.save)  # type: ignore[no-any-return]
+
+
+def _run_backward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    """``tensors``: the gradients of the results, what forward kept, the layer's."""
+    arguments = (*tensors[:4], *call.layer(tensors[7:]), *tensors[4:7], call.output_mask)
+    if call.groups:
+        *grads, weights = call.operator("_grouped_backward")(*arguments, call.groups)
+    else:
+        *grads, weights = call.operator("_backward")(*arguments)
+    return *grads, *weights
+
+
+def _tangents(call: _Call, tensors: OptionalTensors) -> list[Any]:
+    """Of the layer's arguments, as an operator takes them.
+
+    ``tensors``: those of input, h0, c0, then the layer's tensors, then the tangents of weights, none or all.
+    """
+    return [*tensors[:3], list(tensors[9 + call.weights :])]
+
+
+def _run_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    """``tensors``: what forward kept, then those of :func:`_tangents`."""
+    layer = call.layer(tensors[6:])
+    return call.operator("_jvp")(*_tangents(call, tensors[3:]), *layer, *tensors[:3])  # type: ignore[no-any-return]
+
+
+def _run_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    """``tensors``: the tangents of the results' gradients, these gradients, then those of :func:`_run_jvp`."""
+    t_grads, grads, kept, rest = tensors[:4], tensors[4:8], tensors[8:11], tensors[11:]
+    operator = call.operator("_backward_jvp")
+    layer = call.layer(rest[3:])
+    *tangents, weights = operator(*t_grads, *_tangents(call, rest), *grads, *layer, *kept, call.output_mask)
+    return *tangents, *weights
+
+
+def _formula_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    """What :func:`_run_jvp` gives, differentiable."""
+    return reference_jvp(call.cell, *_tangents(call, tensors[3:]), *call.layer(tensors[6:]))
+
+
+def _formula_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+    """What :func:`_run_backward_jvp` gives, differentiable."""
+    t_grads, grads, rest = tensors[:4], tensors[4:8], tensors[11:]
+    arguments = (*t_grads, *_tangents(call, rest), *grads, *call.layer(rest[3:]), call.output_mask)
+    *tangents, weights = reference_backward_jvp(call.cell, *arguments)
+    return *tangents, *weights
+
+
+def _gradients_of_layer(call: _Call, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of the layer's flat tensors, from what an operator returns for those of the output_mask."""
+    weights = list(grads[3:]) if call.output_mask[3] else [None] * call.weights
+    arguments = [grad if wanted else None for grad, wanted in zip(grads[:3], call.output_mask[:3], strict=True)]
+    return [*arguments, None, None, None, *weights]
+
+
+def _wanted(needs_input_grad: Sequence[bool]) -> tuple[bool, ...]:
+    """The output_mask, from what is needed of the layer's flat tensors."""
+    return (*needs_input_grad[:3], any(needs_input_grad[6:]))
+
+
+def _check_not_grouped(call: _Call) -> None:
+    if call.groups:
+        raise NotImplementedError(f"rnnfast.{call.cell}_grouped_backward has no derivative")
+
+
+def _save(ctx: Any, call: _Call, tensors: OptionalTensors) -> None:
+    ctx.call = call
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+class _Forward(Function):
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _run_forward(call, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        every_output, _, c_n, c, saved = output
+        _save(ctx, call, [every_output, c, saved, *tensors])
+        ctx.mark_non_differentiable(*([c_n, c, saved] if tensors[2] is None else [saved]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        call = replace(ctx.call, output_mask=_wanted(ctx.needs_input_grad[1:]))
+        return None, *_gradients_of_layer(call, _run_backward(call, [*grads[:4], *ctx.saved_tensors]))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        t_layer = tangents[1:]
+        t_weights = _all_or_none(t_layer[6:], tensors[9:])
+        t_results = _run_jvp(ctx.call, [*tensors[:3], *t_layer[:3], *tensors[3:], *t_weights])
+        return *(t_results if tensors[5] is not None else (*t_results[:2], None, None)), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
+        return _vmap(_run_forward, (), (*_RESULTS, _SAVED), info, in_dims[1:], call, tensors)
+
+
+class _Backward(Function):
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _run_backward(call, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        _save(ctx, call, tensors)
+        ctx.mark_non_differentiable(
+            *(grad for grad, wanted in zip(output, call.output_mask[:3], strict=False) if not wanted)
+        )
+
+    # As LayerBackward of csrc/ops/autograd.cpp. What forward kept has no derivative of its own.
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        _check_not_grouped(ctx.call)
+        tensors = ctx.saved_tensors
+        grads, kept, layer = tensors[:4], tensors[4:7], tensors[7:]
+        call = replace(ctx.call, output_mask=_wanted(ctx.needs_input_grad[8:]))
+        t_weights = _all_or_none(tangents[3:], layer[6:]) if ctx.call.output_mask[3] else []
+        arguments = [*[None] * 4, *grads, *kept, *tangents[:3], *layer, *t_weights]
+        results = _run_backward_jvp(call, arguments)
+        wanted = zip(results[:4], ctx.needs_input_grad[1:5], strict=True)
+        t_results = [tangent if needed else None for tangent, needed in wanted]
+        return None, *t_results, None, None, None, *_gradients_of_layer(call, results[4:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        _check_not_grouped(ctx.call)
+        tensors = ctx.saved_tensors
+        grads, kept, layer = tensors[:4], tensors[4:7], tensors[7:]
+        t_layer = tangents[8:]
+        t_weights = _all_or_none(t_layer[6:], layer[6:])
+        arguments = [*tangents[1:5], *grads, *kept, *t_layer[:3], *layer, *t_weights]
+        results = _run_backward_jvp(ctx.call, arguments)[4:]
+        mask = ctx.call.output_mask
+        return *(tangent if wanted else None for tangent, wanted in zip(results[:3], mask[:3], strict=True)), *results[
+            3:
+        ]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
+        return _vmap(_run_backward, (*_RESULTS, *_KEPT), _ARGUMENTS, info, in_dims[1:], call, tensors)
+
+
+# Third derivatives: those of the formula. Its tensors are those of the operator; what forward kept has no derivative.
+def _of_formula(
+    formula: Callable[[_Call, OptionalTensors], tuple[Tensor, ...]],
+    call: _Call,
+    tensors: OptionalTensors,
+    chosen: Sequence[int],
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The formula as a function of the chosen tensors alone, and these."""
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        replaced = list(tensors)
+        for index, value in zip(chosen, values, strict=True):
+            replaced[index] = value
+        return formula(call, replaced)
+
+    return function, _present(*(tensors[index] for index in chosen))
+
+
+def _backward_of_formula(formula: Any, kept: slice, ctx: Any, grads: OptionalTensors) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    without = range(len(tensors))[kept]
+    chosen = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed and index not in without]
+    function, primals = _of_formula(formula, ctx.call, tensors, chosen)
+    results, pull = _vjp(function, *primals)
+    found = dict(zip(chosen, pull(_or_zeros(grads, results)), strict=True))
+    return None, *(found.get(index) for index in range(len(tensors)))
+
+
+def _jvp_of_formula(formula: Any, kept: slice, ctx: Any, tangents: OptionalTensors) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    without = range(len(tensors))[kept]
+    along = dict(enumerate(tangents[1:]))
+    chosen = [index for index, tangent in along.items() if tangent is not None and index not in without]
+    function, primals = _of_formula(formula, ctx.call, tensors, chosen)
+    results, pushed = torch.func.jvp(function, tuple(primals), tuple(along[index] for index in chosen))  # type: ignore[misc]
+    return tuple(
+        None if result.dim() == 1 and not result.numel() else t for result, t in zip(results, pushed, strict=True)
+    )
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call, *tensors = inputs
+    _save(ctx, call, tensors)
+    ctx.mark_non_differentiable(*(result for result in output if result.dim() == 1 and result.numel() == 0))
+
+
+class _Jvp(Function):
+    _kept = slice(0, 3)
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _run_jvp(call, tensors)
+
+    setup_context = staticmethod(_save_all)
+
+    # <grads, J t>, J the layer's derivative at x: the gradient by t is backward's, and that by x backward's tangent.
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        kept, layer, t_weights = tensors[:3], tensors[6 : 12 + ctx.call.weights], tensors[12 + ctx.call.weights :]
+        needed = ctx.needs_input_grad[1:]
+        of_layer = replace(ctx.call, output_mask=_wanted(needed[6 : 12 + ctx.call.weights]))
+        of_tangents = replace(ctx.call, output_mask=(*needed[3:6], any(needed[12 + ctx.call.weights :])))
+        by_layer = _run_backward_jvp(of_layer, [*[None] * 4, *grads[:4], *kept, *tensors[3:6], *layer, *t_weights])
+        by_tangents = _run_backward(of_tangents, [*grads[:4], *kept, *layer])
+        states = [g if wanted else None for g, wanted in zip(by_tangents[:3], needed[3:6], strict=True)]
+        weights = by_tangents[3:] if of_tangents.output_mask[3] else [None] * len(t_weights)
+        return None, None, None, None, *states, *_gradients_of_layer(of_layer, by_layer[4:]), *weights
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        return _jvp_of_formula(_formula_jvp, _Jvp._kept, ctx, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
+        return _vmap(_run_jvp, (*_KEPT, *_ARGUMENTS), _RESULTS, info, in_dims[1:], call, tensors)
+
+
+class _BackwardJvp(Function):
+    _kept = slice(8, 11)
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _run_backward_jvp(call, tensors)
+
+    setup_context = staticmethod(_save_all)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _backward_of_formula(_formula_backward_jvp, _BackwardJvp._kept, ctx, grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        return _jvp_of_formula(_formula_backward_jvp, _BackwardJvp._kept, ctx, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
+        head = (*_RESULTS, *_RESULTS, *_KEPT, *_ARGUMENTS)
+        return _vmap(_run_backward_jvp, head, (*_RESULTS, *_ARGUMENTS), info, in_dims[1:], call, tensors)
+
+
+# An operator's own arguments as its Function's, and how many of its results stand before a list; None for no list.
+_Unpacked = tuple[type[Any], _Call, Sequence[Any], int | None]
+
+
+def _unpack_forward(cell: str, *arguments: Any) -> _Unpacked:
+    *layer, save = arguments
+    # Whether a gradient is wanted cannot be known here, so what it needs is kept.
+    return _Forward, _Call(cell, len(layer[3]), save=save or 2), _flat(layer), None
+
+
+def _unpack_backward(cell: str, *arguments: Any) -> _Unpacked:
+    grads, layer, kept, (output_mask, *groups) = arguments[:4], arguments[4:11], arguments[11:14], arguments[14:]
+    call = _Call(cell, len(layer[3]), output_mask=tuple(output_mask), groups=groups[0] if groups else 0)
+    return _Backward, call, (*grads, *kept, *_flat(layer)), 3
+
+
+def _unpack_jvp(cell: str, *arguments: Any) -> _Unpacked:
+    tangents, t_weights, layer, kept = arguments[:3], arguments[3], arguments[4:11], arguments[11:]
+    return _Jvp, _Call(cell, len(layer[3])), (*kept, *tangents, *_flat(layer), *t_weights), None
+
+
+def _unpack_backward_jvp(cell: str, *arguments: Any) -> _Unpacked:
+    t_grads, tangents, t_weights, grads = arguments[:4], arguments[4:7], arguments[7], arguments[8:12]
+    layer, kept, output_mask = arguments[12:19], arguments[19:22], arguments[22]
+    call = _Call(cell, len(layer[3]), output_mask=tuple(output_mask))
+    return _BackwardJvp, call, (*t_grads, *grads, *kept, *tangents, *_flat(layer), *t_weights), 7
+
+
+def _with_list(results: Sequence[Tensor], single: int | None) -> tuple[Any, ...]:
+    return tuple(results) if single is None else (*results[:single], list(results[single:]))
+
+
+def _transformed(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:
+    """The operator where a transform of torch.func is active."""
+    function, call, tensors, single = unpack(cell, *arguments)
+    return _with_list(function.apply(call, *tensors), single)
+
+
+def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:
+    """The operator inside the vmap of autograd itself, which is_grads_batched and vectorize=True use."""
+    function, call, tensors, single = unpack(cell, *arguments)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level != 1:
+        raise NotImplementedError(f"rnnfast.{cell}: batched gradients inside batched gradients; torch.func.vmap nests")
+    batched = torch._C._dispatch_key_parse("Batched")
+    dims = [0 if t is not None and torch._C._dispatch_keys(t).has(batched) else None for t in tensors]
+    # With a batch dimension, _remove_batch_dim does not look at the size it is told.
+    physical = [t if d is None else torch._remove_batch_dim(t, level, 1, d) for t, d in zip(tensors, dims, strict=True)]
+    size = next(t.size(0) for t, d in zip(physical, dims, strict=True) if d == 0)
+    results, out_dims = function.vmap(VmapInfo(size, "error"), (None, *dims), call, *physical)
+    wrapped = [r if d is None else torch._add_batch_dim(r, d, level) for r, d in zip(results, out_dims, strict=True)]
+    return _with_list(wrapped, single)
+
+
+def register(library: Any, cell: str) -> None:
+    for suffix, unpack in (
+        ("", _unpack_forward),
+        ("_backward", _unpack_backward),
+        ("_grouped_backward", _unpack_backward),
+        ("_jvp", _unpack_jvp),
+        ("_backward_jvp", _unpack_backward_jvp),
+    ):
+        library.impl(cell + suffix, partial(_transformed, unpack, cell), "FuncTorchDynamicLayerFrontMode")
+        library.impl(cell + suffix, partial(_vectorized, unpack, cell), "Batched")

@@ -1,0 +1,274 @@
+"""The transforms of torch.func over a layer: each equals the loop, and none runs the reference formula, step by step,
+where there is a kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sample_inputs import CELLS, Sample, each_cell, tensors_of
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnfast
+from rnnfast import ops, reference
+
+pytestmark = pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no operators")
+
+SMALL = {"steps": 3, "batch": 2, "input_size": 2, "hidden_size": 3}
+FORMS = [
+    Sample(cell, **SMALL, directions=2, form=form, reset=True)
+    for cell in CELLS
+    for form in ("padded", "packed", "lengths")
+    if cell in ("lstm", "gru") or form == "lengths"
+] + [
+    Sample("lstm", **SMALL),
+    Sample("gru", **SMALL, bias=False),
+    Sample("rnn_tanh", **SMALL),
+    Sample("lstm", **SMALL, proj_size=2, directions=2),
+]
+each_form = pytest.mark.parametrize("sample", FORMS, ids=lambda sample: sample.name)
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def as_function(run: Run, sample: Sample, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A loss of all the layer's results as a function of its floating tensors, and these."""
+    arguments, options = sample.arguments(device=device)
+    states = 3 if sample.cell == "lstm" else 2
+
+    def function(input: Tensor, h0: Tensor, *rest: Tensor) -> Tensor:
+        c0, weights = (rest[0], rest[1:]) if states == 3 else (None, rest)
+        results = run(sample.cell, input, h0, c0, list(weights), **options)
+        return sum((index + 1) * result.sin().sum() for index, result in enumerate(results[: 2 * states - 2]))
+
+    return function, tensors_of(arguments)
+
+
+def like(tensors: list[Tensor], seed: int, *leading: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*leading, *t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], list[Tensor]], Any]] = {
+    "grad": lambda f, x: grad(f, argnums=tuple(range(len(x))))(*x),
+    "vjp": lambda f, x: vjp(f, *x)[1](torch.ones((), dtype=torch.float64, device=x[0].device)),
+    "jvp": lambda f, x: jvp(f, tuple(x), tuple(like(x, 1))),
+    "jvp of the input": lambda f, x: jvp(lambda y: f(y, *x[1:]), (x[0],), (like(x, 1)[0],)),
+    "jacrev": lambda f, x: jacrev(lambda y: torch.stack([f(y, *x[1:]), f(2 * y, *x[1:])]))(x[0]),
+    "jacfwd": lambda f, x: jacfwd(lambda w: torch.stack([f(*x[:-1], w), f(*x[:-1], 2 * w)]))(x[-1]),
+    "hessian of the input": lambda f, x: hessian(lambda y: f(y, *x[1:]))(x[0]),
+    "hessian of a weight": lambda f, x: hessian(lambda w: f(*x[:-1], w))(x[-1]),
+    "jacrev of jacrev": lambda f, x: jacrev(jacrev(lambda y: f(y, *x[1:])))(x[0]),
+    "jacfwd of jacfwd": lambda f, x: jacfwd(jacfwd(lambda y: f(y, *x[1:])))(x[0]),
+    "grad of grad": lambda f, x: grad(lambda *y: sum(g.sin().sum() for g in grad(f, tuple(range(len(y))))(*y)))(*x),
+    "jvp of grad": lambda f, x: jvp(lambda *y: grad(f, tuple(range(len(y))))(*y), tuple(x), tuple(like(x, 1))),
+    "grad of jvp": lambda f, x: grad(lambda *y: jvp(f, y, tuple(like(x, 1)))[1])(*x),
+    "vmap over inputs": lambda f, x: vmap(lambda y: f(y, *x[1:]))(like(x, 2, 3)[0]),
+    "vmap over inputs and states": lambda f, x: vmap(lambda *y: f(*y, *x[2:]), (0, 1))(
+        like(x, 2, 3)[0], like(x, 3, 3)[1].movedim(0, 1)
+    ),
+    "vmap over weights": lambda f, x: vmap(lambda *y: f(*x[:-4], *y))(*like(x, 2, 3)[-4:]),
+    "vmap over all": lambda f, x: vmap(f)(*like(x, 2, 3)),
+    "vmap over vmap": lambda f, x: vmap(vmap(lambda y: f(y, *x[1:]), 1), 2)(
+        like(x, 2, 2, 3)[0].permute(2, 1, 0, *range(3, x[0].dim() + 2))
+    ),
+    "per-sample gradients": lambda f, x: vmap(
+        lambda y: grad(lambda *z: f(y, *z), argnums=tuple(range(len(x) - 1)))(*x[1:])
+    )(like(x, 2, 3)[0]),
+    "per-sample gradients of pairs": lambda f, x: vmap(
+        vmap(lambda y: grad(lambda *z: f(y, *z), argnums=tuple(range(len(x) - 1)))(*x[1:]))
+    )(like(x, 2, 2, 3)[0]),
+    "ensemble's gradients": lambda f, x: vmap(grad(f, argnums=(0, len(x) - 1)), (None,) + (0,) * (len(x) - 1))(
+        x[0], *like(x, 2, 3)[1:]
+    ),
+    "vmap over jvp": lambda f, x: vmap(lambda t: jvp(f, tuple(x), tuple(t))[1])(like(x, 2, 3)),
+    "vmap over grad of grad": lambda f, x: vmap(grad(lambda w, y: grad(f)(y, *x[1:-1], w).sin().sum()), (None, 0))(
+        x[-1], like(x, 2, 3)[0]
+    ),
+    "grad of vmap over grad": lambda f, x: grad(
+        lambda w: vmap(grad(lambda w, y: f(y, *x[1:-1], w)), (None, 0))(w, like(x, 2, 3)[0]).sin().sum()
+    )(x[-1]),
+}
+WITHOUT_KERNEL = ("jacfwd of jacfwd",)  # forward mode of forward mode
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@each_form
+def test_equals_the_reference(sample: Sample, name: str, device: str) -> None:
+    actual, expected = (TRANSFORMS[name](*as_function(run, sample, device)) for run in (ops.layer, reference.layer))
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in WITHOUT_KERNEL])
+@each_cell
+def test_no_formula_where_there_is_a_kernel(cell: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the reference formula ran")
+
+    monkeypatch.setattr(reference, "layer", refuse)
+    function, tensors = as_function(ops.layer, Sample(cell, **SMALL, directions=2), "cpu")
+    with torch.no_grad() if name.startswith("vmap over inputs") else torch.enable_grad():
+        TRANSFORMS[name](function, tensors)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "rnnfast":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vmap over inputs", ["lstm"]),
+        ("vmap over vmap", ["lstm"]),
+        ("vmap over weights", ["lstm"] * 3),
+        ("per-sample gradients", ["lstm", "lstm_grouped_backward"]),
+        ("per-sample gradients of pairs", ["lstm", "lstm_grouped_backward"]),
+        ("hessian of the input", ["lstm", "lstm_jvp", "lstm_backward", "lstm_backward_jvp"]),
+    ],
+)
+def test_calls_of_operators(name: str, expected: list[str]) -> None:
+    function, tensors = as_function(ops.layer, Sample("lstm", **SMALL, form="lengths"), "cpu")
+    with Operators() as operators:
+        TRANSFORMS[name](function, tensors)
+    assert operators.seen == expected
+
+
+@each_form
+def test_per_sample_gradients_equal_the_loop(sample: Sample, device: str) -> None:
+    function, tensors = as_function(ops.layer, sample, device)
+    inputs = torch.stack([tensors[0] + shift for shift in range(4)])
+    argnums = tuple(range(1, len(tensors)))
+    together = vmap(grad(function, argnums=argnums), (0,) + (None,) * len(argnums))(inputs, *tensors[1:])
+    for index, input in enumerate(inputs):
+        alone = torch.autograd.grad(function(input, *[tensor.requires_grad_() for tensor in tensors[1:]]), tensors[1:])
+        assert_close(tuple(part[index] for part in together), alone)
+
+
+@pytest.mark.parametrize("part", ["lengths", "reset"])
+def test_vmap_over_lengths_and_resets(part: str) -> None:
+    (cell, input, h0, c0, weights), options = Sample("lstm", form="lengths", reset=True, directions=2).arguments()
+    other = {"lengths": torch.tensor([5, 0, 2]), "reset": ~options["reset"]}
+    stacked = torch.stack([options[part], other[part]])
+    together = vmap(lambda value: ops.layer(cell, input, h0, c0, weights, **{**options, part: value}))(stacked)
+    for index, value in enumerate(stacked):
+        alone = reference.layer(cell, input, h0, c0, weights, **{**options, part: value})
+        assert_close(tuple(result[index] for result in together), alone)
+
+
+@each_form
+def test_vectorized_jacobian(sample: Sample, device: str) -> None:
+    """autograd's own vmap over gradients, with the graph recorded outside."""
+    arguments, options = sample.arguments(device=device)
+    cell, input, h0, c0, weights = arguments
+
+    def jacobian(run: Run, vectorize: bool, strategy: str = "reverse-mode") -> Any:
+        return torch.autograd.functional.jacobian(
+            lambda x, w: run(cell, x, h0, c0, [w, *weights[1:]], **options)[0],
+            (input, weights[0]),
+            vectorize=vectorize,
+            strategy=strategy,
+        )
+
+    expected = jacobian(reference.layer, False)
+    assert_close(jacobian(ops.layer, False), expected)
+    assert_close(jacobian(ops.layer, True), expected)
+    assert_close(jacobian(ops.layer, True, "forward-mode"), expected)
+
+
+@each_form
+def test_batched_gradients(sample: Sample, device: str) -> None:
+    arguments, options = sample.arguments(device=device, grad=True)
+    output = ops.layer(*arguments, **options)[0]
+    grads = torch.randn(3, *output.shape, dtype=output.dtype, device=device)
+    tensors = tensors_of(arguments)
+    together = torch.autograd.grad(output, tensors, grads, is_grads_batched=True, retain_graph=True)
+    for index, gradient in enumerate(grads):
+        alone = torch.autograd.grad(output, tensors, gradient, retain_graph=True)
+        assert_close(tuple(part[index] for part in together), alone)
+
+
+@each_form
+def test_forward_mode_of_every_argument(sample: Sample, device: str) -> None:
+    """Forward mode, forward mode over backward, and backward over forward mode, against torch.func on the reference."""
+    function, tensors = as_function(ops.layer, sample, device)
+    expected, _ = as_function(reference.layer, sample, device)
+    tangents = like(tensors, 1)
+    argnums = tuple(range(len(tensors)))
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
+        loss = function(*duals)
+        value, tangent = forward_ad.unpack_dual(loss)
+        over_backward = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, duals, create_graph=True)]
+        over_forward = torch.autograd.grad(tangent, leaves)
+    assert_close((value, tangent), jvp(expected, tuple(tensors), tuple(tangents)))
+    second = jvp(grad(expected, argnums), tuple(tensors), tuple(tangents))[1]
+    assert_close(tuple(over_backward), second)
+    assert_close(over_forward, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_cell
+def test_dtypes(cell: str, dtype: torch.dtype) -> None:
+    """Tangents and per-sample gradients in every dtype, against float64."""
+    sample = Sample(cell, steps=6, batch=2, input_size=16, hidden_size=16, directions=2)
+    for name in ("jvp", "jvp of grad", "per-sample gradients"):
+        function, tensors = as_function(ops.layer, sample, "cpu")
+        rounded = [tensor.to(dtype) for tensor in tensors]
+        exact = TRANSFORMS[name](function, [tensor.double() for tensor in rounded])
+        actual = TRANSFORMS[name](function, rounded)
+        flat = [torch.utils._pytree.tree_leaves(tree) for tree in (actual, exact)]
+        assert {tensor.dtype for tensor in flat[0]} == {dtype}
+        error = torch.cat([(a.double() - b).flatten() for a, b in zip(*flat, strict=True)]).norm()
+        size = torch.cat([b.flatten() for b in flat[1]]).norm()
+        assert error <= 8 * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("LSTM", {}), ("GRU", {"bidirectional": True}), ("RNN", {"bias": False})]
+)
+def test_an_ensemble_of_modules(name: str, options: dict[str, Any]) -> None:
+    modules = [getattr(rnnfast, name)(3, 4, num_layers=2, dtype=torch.float64, **options) for _ in range(3)]
+    parameters, buffers = stack_module_state(modules)
+    input = torch.randn(5, 2, 3, dtype=torch.float64)
+    together = vmap(lambda p, b: functional_call(modules[0], (p, b), (input,))[0])(parameters, buffers)
+    assert_close(together, torch.stack([module(input)[0] for module in modules]))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_per_sample_gradients_of_a_module(name: str) -> None:
+    """As differential privacy wants them: of a batch-first model, a sample a row."""
+    model = nn.Sequential(getattr(rnnfast, name)(3, 4, batch_first=True, dtype=torch.float64))
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], input: Tensor) -> Tensor:
+        return functional_call(model, parameters, (input.unsqueeze(0),))[0].square().sum()
+
+    inputs = torch.randn(6, 5, 3, dtype=torch.float64)
+    together = vmap(grad(loss), (None, 0))(parameters, inputs)
+    for index, input in enumerate(inputs):
+        assert_close({key: value[index] for key, value in together.items()}, grad(loss)(parameters, input))
+
+
+def test_every_operator_has_a_transform() -> None:
+    """A direct call of an operator goes the same way."""
+    for cell, suffix in itertools.product(CELLS, ("", "_backward", "_grouped_backward", "_jvp", "_backward_jvp")):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"rnnfast::{cell}{suffix}", "FuncTorchDynamicLayerFrontMode"
+        )

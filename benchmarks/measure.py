@@ -156,6 +156,22 @@ def fit_steps(side: Side, limit: float, measure: Callable[[Callable[[], object],
         steps = min(full, steps * 8)
 
 
+def in_turns(
+    calls: dict[str, Callable[[], object]], device: str, budget: float
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Samples of each call's seconds, and their medians; ``budget`` seconds for all, at least 2 samples of each."""
+    measure = clock(device)
+    # Calls of microseconds are timed many at once, and the sides take turns about who is first.
+    repeats = {name: max(1, int(1e-3 / max(measure(call, 1), 1e-9))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    start, order = time.perf_counter(), list(calls)
+    while len(samples[order[0]]) < 2 or (time.perf_counter() - start < budget and len(samples[order[0]]) < 100):
+        for name in order:
+            samples[name].append(measure(calls[name], repeats[name]))
+        order.reverse()
+    return samples, {name: statistics.median(values) for name, values in samples.items()}
+
+
 def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
     """Times both sides in turns.
 
@@ -184,16 +200,7 @@ def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
     tolerance = TF32_TOLERANCE if tf32 else TOLERANCES[case.dtype]
     difference = compare(sides["baseline"].run(), sides["rnnfast"].run(), tolerance)
 
-    # Calls of microseconds are timed many at once, and the sides take turns about who is first.
-    repeats = {name: max(1, int(1e-3 / max(measure(side.run, 1), 1e-9))) for name, side in sides.items()}
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    start, order = time.perf_counter(), list(sides)
-    while len(samples["rnnfast"]) < 2 or (time.perf_counter() - start < budget and len(samples["rnnfast"]) < 100):
-        for name in order:
-            samples[name].append(measure(sides[name].run, repeats[name]))
-        order.reverse()
-
-    medians = {name: statistics.median(values) for name, values in samples.items()}
+    samples, medians = in_turns({name: side.run for name, side in sides.items()}, case.device, budget)
     shape = case.shape
     row = {
         "key": case.key,

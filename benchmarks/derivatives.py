@@ -1,0 +1,252 @@
+"""Times derivatives beyond the first and the transforms of torch.func against torch.nn, or against the loop that they
+spare.
+
+    python benchmarks/derivatives.py                    every derivative and cell, on one thread and on all
+    python benchmarks/derivatives.py --only "gradient penalty" --cell lstm --json FILE
+
+A ratio is the baseline's time by rnnfast's, both measured in turns in one process: 2.00 means half the time. The
+results of both are compared before anything is timed. One layer of H = 128 units, float32. Baselines:
+
+    torch.nn    the same call of torch.nn's layer
+    the loop    the same thing with rnnfast, one sample or model at a time
+    formula     the same call of rnnfast's reference formula, small operators step by step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Mismatch, compare, in_turns
+from run import commit, duration, machine
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import rnnfast
+
+HIDDEN = 128
+TOLERANCE = 1e-3  # of a result's norm: second derivatives in float32
+CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    steps: int
+    batch: int
+    inputs: int
+
+    def __str__(self) -> str:
+        return f"T={self.steps} B={self.batch} I={self.inputs}"
+
+
+@dataclass(frozen=True)
+class Case:
+    derivative: str
+    cell: str
+    size: Size
+    threads: int
+
+
+def layer(library: Any, case: Case, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module: nn.Module = getattr(library, CELLS[case.cell])(case.size.inputs, HIDDEN, **options)
+    return module
+
+
+def data(case: Case, *leading: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*leading, case.size.steps, case.size.batch, case.size.inputs, generator=generator)
+
+
+def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor]) -> Call:
+    """The gradient by every parameter of a penalty on the gradient by the input."""
+    module, input = layer(library, case), data(case).requires_grad_()
+    parameters = list(module.parameters())
+
+    def call() -> Any:
+        (by_input,) = torch.autograd.grad(of(module(input)[0]), input, create_graph=True)
+        penalty = (by_input.norm(dim=(0, 2)) - 1).square().mean()
+        return torch.autograd.grad(penalty, parameters, materialize_grads=True)
+
+    return call
+
+
+def critic(output: Tensor) -> Tensor:
+    """A linear head on the last step, as a critic has one."""
+    return output[-1].sum()
+
+
+def energy(output: Tensor) -> Tensor:
+    return output.square().sum()
+
+
+def forward_mode(module: nn.Module, case: Case) -> Call:
+    input, tangent = data(case), data(case).flip(0)
+    return lambda: jvp(lambda x: module(x)[0], (input,), (tangent,))
+
+
+def loss_of(module: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda parameters, input: functional_call(module, parameters, (input,))[0].square().mean()
+
+
+def detached(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def per_sample_gradients(case: Case) -> tuple[Call, Call]:
+    """The gradient of each row of the batch by every parameter."""
+    module, input = layer(rnnfast, case), data(case)
+    parameters, loss = detached(module), loss_of(module)
+
+    def looped() -> list[Tensor]:
+        each = [list(grad(loss)(parameters, row.unsqueeze(1)).values()) for row in input.unbind(1)]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    return looped, lambda: list(vmap(grad(lambda p, x: loss(p, x.unsqueeze(1))), (None, 1))(parameters, input).values())
+
+
+def over_inputs(case: Case) -> tuple[Call, Call]:
+    module, inputs = layer(rnnfast, case), data(case, 8)
+
+    def looped() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([module(input)[0] for input in inputs])
+
+    def mapped() -> Any:
+        with torch.no_grad():
+            return vmap(lambda x: module(x)[0])(inputs)
+
+    return looped, mapped
+
+
+def over_weights(case: Case) -> tuple[Call, Call]:
+    modules, input = [layer(rnnfast, case) for _ in range(8)], data(case)
+    with torch.no_grad():
+        for index, module in enumerate(modules):
+            for parameter in module.parameters():
+                parameter += 0.01 * index
+    parameters, buffers = (
+        {name: value.detach() for name, value in part.items()} for part in stack_module_state(modules)
+    )
+
+    def looped() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([module(input)[0] for module in modules])
+
+    return looped, lambda: vmap(lambda p, b: functional_call(modules[0], (p, b), (input,))[0])(parameters, buffers)
+
+
+def hessian_of(module: nn.Module, case: Case) -> Call:
+    """By the inputs of one step."""
+    input = data(case)
+    return lambda: hessian(lambda x: module(torch.cat([x.view(1, *input.shape[1:]), input[1:]]))[0].square().sum())(
+        input[0].flatten()
+    )
+
+
+FULL, NARROW, SMALL = Size(100, 16, HIDDEN), Size(100, 16, 32), Size(20, 2, 16)
+# Of each derivative: its baseline, its sizes, and a case's two calls, the baseline's first.
+DERIVATIVES: dict[str, tuple[str, tuple[Size, ...], Callable[[Case], tuple[Call, Call]]]] = {
+    "gradient penalty": (
+        "torch.nn",
+        (FULL, NARROW),
+        lambda case: (gradient_penalty(nn, case, critic), gradient_penalty(rnnfast, case, critic)),
+    ),
+    "gradient penalty, all steps": (
+        "torch.nn",
+        (FULL, NARROW),
+        lambda case: (gradient_penalty(nn, case, energy), gradient_penalty(rnnfast, case, energy)),
+    ),
+    "jvp": (
+        "formula",
+        (FULL,),
+        lambda case: (
+            forward_mode(layer(rnnfast, case, backend="reference"), case),
+            forward_mode(layer(rnnfast, case), case),
+        ),
+    ),
+    "per-sample gradients": ("the loop", (FULL, NARROW), per_sample_gradients),
+    "vmap over 8 inputs": ("the loop", (FULL,), over_inputs),
+    "vmap over 8 models": ("the loop", (FULL,), over_weights),
+    "hessian": (
+        "formula",
+        (SMALL,),
+        lambda case: (
+            hessian_of(layer(rnnfast, case, backend="reference"), case),
+            hessian_of(layer(rnnfast, case), case),
+        ),
+    ),
+}
+
+
+def measure(case: Case, budget: float) -> dict[str, Any]:
+    torch.set_num_threads(case.threads)
+    baseline, _, calls = DERIVATIVES[case.derivative]
+    sides = dict(zip(("baseline", "rnnfast"), calls(case), strict=True))
+    difference = compare(*(tree_leaves(call()) for call in sides.values()), TOLERANCE)
+    samples, seconds = in_turns(sides, "cpu", budget)
+    return {
+        "derivative": case.derivative,
+        "cell": case.cell,
+        "size": str(case.size),
+        "threads": case.threads,
+        "baseline": baseline,
+        "difference": difference,
+        "samples": samples,
+        "seconds": seconds,
+        "ratio": seconds["baseline"] / seconds["rnnfast"],
+    }
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=DERIVATIVES, default=list(DERIVATIVES), metavar="NAME")
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds for the samples of one case (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+
+    cases = [
+        Case(name, cell, size, threads)
+        for name in args.only
+        for size in DERIVATIVES[name][1]
+        for cell in args.cell
+        for threads in args.threads
+    ]
+    rows, lines = [], []
+    for case in tqdm(cases, unit="case", dynamic_ncols=True):
+        try:
+            row = measure(case, args.budget)
+        except Mismatch as error:
+            raise SystemExit(f"{case}: {error}") from error
+        rows.append(row)
+        times = [duration(row["seconds"][side]) for side in ("baseline", "rnnfast")]
+        lines.append([row["derivative"], row["cell"], row["size"], case.threads, row["baseline"], *times])
+        lines[-1].append(f"{row['ratio']:.2f}")
+    headers = ["derivative", "cell", "size", "threads", "against", "it takes", "rnnfast", "ratio"]
+    print(tabulate(lines, headers, disable_numparse=True))
+    if args.json:
+        results = {
+            "commit": commit(),
+            "machine": machine("cpu"),
+            "versions": {"torch": torch.__version__, "rnnfast": rnnfast.__version__},
+            "rows": rows,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

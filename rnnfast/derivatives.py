@@ -282,6 +282,12 @@ def _vmap(
     return tuple(parts), tuple(out_dims)
 
 
+def _only_vmap() -> bool:
+    """Whether no transform that is active differentiates."""
+    vmap = torch._C._functorch.TransformType.Vmap
+    return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
 def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | None]) -> bool:
     """Whether a kernel gives weight gradients of groups, and nobody asks for a derivative of them, which it has not."""
     grads, (input, h0, c0), weights = tensors[:4], tensors[7:10], tensors[13:]
@@ -290,10 +296,9 @@ def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | No
     directions = h0.size(1 if in_dims[8] == 0 else 0)
     if input.device.type != "cpu" or call.weights // directions % 2:  # a projection
         return False
-    vmap = torch._C._functorch.TransformType.Vmap
-    if any(level.key() != vmap for level in torch._C._functorch.get_interpreter_stack() or ()):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in _present(*grads, input, h0, c0, *weights)))
+    return _only_vmap() and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in _present(*grads, input, h0, c0, *weights))
+    )
 
 
 def _run_forward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
@@ -318,14 +323,28 @@ def _tangents(call: _Call, tensors: OptionalTensors) -> list[Any]:
     return [*tensors[:3], list(tensors[9 + call.weights :])]
 
 
+def _is_recorded(tensors: OptionalTensors) -> bool:
+    """Whether autograd records a call made now, outside of all transforms.
+
+    The operators of tangents take the formula then, for a derivative that may never be asked for: parameters often
+    require gradients while a transform differentiates by something else. The Functions wait until it is asked for.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _present(*tensors))
+
+
 def _run_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
     """``tensors``: what forward kept, then those of :func:`_tangents`."""
+    if _is_recorded(tensors):
+        return _Jvp.apply(call, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     layer = call.layer(tensors[6:])
     return call.operator("_jvp")(*_tangents(call, tensors[3:]), *layer, *tensors[:3])  # type: ignore[no-any-return]
 
 
 def _run_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
     """``tensors``: the tangents of the results' gradients, these gradients, then those of :func:`_run_jvp`."""
+    if _is_recorded(tensors):
+        return _BackwardJvp.apply(call, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     t_grads, grads, kept, rest = tensors[:4], tensors[4:8], tensors[8:11], tensors[11:]
     operator = call.operator("_backward_jvp")
     layer = call.layer(rest[3:])
@@ -353,9 +372,18 @@ def _gradients_of_layer(call: _Call, grads: Sequence[Tensor]) -> list[Tensor | N
     return [*arguments, None, None, None, *weights]
 
 
-def _wanted(needs_input_grad: Sequence[bool]) -> tuple[bool, ...]:
+def _wanted(needed: Sequence[bool]) -> tuple[bool, ...]:
     """The output_mask, from what is needed of the layer's flat tensors."""
-    return (*needs_input_grad[:3], any(needs_input_grad[6:]))
+    return (*needed[:3], any(needed[6:]))
+
+
+def _needed(ctx: Any) -> list[bool]:
+    """Of which tensors somebody needs a gradient.
+
+    A transform asks for those of its own level alone: a parameter that requires a gradient outside of all transforms
+    gets it there.
+    """
+    return [needed and own for needed, own in zip(ctx.needs_input_grad[1:], ctx.own, strict=True)]
 
 
 def _check_not_grouped(call: _Call) -> None:
@@ -363,8 +391,14 @@ def _check_not_grouped(call: _Call) -> None:
         raise NotImplementedError(f"rnnfast.{call.cell}_grouped_backward has no derivative")
 
 
-def _save(ctx: Any, call: _Call, tensors: OptionalTensors) -> None:
+def _save(ctx: Any, call: _Call, tensors: OptionalTensors, arguments: OptionalTensors) -> None:
+    """``tensors`` for the derivatives of a Function of ``arguments``."""
     ctx.call = call
+    transform = torch._C._functorch.peek_interpreter_stack()
+    ctx.own = [
+        transform is None or (t is not None and torch._C._functorch.maybe_get_level(t) == transform.level())
+        for t in arguments
+    ]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
@@ -379,12 +413,12 @@ class _Forward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
         every_output, _, c_n, c, saved = output
-        _save(ctx, call, [every_output, c, saved, *tensors])
+        _save(ctx, call, [every_output, c, saved, *tensors], tensors)
         ctx.mark_non_differentiable(*([c_n, c, saved] if tensors[2] is None else [saved]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call = replace(ctx.call, output_mask=_wanted(ctx.needs_input_grad[1:]))
+        call = replace(ctx.call, output_mask=_wanted(_needed(ctx)))
         return None, *_gradients_of_layer(call, _run_backward(call, [*grads[:4], *ctx.saved_tensors]))
 
     @staticmethod
@@ -408,7 +442,7 @@ class _Backward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
-        _save(ctx, call, tensors)
+        _save(ctx, call, tensors, tensors)
         ctx.mark_non_differentiable(
             *(grad for grad, wanted in zip(output, call.output_mask[:3], strict=False) if not wanted)
         )
@@ -419,11 +453,11 @@ class _Backward(Function):
         _check_not_grouped(ctx.call)
         tensors = ctx.saved_tensors
         grads, kept, layer = tensors[:4], tensors[4:7], tensors[7:]
-        call = replace(ctx.call, output_mask=_wanted(ctx.needs_input_grad[8:]))
+        call = replace(ctx.call, output_mask=_wanted(_needed(ctx)[7:]))
         t_weights = _all_or_none(tangents[3:], layer[6:]) if ctx.call.output_mask[3] else []
         arguments = [*[None] * 4, *grads, *kept, *tangents[:3], *layer, *t_weights]
         results = _run_backward_jvp(call, arguments)
-        wanted = zip(results[:4], ctx.needs_input_grad[1:5], strict=True)
+        wanted = zip(results[:4], _needed(ctx)[:4], strict=True)
         t_results = [tangent if needed else None for tangent, needed in wanted]
         return None, *t_results, None, None, None, *_gradients_of_layer(call, results[4:])
 
@@ -467,7 +501,7 @@ def _of_formula(
 def _backward_of_formula(formula: Any, kept: slice, ctx: Any, grads: OptionalTensors) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     without = range(len(tensors))[kept]
-    chosen = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed and index not in without]
+    chosen = [index for index, needed in enumerate(_needed(ctx)) if needed and index not in without]
     function, primals = _of_formula(formula, ctx.call, tensors, chosen)
     results, pull = _vjp(function, *primals)
     found = dict(zip(chosen, pull(_or_zeros(grads, results)), strict=True))
@@ -488,7 +522,7 @@ def _jvp_of_formula(formula: Any, kept: slice, ctx: Any, tangents: OptionalTenso
 
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, *tensors = inputs
-    _save(ctx, call, tensors)
+    _save(ctx, call, tensors, tensors)
     ctx.mark_non_differentiable(*(result for result in output if result.dim() == 1 and result.numel() == 0))
 
 
@@ -506,7 +540,7 @@ class _Jvp(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         kept, layer, t_weights = tensors[:3], tensors[6 : 12 + ctx.call.weights], tensors[12 + ctx.call.weights :]
-        needed = ctx.needs_input_grad[1:]
+        needed = _needed(ctx)
         of_layer = replace(ctx.call, output_mask=_wanted(needed[6 : 12 + ctx.call.weights]))
         of_tangents = replace(ctx.call, output_mask=(*needed[3:6], any(needed[12 + ctx.call.weights :])))
         by_layer = _run_backward_jvp(of_layer, [*[None] * 4, *grads[:4], *kept, *tensors[3:6], *layer, *t_weights])
@@ -553,8 +587,9 @@ _Unpacked = tuple[type[Any], _Call, Sequence[Any], int | None]
 
 def _unpack_forward(cell: str, *arguments: Any) -> _Unpacked:
     *layer, save = arguments
-    # Whether a gradient is wanted cannot be known here, so what it needs is kept.
-    return _Forward, _Call(cell, len(layer[3]), save=save or 2), _flat(layer), None
+    if not _only_vmap():
+        save = save or 2  # a gradient may be wanted
+    return _Forward, _Call(cell, len(layer[3]), save=save), _flat(layer), None
 
 
 def _unpack_backward(cell: str, *arguments: Any) -> _Unpacked:

@@ -118,6 +118,23 @@ def test_no_formula_where_there_is_a_kernel(cell: str, name: str, monkeypatch: p
         TRANSFORMS[name](function, tensors)
 
 
+@pytest.mark.parametrize(
+    "name", ["grad", "jvp", "jvp of grad", "hessian of the input", "vmap over inputs", "per-sample gradients"]
+)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_gradients_outside_of_a_transform(cell: str, name: str, device: str) -> None:
+    """The tensors require gradients where no transform is active: those pass through it."""
+
+    def gradients(run: Run) -> tuple[Tensor, ...]:
+        function, tensors = as_function(run, Sample(cell, **SMALL, form="lengths", reset=True), device)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        results = torch.utils._pytree.tree_leaves(TRANSFORMS[name](function, tensors))
+        return torch.autograd.grad(sum(result.sin().sum() for result in results), tensors, materialize_grads=True)
+
+    assert_close(gradients(ops.layer), gradients(reference.layer))
+
+
 class Operators(TorchDispatchMode):
     """Counts the calls of our operators."""
 

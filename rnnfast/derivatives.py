@@ -587,8 +587,8 @@ _Unpacked = tuple[type[Any], _Call, Sequence[Any], int | None]
 
 def _unpack_forward(cell: str, *arguments: Any) -> _Unpacked:
     *layer, save = arguments
-    if not _only_vmap():
-        save = save or 2  # a gradient may be wanted
+    # Of every step c is a result, and where a gradient may be wanted the gates are kept for it.
+    save = save or (1 if _only_vmap() and not torch.is_grad_enabled() else 2)
     return _Forward, _Call(cell, len(layer[3]), save=save), _flat(layer), None
 
 

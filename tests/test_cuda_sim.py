@@ -230,6 +230,20 @@ def test_persistent_kernels_have_no_races_and_read_no_garbage(
             compare(sim, sample, arithmetic.dtype, (driver.GATES, STATES)[index % 2], tf32=arithmetic.tf32)
 
 
+def test_fast_nonlinearities(simulators: dict[str, driver.Simulator]) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.logspace(-30, 2, 10_001), -torch.logspace(-30, 2, 10_001)])
+    tanh, sigmoid = simulator(simulators, "sim").fast_float(x)
+    torch.testing.assert_close(tanh.double(), x.double().tanh(), rtol=2e-6, atol=1e-37)
+    torch.testing.assert_close(sigmoid.double(), x.double().sigmoid(), rtol=2e-6, atol=1e-9)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+    tanh, sigmoid = simulator(simulators, "sim").fast_float(special)
+    assert tanh.tolist()[:2] == [1, -1]
+    assert sigmoid.tolist()[:2] == [1, 0]
+    assert tanh[2].isnan()
+    assert sigmoid[2].isnan()
+    assert (tanh[3], sigmoid[3]) == (0, 0.5)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @persistent_engines
 def test_engines_read_what_another_saved(simulators: dict[str, driver.Simulator], engine: str, cell: str) -> None:

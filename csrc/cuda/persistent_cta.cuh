@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
       shared.depth, shared.w_hh + warp * shared.weights());
   clear(shared.operand, 2 * kTileRows * shared.stride);
 
-  ForwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows, first_unit);
+  ForwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
+                                                          first_unit);
   const auto operand = [&](int index) { return shared.operand + (index & 1) * kTileRows * shared.stride; };
   const auto publish = [&](Operand* h) {
 #pragma unroll
@@ -139,7 +140,8 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
       shared.depth, shared.w_hh + warp * shared.weights());
   clear(shared.operand, 2 * kTileRows * shared.stride);
 
-  BackwardLane<Cell, scalar_t> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows, first_unit);
+  BackwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
+                                                           first_unit);
   lane.fetch(lane.last() - 1);
   __syncthreads();
 

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       });
 
   // A warp that owns nothing has rows past the batch.
-  ForwardLane<Cell, scalar_t> lane(
+  ForwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
   const auto publish = [&]() {
     if (!warp.owner) return;

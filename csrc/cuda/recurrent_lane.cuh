@@ -160,7 +160,8 @@ __device__ __forceinline__ void spread(const Pair<scalar_t>& pair, float (&value
 }
 
 // ------------------------------------------------------------------------------------------------ forward
-template <class Cell, class scalar_t>
+// number_t is what the cell computes with, as the product's arithmetic says.
+template <class Cell, class scalar_t, class number_t>
 class ForwardLane {
  public:
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
@@ -217,20 +218,20 @@ class ForwardLane {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 2 * i + j;
-        float from_x[kGates], from_h[kGates], before[kStates], after[kStates], save[kSaved + 1];
+        number_t from_x[kGates], from_h[kGates], before[kStates], after[kStates], save[kSaved + 1];
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          from_x[g] = igates[g][i];
-          from_h[g] = hgates[g][at] + bias_[g][i];
+          from_x[g] = number_t(igates[g][i]);
+          from_h[g] = number_t(hgates[g][at] + bias_[g][i]);
         }
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) before[s] = cut ? 0.0f : state_[s][at];
+        for (int s = 0; s < kStates; ++s) before[s] = number_t(cut ? 0.0f : state_[s][at]);
         Cell::forward(from_x, from_h, before, after, save);
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) state_[s][at] = state[s][i] = after[s];
-        state_[0][at] = rounded(after[0]);
+        for (int s = 0; s < kStates; ++s) state_[s][at] = state[s][i] = float(after[s]);
+        state_[0][at] = rounded(state[0][i]);
 #pragma unroll
-        for (int s = 0; s < kSaved; ++s) saved[s][i] = save[s];
+        for (int s = 0; s < kSaved; ++s) saved[s][i] = float(save[s]);
       }
       units_.store(state[0], direction_.output.at(sequence_, step, rows_.slot(j)));
       if constexpr (kStates == 2) {
@@ -299,7 +300,7 @@ class ForwardLane {
 };
 
 // ------------------------------------------------------------------------------------------------ backward
-template <class Cell, class scalar_t>
+template <class Cell, class scalar_t, class number_t>
 class BackwardLane {
  public:
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
@@ -357,22 +358,22 @@ class BackwardLane {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 2 * i + j;
-        float from_x[kGates], from_h[kGates], previous[kStates] = {}, after[kStates] = {}, grad[kStates],
-                                              grad_previous[kStates], save[kSaved + 1];
+        number_t from_x[kGates], from_h[kGates], previous[kStates] = {}, after[kStates] = {}, grad[kStates],
+                                                 grad_previous[kStates], save[kSaved + 1];
 #pragma unroll
-        for (int s = 0; s < kSaved; ++s) save[s] = saved[s][i];
+        for (int s = 0; s < kSaved; ++s) save[s] = number_t(saved[s][i]);
         // Of cells with two states backward reads the second alone.
-        previous[kStates - 1] = kStates == 2 && cuts_[j] ? 0.0f : before[i];
-        after[kStates - 1] = state[i];
-        grad[0] = carried_[0][at] + grad_h[i];
-        if constexpr (kStates == 2) grad[1] = carried_[1][at] + grad_c[i];
+        previous[kStates - 1] = number_t(kStates == 2 && cuts_[j] ? 0.0f : before[i]);
+        after[kStates - 1] = number_t(state[i]);
+        grad[0] = number_t(carried_[0][at] + grad_h[i]);
+        if constexpr (kStates == 2) grad[1] = number_t(carried_[1][at] + grad_c[i]);
         Cell::backward(save, previous, after, grad, from_x, from_h, grad_previous);
 #pragma unroll
-        for (int s = 0; s < kStates; ++s) carried_[s][at] = grad_previous[s];
+        for (int s = 0; s < kStates; ++s) carried_[s][at] = float(grad_previous[s]);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          grad_igates[g][i] = from_x[g];
-          grad_hgates[g][i] = grad_hgates_[g][at] = from_h[g];
+          grad_igates[g][i] = float(from_x[g]);
+          grad_hgates[g][i] = grad_hgates_[g][at] = float(from_h[g]);
         }
       }
       const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;

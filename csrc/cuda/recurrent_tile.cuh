@@ -22,6 +22,7 @@
 #include <cstring>
 
 #include "device_ptx.h"
+#include "fast_float.cuh"
 #include "storage.cuh"
 #include "tiles.h"
 
@@ -49,6 +50,7 @@ __device__ __forceinline__ int unit_of_row(int row) { return 2 * (row % 8) + row
 template <class scalar_t>
 struct TensorCore {
   using Operand = scalar_t;
+  using Number = FastFloat;
   static constexpr int kDepth = 16;
   struct Sums {
     float value[4] = {};
@@ -88,6 +90,7 @@ struct TensorCore {
 // float rounded to TF32, on tensor cores.
 struct TensorCoreTf32 {
   using Operand = float;
+  using Number = FastFloat;
   static constexpr int kDepth = 8;
   struct Sums {
     float value[4] = {};
@@ -123,6 +126,7 @@ struct TensorCoreTf32 {
 // own two k of a tile, and finish adds up the quad and leaves each lane its two columns.
 struct ScalarFloat {
   using Operand = float;
+  using Number = float;
   static constexpr int kDepth = 8;
   struct Sums {
     float value[2][8] = {};  // [row][column]

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cell/cells.h"
+#include "fast_float.cuh"
 #include "params.h"
 #include "storage.cuh"
 
@@ -250,6 +251,14 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
                                    [&](const cuda::Context& c) { return engine->backward(layer, products, c); });
   if (error) return error;
   return tensors.fetch() ? 0 : cudaErrorUnknown;
+}
+
+// The nonlinearities of csrc/cuda/fast_float.cuh, but for the hardware's approximations.
+EXPORT void sim_fast_float(const float* x, float* tanh_of_x, float* sigmoid_of_x, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    tanh_of_x[i] = static_cast<float>(tanh(cuda::FastFloat(x[i])));
+    sigmoid_of_x[i] = static_cast<float>(sigmoid(cuda::FastFloat(x[i])));
+  }
 }
 
 // So that Python can see that it declares the structs as they are.

@@ -113,7 +113,7 @@ __device__ __forceinline__ float round_to_tf32(float x) {
 // 2^x and 1 / x, each with the hardware's one instruction: a relative error of 2^-22, subnormal numbers taken as zero.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef CUDA_SIM
-  return exp2f(x);
+  return cuda_sim::power_of_two(x);
 #else
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

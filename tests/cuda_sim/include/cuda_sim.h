@@ -150,6 +150,9 @@ template <class T>
 void __stcs(T* address, T value) {
   *address = value;
 }
+namespace cuda_sim {
+inline float power_of_two(float x) { return exp2f(x); }
+}  // namespace cuda_sim
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
                                        : 0.0f);
       });
 
-  BackwardLane<Cell, scalar_t> lane(
+  BackwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
   lane.fetch(steps.last - 1);
   float grad_h[1][4] = {};

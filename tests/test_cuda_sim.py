@@ -81,6 +81,14 @@ WIDE_TILES = [
 ]
 
 
+# Ways to spread a layer over blocks: unit tiles of a block, row tiles of a team, parts of k.
+SPREADS = [
+    (Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True), (1, 2, 3)),
+    (Sample("gru", steps=3, batch=9, hidden_size=70, form="packed"), (2, 1, 2)),
+    (Sample("rnn_tanh", steps=4, batch=3, hidden_size=33), (1, 1, 1)),
+]
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How an engine computes: what tensors hold, and the precision of what is multiplied."""
@@ -496,6 +504,13 @@ def main() -> None:
     for index, sample in enumerate([*TILES, *WIDE_TILES]):
         dtype = driver.DTYPES[1 + index % 3] if sample in TILES else torch.bfloat16
         compare(sim, sample, dtype, (driver.GATES, STATES)[index % 2], tf32=dtype == torch.float32 and index % 2 == 0)
+    for index, (sample, spread) in enumerate(SPREADS):
+        sim.spread(*spread)
+        for engine in ("persistent_grid", "persistent_cluster"):
+            sim.engine(engine)
+            sim.shift(index % 2)
+            dtype = driver.DTYPES[1 + index % 3]
+            compare(sim, sample, dtype, (driver.GATES, STATES)[index % 2], tf32=dtype == torch.float32)
     sim.engine("stepwise")
     sim.shift(1)  # vector loads would be misaligned
     for sample in WIDE:

@@ -19,7 +19,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 # A layer, and ways to spread it: unit tiles of a block, row tiles of a team, parts of k. One block and several, one
 # team and several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers and beyond.
-SPREADS = [
+LAYERS = [
     (Sample("lstm", steps=1, batch=1, hidden_size=16), [(1, 1, 1)]),
     (
         Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True),
@@ -46,7 +46,7 @@ def simulators() -> dict[str, driver.Simulator]:
 
 
 def cases(cell: str) -> list[tuple[Sample, tuple[int, int, int]]]:
-    return [(sample, spread) for sample, spreads in SPREADS for spread in spreads if sample.cell == cell]
+    return [(sample, spread) for sample, spreads in LAYERS for spread in spreads if sample.cell == cell]
 
 
 @persistent_arithmetics
@@ -86,7 +86,7 @@ def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver
     sim = simulator(simulators, "sim")
     sim.engine(engine)
     sim.spread(1, 2, 3)
-    arguments, options = SPREADS[1][0].arguments(torch.float32)
+    arguments, options = LAYERS[1][0].arguments(torch.float32)
     layer = driver.Layer(*arguments, **options)
     results = []
     for seed in range(8):
@@ -117,7 +117,7 @@ def test_a_spread_that_cannot_be_is_an_error_and_the_next_call_works(
     with pytest.raises(driver.SimulationError, match=rf"error {error}:"):
         sim.forward(driver.Layer(*arguments, **options))
     sim.spread(1, 1, 1)
-    compare(sim, SPREADS[0][0], torch.float32, driver.GATES)
+    compare(sim, LAYERS[0][0], torch.float32, driver.GATES)
 
 
 # ------------------------------------------------------------------------------------------------ mutation

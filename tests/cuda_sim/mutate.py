@@ -14,27 +14,22 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from sample_inputs import Sample
-from test_cuda_sim import STATES, compare, engine_sources
+from test_cuda_sim import SPREADS, STATES, compare, engine_sources
 
 from . import build, driver, instrument
 
-# Small layers that take every way through the kernels: an engine, how it spreads W_hh, a layer.
-SPREAD_CASES = [
-    ((1, 2, 3), Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True)),
-    ((2, 1, 2), Sample("gru", steps=3, batch=9, hidden_size=70, form="packed")),
-    ((1, 1, 1), Sample("rnn_tanh", steps=4, batch=3, hidden_size=33)),
-]
+# Small layers that take every way through the kernels: an engine, a layer, how it is spread.
 CASES = [
-    *((engine, *case) for engine in ("persistent_grid", "persistent_cluster") for case in SPREAD_CASES),
-    *(("persistent_cta", (1, 1, 1), sample) for _, sample in SPREAD_CASES),
+    (engine, sample, spread)
+    for engine in ("persistent_grid", "persistent_cluster", "persistent_cta")
+    for sample, spread in SPREADS
 ]
 
 
 def failure(sim: driver.Simulator, seeds: int) -> str | None:
     """Run the cases in so many orders of the threads; return what went wrong first."""
     for seed in range(seeds):
-        for number, (engine, spread, sample) in enumerate(CASES):
+        for number, (engine, sample, spread) in enumerate(CASES):
             sim.seed(seed * len(CASES) + number)
             sim.engine(engine)
             sim.spread(*spread)

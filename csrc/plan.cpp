@@ -33,6 +33,7 @@ std::string against_persistence(const Problem& problem, const Device& device) {
   if (device.registers < kRegisters) {
     return text("it needs ", kRegisters, " registers a multiprocessor, the device has ", device.registers);
   }
+  if (problem.steps == 0 || problem.batch == 0) return "there is nothing to compute";
   if (problem.dtype == Dtype::f64) return "it has no float64";
   if (problem.projection) return "it has no projections (proj_size)";
   if (problem.steps >= kMost || problem.batch >= kMost) return "it counts steps and rows in 32 bits";
@@ -83,10 +84,9 @@ constexpr int64_t kMostWaves = 4;
 // Tries every spread, and takes the one that moves the least through a block's shared memory in a step, over all waves:
 // weights that registers do not hold, the vectors as products read them, sums.
 Candidate consider_spread(const Problem& problem, const Device& device, const SpreadLimits& limits) {
-  if (problem.hidden_size > limits.all_blocks * static_cast<int64_t>(cuda::kTileUnits * cuda::kSpreadMostWarps)) {
-    return {text("its blocks hold ", limits.all_blocks * cuda::kTileUnits * cuda::kSpreadMostWarps,
-                 " hidden units at most, the layer has ", problem.hidden_size),
-            {}};
+  const int64_t most_units = static_cast<int64_t>(limits.team_blocks) * cuda::kTileUnits * cuda::kSpreadMostWarps;
+  if (problem.hidden_size > most_units) {
+    return {text("its blocks hold ", most_units, " hidden units at most, the layer has ", problem.hidden_size), {}};
   }
   const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
   const int H = static_cast<int>(problem.hidden_size);

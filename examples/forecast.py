@@ -88,7 +88,7 @@ def read_tensors(path: Path) -> Series:
         fits = training.ndim == 4 and test.ndim == 4 and training.shape[1:] == test.shape[1:]
     except OSError as error:
         raise SystemExit(f"error: --data {path} cannot be read: {error}") from None
-    except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, pickle.UnpicklingError):
+    except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, pickle.UnpicklingError):
         raise SystemExit(f"error: --data {path} is no file of two tensors that torch.save wrote, nor a .csv") from None
     if not fits:
         shapes = f"{tuple(training.shape)} and {tuple(test.shape)}"

@@ -616,8 +616,22 @@ def _with_list(results: Sequence[Tensor], single: int | None) -> tuple[Any, ...]
 
 def _transformed(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:
     """The operator where a transform of torch.func is active."""
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    autocast_dtype = reference.autocast_dtype(first)
+    if autocast_dtype is not None:
+        # The casts belong outside, where the transform sees them: what is kept has one dtype.
+        if unpack is _unpack_forward:
+            arguments = tuple(_cast(argument, autocast_dtype) for argument in arguments)
+        with torch.autocast(first.device.type, enabled=False):
+            return _transformed(unpack, cell, *arguments)
     function, call, tensors, single = unpack(cell, *arguments)
     return _with_list(function.apply(call, *tensors), single)
+
+
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, Tensor):
+        return reference.cast(argument, dtype)
+    return [reference.cast(tensor, dtype) for tensor in argument] if isinstance(argument, (list, tuple)) else argument
 
 
 def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     Args:
         module: a layer, a cell, or a model with some inside.
         inputs, kwargs: the call to explain, which is not made. Where ``module`` is a layer itself, its steps and batch
-            are those of the first input; without one, and for layers inside a model, one step of one row is assumed.
+            are those of its input; without one, and for layers inside a model, one step of one row is assumed.
 
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``.
@@ -48,7 +48,7 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     layers = []
-    steps, batch = _steps_and_batch(module, inputs)
+    steps, batch = _steps_and_batch(module, inputs[0] if inputs else kwargs.get("input"))
     for name, part in module.named_modules():
         if not isinstance(part, (modules._Layers, cells._Cell)):
             continue
@@ -61,14 +61,15 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(layers))
 
 
-def _steps_and_batch(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
-    if not (isinstance(module, modules._Layers) and inputs):
-        return 1, 1
-    input = inputs[0]
-    if isinstance(input, PackedSequence):
-        return len(input.batch_sizes), int(input.batch_sizes[0])
-    rows = input.shape[:-1] if input.dim() == 3 else (*input.shape[:-1], 1)
-    return (rows[1], rows[0]) if module.batch_first and input.dim() == 3 else (rows[0], rows[1])
+def _steps_and_batch(module: nn.Module, input: Any) -> tuple[int, int]:
+    if isinstance(module, modules._Layers):
+        if isinstance(input, PackedSequence):
+            sizes = input.batch_sizes
+            return len(sizes), int(sizes[0]) if len(sizes) else 0
+        if isinstance(input, torch.Tensor) and input.dim() in (2, 3):
+            steps, batch = input.shape[:2] if input.dim() == 3 else (input.shape[0], 1)
+            return (batch, steps) if module.batch_first and input.dim() == 3 else (steps, batch)
+    return 1, 1
 
 
 def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tuple[str, str]:

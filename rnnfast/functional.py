@@ -361,7 +361,9 @@ def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Ten
         expected = f"shape ({batch},), one for each row" if batched else "shape (), the input being unbatched"
         raise RuntimeError(f"lengths: expected {expected}, got {tuple(lengths.shape)}")
     lengths = lengths.to(torch.int64)  # first: unsigned types have no minimum of their own in torch
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    # A graph or a transform has no values to look at; there the operator checks them.
+    values = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if values and lengths.device.type == "cpu" and lengths.numel():
         low, high = (int(bound) for bound in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise RuntimeError(f"lengths: expected values from 0 to {steps} (T), got {low} to {high}")

@@ -109,10 +109,10 @@ def layer(
     """
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
-    autocast_dtype = _autocast_dtype(input)
-    if autocast_dtype is not None:
-        input, h0, *rest = (_cast(tensor, autocast_dtype) for tensor in (input, h0, *weights))
-        c0 = None if c0 is None else _cast(c0, autocast_dtype)
+    narrow = autocast_dtype(input)
+    if narrow is not None:
+        input, h0, *rest = (cast(tensor, narrow) for tensor in (input, h0, *weights))
+        c0 = None if c0 is None else cast(c0, narrow)
         with torch.autocast(input.device.type, enabled=False):
             return layer(cell, input, h0, c0, rest, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
 
@@ -223,13 +223,14 @@ def _grow(mask: Tensor, size: int) -> Tensor:
     return pad(mask, (0, 0, 0, size - mask.size(0)))
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the tensor's device; None where it is off."""
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.getautocast_dtype(device)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast's rule: it casts what is floating, and leaves float64 alone."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

@@ -289,3 +289,60 @@ def test_every_operator_has_a_transform() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(
             f"rnnfast::{cell}{suffix}", "FuncTorchDynamicLayerFrontMode"
         )
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_autocast_ends_where_derivatives_begin(cell: str, device: str) -> None:
+    """Second derivatives of a float32 layer are float32's, whatever is on when they are taken."""
+    arguments, options = Sample(cell, directions=2).arguments(torch.float32, device, grad=True)
+    leaves = [arguments[1], *arguments[4]]
+
+    def penalty(autocast: bool) -> tuple[Tensor, ...]:
+        output = ops.layer(*arguments, **options)[0]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            (gradient,) = torch.autograd.grad(output.square().sum(), arguments[1], create_graph=True)
+            return torch.autograd.grad(gradient.square().sum(), leaves)
+
+    torch.testing.assert_close(penalty(True), penalty(False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_gradient_penalty_under_autocast(name: str, device: str) -> None:
+    """Finite, and within bfloat16's error of float32's."""
+    module = getattr(rnnfast, name)(4, 8, device=device)
+    input = torch.randn(5, 2, 4, device=device, requires_grad=True)
+
+    def penalty(autocast: bool) -> list[Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            output = module(input)[0].float()
+            (gradient,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
+            return list(torch.autograd.grad((gradient.norm() - 1).square(), list(module.parameters())))
+
+    for got, expected in zip(penalty(True), penalty(False), strict=True):
+        assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_transforms_under_autocast(name: str, device: str) -> None:
+    """torch.func's grad, jvp and per-sample gradients are autograd's, in autocast's dtype inside and float32 outside."""
+    module = getattr(rnnfast, name)(4, 8, device=device)
+    input, tangent = torch.randn(2, 5, 2, 4, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x)[0].float().square().sum()
+
+    with torch.autocast(device, torch.bfloat16):
+        leaf = input.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        assert_close(grad(loss)(input), expected)
+        assert_close(vmap(grad(lambda row: loss(row.unsqueeze(1))), in_dims=1, out_dims=1)(input), expected)
+        along = jvp(loss, (input,), (tangent,))[1]
+    assert torch.isclose(along, (expected * tangent).sum(), rtol=0.05)
+
+
+def test_vmap_over_lengths_of_a_module(device: str) -> None:
+    module = rnnfast.GRU(4, 8, device=device)
+    input = torch.randn(5, 2, 4, device=device)
+    lengths = torch.tensor([[4, 1], [2, 0]], device=device)
+    together = vmap(lambda row: module(input, lengths=row)[0])(lengths)
+    assert_close(together, torch.stack([module(input, lengths=row)[0] for row in lengths]))

@@ -1,7 +1,10 @@
-// Owns: the operators under autocast: floating arguments are cast to autocast's dtype, as torch.nn's layers cast
-// theirs. Must not know: how an operator runs.
+// Owns: the operators under autocast. A layer's floating arguments are cast to autocast's dtype, as torch.nn's layers
+// cast theirs. Derivatives compute in the dtype of what forward kept: autocast ends where they begin.
+// Must not know: how an operator runs.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "signatures.h"
 
@@ -20,15 +23,29 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
                                        save);
 }
 
+void without_autocast(const c10::OperatorHandle& derivative, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  derivative.callBoxed(stack);
+}
+
+template <CellKind kind, at::DeviceType device>
+void implement(torch::Library& m) {
+  const std::string name = cell_info(kind).name;
+  m.impl(name.c_str(), &forward<kind, device>);
+  for (const char* derivative : {"_backward", "_grouped_backward", "_jvp", "_backward_jvp"})
+    m.impl((name + derivative).c_str(), torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
+}
+
+template <at::DeviceType device>
+void implement_all(torch::Library& m) {
+#define RNNFAST_AUTOCAST(name, Type) implement<CellKind::name, device>(m);
+  RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOCAST)
+#undef RNNFAST_AUTOCAST
+}
+
 }  // namespace
 
-#define RNNFAST_AUTOCAST_CPU(name, Type) m.impl(#name, &forward<CellKind::name, at::kCPU>);
-#define RNNFAST_AUTOCAST_CUDA(name, Type) m.impl(#name, &forward<CellKind::name, at::kCUDA>);
-TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU,
-                   m){RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOCAST_CPU)} TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, m) {
-  RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOCAST_CUDA)
-}
-#undef RNNFAST_AUTOCAST_CPU
-#undef RNNFAST_AUTOCAST_CUDA
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) { implement_all<at::kCPU>(m); }
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, m) { implement_all<at::kCUDA>(m); }
 
 }  // namespace rnnfast::ops

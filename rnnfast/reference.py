@@ -228,7 +228,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
-    return torch.getautocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

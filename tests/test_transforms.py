@@ -324,7 +324,7 @@ def test_gradient_penalty_under_autocast(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_transforms_under_autocast(name: str, device: str) -> None:
-    """torch.func's grad, jvp and per-sample gradients are autograd's, in autocast's dtype inside and float32 outside."""
+    """grad, jvp and per-sample gradients are autograd's: autocast's dtype inside, float32 outside."""
     module = getattr(rnnfast, name)(4, 8, device=device)
     input, tangent = torch.randn(2, 5, 2, 4, device=device)
 

@@ -53,7 +53,7 @@ RNNFAST_SIZES CtaShape cta_shape(int gates, int operand_bytes, bool tensor_cores
   if (gates == 1) return tensor_cores ? CtaShape{16, 16} : CtaShape{12, 12};
   if (wide) return {12, 4};
   if (gates <= 3) return {8, tensor_cores ? 8 : 6};
-  return {8, !tensor_cores ? 4 : operand_bytes == 4 ? 6 : 8};
+  return {8, !tensor_cores ? 2 : operand_bytes == 4 ? 6 : 8};
 }
 // The wide shape serves the 16-bit types: of float, no more fits into shared memory.
 RNNFAST_SIZES bool has_wide_cta_shape(int gates, int operand_bytes) { return gates > 1 && operand_bytes == 2; }

@@ -276,7 +276,7 @@ class WeightTile {
 #pragma unroll(kSums == 1 ? 1 : kTiles)
       for (int tile = 0; tile < kTiles; ++tile) {
         if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
-#pragma unroll(kSums == 1 && std::is_same_v<Math, ScalarFloat> ? 1 : 2)
+#pragma unroll
         for (int inner = 0; inner < 2; ++inner) {
           const uint4 packed = *shared_fragment(tile, k + inner);
           const uint32_t a[4] = {packed.x, packed.y, packed.z, packed.w};

@@ -71,9 +71,12 @@ def test_the_size_of_a_layer_and_of_shared_memory_decide() -> None:
 
 
 def test_float32_takes_more_memory() -> None:
-    narrow, tf32 = plan(dtype="float32"), plan(dtype="float32", tf32=True)
+    size = {"hidden_size": 112}
+    narrow, tf32 = plan(dtype="float32", **size), plan(dtype="float32", tf32=True, **size)
     assert narrow["engine"] == tf32["engine"] == "persistent_cta"
-    assert narrow["tile"]["shared_bytes"] > tf32["tile"]["shared_bytes"] > plan()["tile"]["shared_bytes"]
+    assert narrow["tile"]["shared_bytes"] > tf32["tile"]["shared_bytes"] > plan(**size)["tile"]["shared_bytes"]
+    assert plan(dtype="float32", tf32=True, hidden_size=128)["engine"] == "persistent_cta"
+    assert plan(dtype="float32", hidden_size=128)["engine"] == "persistent_cluster"
     assert plan(dtype="float32", hidden_size=129)["engine"] != "persistent_cta"
 
 

@@ -31,7 +31,7 @@ demo: .venv/built ## train a character model on text, beside torch.nn
 
 examples: .venv/built ## every application for under a minute each, on data that needs no download
 	$(BIN)/python examples/char_lm.py --epochs 1 --hidden 64 --compare --out runs/examples/char_lm
-	$(BIN)/python examples/news.py --epochs 2 --compare --out runs/examples/news
+	$(BIN)/python examples/news.py --epochs 1 --compare --out runs/examples/news
 	$(BIN)/python examples/names.py --epochs 6 --compare --baseline --predict Kowalczyk Rossi --out runs/examples/names
 	$(BIN)/python examples/forecast.py --horizon 3 --compare --out runs/examples/forecast
 	$(BIN)/python examples/forecast.py --task classify --compare --out runs/examples/classify

@@ -46,7 +46,7 @@ def convert(model: ModuleT) -> ModuleT:
 def to_torch(model: ModuleT) -> ModuleT:
     """Turn every rnnfast layer and cell of ``model``, or ``model`` itself, into torch.nn's, as :func:`convert` does.
 
-    What says how a layer runs (``backend``, ``recompute``, ``batch_invariant``) or started (``forget_bias``) is dropped.
+    What says how a layer runs (``backend``, ``recompute``, ``batch_invariant``) or starts (``forget_bias``) is dropped.
 
     Returns:
         ``model``.

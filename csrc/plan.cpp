@@ -44,9 +44,9 @@ Candidate consider_persistent_cta(const Problem& problem, const Device& device) 
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
   const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
-  cuda::CtaShape shape = cuda::cta_shape(gates, operand_bytes, tensor_cores, /*wide=*/false);
+  cuda::CtaShape shape = cuda::cta_shape(gates, operand_bytes, tensor_cores, /*wide=*/false, problem.backward);
   if (!cuda::fits_cta_shape(problem.hidden_size, shape) && cuda::has_wide_cta_shape(gates, operand_bytes)) {
-    shape = cuda::cta_shape(gates, operand_bytes, tensor_cores, /*wide=*/true);
+    shape = cuda::cta_shape(gates, operand_bytes, tensor_cores, /*wide=*/true, problem.backward);
   }
   if (!cuda::fits_cta_shape(problem.hidden_size, shape)) {
     return {text("a block holds ", shape.most_warps * cuda::kTileUnits,

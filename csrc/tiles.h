@@ -45,15 +45,16 @@ RNNFAST_SIZES int warps_of(int hidden_size) { return round_up(hidden_size, kTile
 // The most warps of a block, and the tiles of k of each gate that a warp keeps in registers; what does not fit lies in
 // shared memory. Registers are dealt to warps by fours: 255 a thread for 8 warps, 168 for 12, 128 for 16. Beside the
 // weights they hold what a lane reads ahead, of which float takes twice as many, and sums, of which a gate without
-// tensor cores takes four times as many.
+// tensor cores takes four times as many; the backward of an LSTM reads the most ahead.
 struct CtaShape {
   int most_warps, register_depth;
 };
-RNNFAST_SIZES CtaShape cta_shape(int gates, int operand_bytes, bool tensor_cores, bool wide) {
+RNNFAST_SIZES CtaShape cta_shape(int gates, int operand_bytes, bool tensor_cores, bool wide, bool backward) {
   if (gates == 1) return tensor_cores ? CtaShape{16, 16} : CtaShape{12, 12};
   if (wide) return {12, 4};
   if (gates <= 3) return {8, tensor_cores ? 8 : 6};
-  return {8, !tensor_cores ? 2 : operand_bytes == 4 ? 6 : 8};
+  if (!tensor_cores) return {8, backward ? 2 : 4};
+  return {8, operand_bytes == 4 ? 6 : 8};
 }
 // The wide shape serves the 16-bit types: of float, no more fits into shared memory.
 RNNFAST_SIZES bool has_wide_cta_shape(int gates, int operand_bytes) { return gates > 1 && operand_bytes == 2; }

@@ -65,7 +65,7 @@ def simulator(simulators: dict[str, driver.Simulator], kind: str) -> driver.Simu
 TILES = [
     Sample("lstm", steps=1, batch=1, hidden_size=16),
     Sample("lstm", steps=3, batch=17, hidden_size=40, directions=2, form="lengths", reset=True),
-    Sample("lstm", steps=4, batch=12, hidden_size=128, form="packed"),
+    Sample("lstm", steps=4, batch=12, hidden_size=112, form="packed"),
     Sample("gru", steps=1, batch=9, hidden_size=32),
     Sample("gru", steps=3, batch=8, hidden_size=101, directions=2, reset=True),
     Sample("gru", steps=20, batch=17, hidden_size=16, directions=2, form="packed", reset=True),
@@ -75,6 +75,7 @@ TILES = [
 ]
 # Those that the 16-bit types alone can hold.
 WIDE_TILES = [
+    Sample("lstm", steps=4, batch=12, hidden_size=128, form="packed"),
     Sample("rnn_relu", steps=2, batch=8, hidden_size=256),
     Sample("lstm", steps=3, batch=3, hidden_size=144, directions=2, form="lengths"),
     Sample("gru", steps=3, batch=3, hidden_size=192, reset=True),
@@ -250,6 +251,17 @@ def test_fast_nonlinearities(simulators: dict[str, driver.Simulator]) -> None:
     assert tanh[2].isnan()
     assert sigmoid[2].isnan()
     assert (tanh[3], sigmoid[3]) == (0, 0.5)
+
+
+@persistent_engines
+def test_the_largest_layer_of_float_that_forward_holds(simulators: dict[str, driver.Simulator], engine: str) -> None:
+    """Without tensor cores the backward of an LSTM holds less."""
+    sim = simulator(simulators, "sim")
+    sim.engine(engine)
+    sample = WIDE_TILES[0]
+    compare(sim, sample, torch.float32, driver.GATES, backward_engine="stepwise")
+    with pytest.raises(driver.SimulationError, match="error 1"):
+        compare(sim, sample, torch.float32, driver.GATES, backward_engine=engine)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

@@ -206,16 +206,19 @@ LAYOUT = """
 #include "persistent_cta.cuh"
 using namespace rnnfast;
 using namespace rnnfast::cuda;
+template <class Cell, class Math, bool kWide, bool kBackward>
+void compare_pass() {
+  constexpr CtaShape shape = persistent_cta::Kernel<Cell, Math, kWide, kBackward>::kShape;
+  for (int units = 1; units <= shape.most_warps * kTileUnits; ++units) {
+    const size_t layout = persistent_cta::Shared<Cell, Math, kWide, kBackward>(nullptr, units).bytes;
+    const int plan = cta_shared_bytes(units, Cell::kGates, sizeof(typename Math::Operand), shape, kBackward);
+    if (layout != static_cast<size_t>(plan)) printf("%d: %zu, planned %d\\n", units, layout, plan);
+  }
+}
 template <class Cell, class Math, bool kWide>
 void compare() {
-  constexpr CtaShape shape = persistent_cta::Kernel<Cell, Math, kWide>::kShape;
-  for (int units = 1; units <= shape.most_warps * kTileUnits; ++units) {
-    for (bool backward : {false, true}) {
-      const size_t layout = persistent_cta::Shared<Cell, Math, kWide>(nullptr, units, backward).bytes;
-      const int plan = cta_shared_bytes(units, Cell::kGates, sizeof(typename Math::Operand), shape, backward);
-      if (layout != static_cast<size_t>(plan)) printf("%d: %zu, planned %d\\n", units, layout, plan);
-    }
-  }
+  compare_pass<Cell, Math, kWide, false>();
+  compare_pass<Cell, Math, kWide, true>();
 }
 int main() {
   compare<LstmCell, TensorCore<__half>, false>();

@@ -33,17 +33,17 @@ namespace rnnfast::cuda::persistent_cta {
 template <class Math>
 constexpr bool kTensorCores = !std::is_same_v<Math, ScalarFloat>;
 
-template <class Cell, class Math, bool kWide>
+template <class Cell, class Math, bool kWide, bool kBackward>
 struct Kernel {
   using Operand = typename Math::Operand;
   static constexpr int kGates = Cell::kGates;
-  static constexpr CtaShape kShape = cta_shape(kGates, sizeof(Operand), kTensorCores<Math>, kWide);
+  static constexpr CtaShape kShape = cta_shape(kGates, sizeof(Operand), kTensorCores<Math>, kWide, kBackward);
   static constexpr int kMostThreads = kShape.most_warps * kWarpLanes;
   using Tile = WeightTile<Math, kGates, kShape.register_depth>;
 };
 
 // The operand has k values for each batch row: H forward, all gates of it backward, each padded.
-template <class Cell, class Math, bool kWide>
+template <class Cell, class Math, bool kWide, bool kBackward>
 struct Shared {
   using Operand = typename Math::Operand;
   int depth;         // tiles of k of a gate
@@ -52,10 +52,10 @@ struct Shared {
   uint4* w_hh;       // [warps, what does not fit into registers]
   size_t bytes;
 
-  __host__ __device__ Shared(char* base, int hidden_size, bool backward)
+  __host__ __device__ Shared(char* base, int hidden_size)
       : depth(depth_of(hidden_size, sizeof(Operand))),
         gate(depth * Math::kDepth),
-        stride(operand_stride(backward ? Cell::kGates * gate : gate, sizeof(Operand))) {
+        stride(operand_stride(kBackward ? Cell::kGates * gate : gate, sizeof(Operand))) {
     device::SharedLayout layout(base);
     operand = layout.take<Operand>(2 * kTileRows * stride);
     w_hh = layout.take<uint4>(warps_of(hidden_size) * weights());
@@ -63,23 +63,24 @@ struct Shared {
   }
   // Of one warp.
   __host__ __device__ int weights() const {
-    return tile_shared_bytes(Cell::kGates, depth, Kernel<Cell, Math, kWide>::kShape.register_depth) / sizeof(uint4);
+    return tile_shared_bytes(Cell::kGates, depth, Kernel<Cell, Math, kWide, kBackward>::kShape.register_depth) /
+           sizeof(uint4);
   }
 };
 
 // ------------------------------------------------------------------------------------------------ forward
 template <class Cell, class scalar_t, class Math, bool kWide>
-__global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
+__global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>::kMostThreads, 1)
     forward_kernel(const __grid_constant__ ForwardLayerOnDevice<scalar_t> layer) {
   using Operand = typename Math::Operand;
   constexpr int kGates = Cell::kGates;
   const ForwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
-  const Shared<Cell, Math, kWide> shared(device::dynamic_shared(), H, /*backward=*/false);
+  const Shared<Cell, Math, kWide, /*kBackward=*/false> shared(device::dynamic_shared(), H);
   const TileLane of_lane;
 
-  typename Kernel<Cell, Math, kWide>::Tile w_hh;
+  typename Kernel<Cell, Math, kWide, /*kBackward=*/false>::Tile w_hh;
   w_hh.load(
       [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);
@@ -120,17 +121,17 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
 
 // ------------------------------------------------------------------------------------------------ backward
 template <class Cell, class scalar_t, class Math, bool kWide>
-__global__ void __launch_bounds__(Kernel<Cell, Math, kWide>::kMostThreads, 1)
+__global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>::kMostThreads, 1)
     backward_kernel(const __grid_constant__ BackwardLayerOnDevice<scalar_t> layer) {
   using Operand = typename Math::Operand;
   constexpr int kGates = Cell::kGates;
   const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
-  const Shared<Cell, Math, kWide> shared(device::dynamic_shared(), H, /*backward=*/true);
+  const Shared<Cell, Math, kWide, /*kBackward=*/true> shared(device::dynamic_shared(), H);
   const TileLane of_lane;
 
-  typename Kernel<Cell, Math, kWide>::Tile w_hh;
+  typename Kernel<Cell, Math, kWide, /*kBackward=*/true>::Tile w_hh;
   w_hh.load(
       [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);
@@ -188,7 +189,7 @@ int launch_forward(const LayerForward& layer, const Context& context) {
   ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(
       device_sequence(layer.sequence, static_cast<int64_t*>(context.workspace), stream, args.sequence));
-  const size_t shared_bytes = Shared<Cell, Math, kWide>(nullptr, args.hidden_size, /*backward=*/false).bytes;
+  const size_t shared_bytes = Shared<Cell, Math, kWide, /*kBackward=*/false>(nullptr, args.hidden_size).bytes;
   return launch(forward_kernel<Cell, scalar_t, Math, kWide>,
                 launch_shape(layer.sequence, args.hidden_size, layer.directions, shared_bytes), stream, args);
 }
@@ -199,18 +200,19 @@ int launch_backward(const LayerBackward& layer, const BackwardProducts (&product
   const auto stream = static_cast<cudaStream_t>(context.stream);
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
-  const size_t shared_bytes = Shared<Cell, Math, kWide>(nullptr, args.hidden_size, /*backward=*/true).bytes;
+  const size_t shared_bytes = Shared<Cell, Math, kWide, /*kBackward=*/true>(nullptr, args.hidden_size).bytes;
   return launch(backward_kernel<Cell, scalar_t, Math, kWide>,
                 launch_shape(layer.sequence, args.hidden_size, layer.directions, shared_bytes), stream, args);
 }
 
 // Calls function(Type<Cell>, wide) for the layer's cell and the shape that holds it.
-template <class Math, class Function>
+template <class Math, bool kBackward, class Function>
 int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) {
   const auto choose = [&](auto type) -> int {
     using Cell = typename decltype(type)::type;
     using Operand = typename Math::Operand;
-    if (fits_cta_shape(hidden_size, cta_shape(Cell::kGates, sizeof(Operand), kTensorCores<Math>, false))) {
+    if (fits_cta_shape(hidden_size,
+                       cta_shape(Cell::kGates, sizeof(Operand), kTensorCores<Math>, /*wide=*/false, kBackward))) {
       return function(type, std::false_type());
     }
     if constexpr (has_wide_cta_shape(Cell::kGates, sizeof(Operand))) {
@@ -230,7 +232,7 @@ int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) 
 
 template <class scalar_t, class Math>
 int forward(const LayerForward& layer, const Context& context) {
-  return choose_kernel<Math>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
+  return choose_kernel<Math, /*kBackward=*/false>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
     return launch_forward<typename decltype(cell)::type, scalar_t, Math, wide>(layer, context);
   });
 }
@@ -238,7 +240,7 @@ int forward(const LayerForward& layer, const Context& context) {
 template <class scalar_t, class Math>
 int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context,
              const DeviceSequence& sequence) {
-  return choose_kernel<Math>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
+  return choose_kernel<Math, /*kBackward=*/true>(layer.cell, layer.hidden_size, [&](auto cell, auto wide) {
     return launch_backward<typename decltype(cell)::type, scalar_t, Math, wide>(layer, products, context, sequence);
   });
 }

@@ -136,15 +136,15 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
 Candidate consider_persistent_cluster(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   if (!device.clusters) return {text("it needs clusters of blocks (sm_90), the device is sm_", device.capability), {}};
-  constexpr int kMostBlocks = 16, kVectors = 2;
-  return consider_spread(problem, device, {kMostBlocks, device.multiprocessors, kVectors, /*waves=*/true});
+  constexpr int kMostBlocks = 16;
+  return consider_spread(problem, device, {kMostBlocks, device.multiprocessors, cuda::kClusterCopies, /*waves=*/true});
 }
 
 Candidate consider_persistent_grid(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   if (!device.cooperative) return {"the device has no cooperative launches", {}};
-  constexpr int kVectors = 1;
-  return consider_spread(problem, device, {device.multiprocessors, device.multiprocessors, kVectors, /*waves=*/false});
+  return consider_spread(problem, device,
+                         {device.multiprocessors, device.multiprocessors, cuda::kGridCopies, /*waves=*/false});
 }
 
 }  // namespace

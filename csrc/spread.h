@@ -17,6 +17,9 @@ struct Spread {
   int depth_splits = 1;  // warps that share a unit tile's product
 };
 
+// Copies of a team's vectors in the shared memory of each of its blocks.
+constexpr int kClusterCopies = 2, kGridCopies = 1;
+
 // 256 threads of 255 registers: more warps would leave less of the registers to W_hh.
 constexpr int kSpreadMostWarps = 8;
 // Tiles of k of each gate that a warp keeps in registers. Without tensor cores sums take four times the registers, and
@@ -40,7 +43,7 @@ struct SpreadSizes {
   int part, stride;      // elements from a part to the next, and from a batch row to the next, in shared memory
   size_t vector_bytes;   // the vectors of a team
   size_t weight_bytes;   // W_hh of a warp beside its registers
-  size_t partial_bytes;  // the sums of all warps
+  size_t partial_bytes;  // the sums of all warps but the one that adds them up
 
   RNNFAST_SIZES SpreadSizes(const Spread& spread, int hidden_size, int64_t batch, int gates, bool backward,
                             int element_bytes, bool tensor_cores)
@@ -55,7 +58,8 @@ struct SpreadSizes {
         stride(operand_stride(parts * part, element_bytes)),
         vector_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
         weight_bytes(tile_shared_bytes(gates, depth, spread_register_depth(gates, backward, tensor_cores))),
-        partial_bytes(static_cast<size_t>(warps) * spread.row_tiles * (backward ? 1 : gates) * kPartialBytes) {}
+        partial_bytes(static_cast<size_t>(spread.unit_tiles) * (spread.depth_splits - 1) * spread.row_tiles *
+                      (backward ? 1 : gates) * kPartialBytes) {}
 
   // Shared memory of a block whose exchange keeps so many copies of the vectors there.
   RNNFAST_SIZES size_t shared_bytes(int copies) const {

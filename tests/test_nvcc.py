@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cuda_sim import build
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,27 +96,31 @@ def archs_of(source: Path, thorough: bool) -> tuple[str, ...]:
 
 
 class Compiled:
-    """Every kernel file, compiled once."""
+    """Every kernel file, compiled once, by whichever of the processes that share the folder asks first."""
 
     def __init__(self, folder: Path, thorough: bool) -> None:
         self.folder, self.thorough = folder, thorough
-        self.logs: dict[str, str] = {}
 
     def object(self, source: Path) -> Path:
         result = self.folder / f"{source.stem}.o"
-        if not result.exists():
-            archs = archs_of(source, self.thorough)
-            self.logs[source.name] = compile_kernels(source, archs, result, "-Xptxas", "-v", "--threads", "2")
+        with FileLock(result.with_suffix(".lock")):
+            if not result.exists():
+                archs = archs_of(source, self.thorough)
+                log = compile_kernels(source, archs, result, "-Xptxas", "-v", "--threads", "2")
+                result.with_suffix(".log").write_text(log)
         return result
 
     def kernels(self, source: Path) -> list[Kernel]:
-        self.object(source)
-        return kernels_of(self.logs[source.name])
+        return kernels_of(self.object(source).with_suffix(".log").read_text())
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Compiled:
-    return Compiled(tmp_path_factory.mktemp("kernels"), pytestconfig.getoption("--long"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    (folder / "kernels").mkdir(exist_ok=True)
+    return Compiled(folder / "kernels", pytestconfig.getoption("--long"))
 
 
 each_source = pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.name)
@@ -162,8 +167,18 @@ def test_a_block_of_persistent_cta_is_resident(compiled: Compiled, source: Path)
         assert kernel.shared_bytes == 0, kernel.in_words
 
 
+@pytest.mark.parametrize(
+    "source", [p for p in PERSISTENT if not p.stem.startswith("persistent_cta_")], ids=lambda p: p.name
+)
+def test_a_block_of_a_spread_engine_is_resident(compiled: Compiled, source: Path) -> None:
+    """As above; a block has eight warps at most."""
+    for kernel in compiled.kernels(source):
+        assert kernel.registers * 32 * 8 <= REGISTERS, kernel.in_words
+        assert kernel.shared_bytes == 0, kernel.in_words
+
+
 def test_the_plan_knows_the_largest_layers() -> None:
-    """What the test above assumes is what the plan says."""
+    """What the first of the two tests above assumes is what the plan says."""
     plan = pytest.importorskip("rnnfast._C").plan
     device = {"capability": 90, "multiprocessors": 132, "shared_bytes": 1 << 30, "registers": REGISTERS}
     device |= {"cooperative": True, "clusters": True}
@@ -203,7 +218,10 @@ def test_tensor_core_kernels_use_tensor_cores(compiled: Compiled, source: Path) 
 
 LAYOUT = """
 #include <cstdio>
+#include "persistent_cluster.cuh"
 #include "persistent_cta.cuh"
+#include "persistent_grid.cuh"
+#include "persistent_spread.cuh"
 using namespace rnnfast;
 using namespace rnnfast::cuda;
 template <class Cell, class Math, bool kWide, bool kBackward>
@@ -220,7 +238,27 @@ void compare() {
   compare_pass<Cell, Math, kWide, false>();
   compare_pass<Cell, Math, kWide, true>();
 }
+template <class Exchange, bool kTensorCores>
+void compare_spread() {
+  for (int place = 0; place < 8 * 8 * 8; ++place) {
+    const Spread spread = {1 + place / 64, 1 + place / 8 % 8, 1 + place % 8};
+    if (spread.unit_tiles * spread.depth_splits > kSpreadMostWarps || spread.row_tiles > spread.depth_splits) continue;
+    for (int units : {1, 40, 128, 250, 1024}) {
+      for (int gates : {1, 3, 4}) {
+        for (bool backward : {false, true}) {
+          const SpreadSizes sizes(spread, units, 17, gates, backward, sizeof(typename Exchange::Operand), kTensorCores);
+          const size_t layout = SpreadShared<Exchange>(nullptr, sizes).bytes;
+          const size_t plan = sizes.shared_bytes(Exchange::kCopies);
+          if (layout != plan) printf("%d x %d: %zu, planned %zu\\n", units, gates, layout, plan);
+        }
+      }
+    }
+  }
+}
 int main() {
+  compare_spread<persistent_cluster::Exchange<__half>, true>();
+  compare_spread<persistent_grid::Exchange<float>, true>();
+  compare_spread<persistent_grid::Exchange<float>, false>();
   compare<LstmCell, TensorCore<__half>, false>();
   compare<LstmCell, TensorCore<__half>, true>();
   compare<GruCell, TensorCoreTf32, false>();

@@ -76,7 +76,8 @@ def test_float32_takes_more_memory() -> None:
     assert narrow["engine"] == tf32["engine"] == "persistent_cta"
     assert narrow["tile"]["shared_bytes"] > tf32["tile"]["shared_bytes"] > plan(**size)["tile"]["shared_bytes"]
     assert plan(dtype="float32", tf32=True, hidden_size=128)["engine"] == "persistent_cta"
-    assert plan(dtype="float32", hidden_size=128)["engine"] == "persistent_cluster"
+    for backward, engine in ((False, "persistent_cta"), (True, "persistent_cluster")):
+        assert plan(dtype="float32", hidden_size=128, backward=backward)["engine"] == engine
     assert plan(dtype="float32", hidden_size=129)["engine"] != "persistent_cta"
 
 
@@ -86,6 +87,7 @@ def test_a_cluster_holds_a_larger_layer() -> None:
     tile = made["tile"]
     # 16 blocks, the most of a cluster, with 32 units each; a cluster for 8 rows of a direction
     assert (tile["blocks"], tile["threads"], tile["units"], tile["rows"]) == (64, 256, 32, 8)
+    assert plan(hidden_size=768)["engine"] == "persistent_cluster"
     assert "bytes of shared memory, the device gives 232448" in plan(hidden_size=1024)["against"]["persistent_cluster"]
     assert plan(hidden_size=512, batch=2048)["against"]["persistent_cluster"] == (
         "2048 rows of 512 hidden units in 1 direction are more than 4 times 16-block clusters have"

@@ -16,7 +16,7 @@ class ClusterExchange {
  public:
   using Operand = Operand_;
   static constexpr bool kAvailable = device::kHasClusters;
-  static constexpr int kCopies = 2;  // of the vector in shared memory
+  static constexpr int kCopies = kClusterCopies;  // of the vector in shared memory
   struct Arguments {};
 
   __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* shared)

@@ -30,14 +30,11 @@
 namespace rnnfast::cuda::persistent_cta {
 
 // ------------------------------------------------------------------------------------------------ shared memory
-template <class Math>
-constexpr bool kTensorCores = !std::is_same_v<Math, ScalarFloat>;
-
 template <class Cell, class Math, bool kWide, bool kBackward>
 struct Kernel {
   using Operand = typename Math::Operand;
   static constexpr int kGates = Cell::kGates;
-  static constexpr CtaShape kShape = cta_shape(kGates, sizeof(Operand), kTensorCores<Math>, kWide, kBackward);
+  static constexpr CtaShape kShape = cta_shape(kGates, sizeof(Operand), kOnTensorCores<Math>, kWide, kBackward);
   static constexpr int kMostThreads = kShape.most_warps * kWarpLanes;
   using Tile = WeightTile<Math, kGates, kShape.register_depth>;
 };
@@ -161,7 +158,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
       }
     }
     __syncthreads();
-    constexpr int kSums = kTensorCores<Math> ? kGates : 1;
+    constexpr int kSums = kOnTensorCores<Math> ? kGates : 1;
     typename Math::Sums sums[kSums];
     w_hh.multiply_each(sums, operand, shared.stride, shared.gate);
     Math::finish(sums[0], product);
@@ -212,7 +209,7 @@ int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) 
     using Cell = typename decltype(type)::type;
     using Operand = typename Math::Operand;
     if (fits_cta_shape(hidden_size,
-                       cta_shape(Cell::kGates, sizeof(Operand), kTensorCores<Math>, /*wide=*/false, kBackward))) {
+                       cta_shape(Cell::kGates, sizeof(Operand), kOnTensorCores<Math>, /*wide=*/false, kBackward))) {
       return function(type, std::false_type());
     }
     if constexpr (has_wide_cta_shape(Cell::kGates, sizeof(Operand))) {

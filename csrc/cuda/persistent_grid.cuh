@@ -17,8 +17,8 @@ class GridExchange {
  public:
   using Operand = Operand_;
   static constexpr bool kAvailable = true;
-  static constexpr int kCopies = 1;       // of the vector in shared memory
-  static constexpr int kFlagStride = 32;  // counters lie in cache lines of their own
+  static constexpr int kCopies = kGridCopies;  // of the vector in shared memory
+  static constexpr int kFlagStride = 32;       // counters lie in cache lines of their own
   struct Arguments {
     Operand* vectors = nullptr;    // [D, teams, 2, rows, parts, units]
     unsigned* arrivals = nullptr;  // [D, teams, kFlagStride], zero

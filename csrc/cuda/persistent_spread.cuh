@@ -23,10 +23,10 @@
 // Registers:     W_hh as far as they reach, the owners' states or their gradients, what the next step reads.
 // Shared memory: the rest of W_hh; the exchanged vectors of the team (h; grad_hgates); the sums over parts of k.
 // Synchronises:  a step waits for the vectors of the whole team, has one block barrier between the sums over parts and
-//                the owners that add them, in the order of the parts, and arrives with the owners' new numbers. The
-//                vectors are double-buffered by the exchange: a block that has seen all others arrive at a step knows
-//                that they have read the vectors of the step before, into whose place it writes next. The same wait
-//                keeps the sums of a step from those of the next.
+//                the owners that add them (their own first, the others in order), and arrives with the owners' new
+//                numbers. The vectors are double-buffered by the exchange: a block that has seen all others arrive at a
+//                step knows that they have read the vectors of the step before, into whose place it writes next. The
+//                same wait keeps the sums of a step from those of the next.
 #pragma once
 
 #include "launch.cuh"
@@ -67,7 +67,7 @@ struct SpreadShared {
   using Operand = typename Exchange::Operand;
   Operand* vectors;  // [copies, row_tiles, 8, stride]
   uint4* w_hh;       // [warps, what does not fit into registers]
-  float4* partials;  // [depth_splits, unit_tiles, row_tiles, sums, lanes]: each a lane's four
+  float4* partials;  // [depth_splits - 1, unit_tiles, row_tiles, sums, lanes]: each a lane's four
   size_t bytes;
 
   __host__ __device__ SpreadShared(char* base, const SpreadSizes& sizes) {
@@ -99,44 +99,44 @@ class SpreadProduct {
                   w_hh + threadIdx.x / kWarpLanes * (shape.sizes.weight_bytes / sizeof(uint4)));
   }
 
-  // Leaves the warp's part, for all rows of the team.
-  __device__ __forceinline__ void multiply(const Operand* vectors) const {
+  // Leaves the warp's part for the owners of all rows of the team; the part that it owns itself, made last, in `own`.
+  __device__ __forceinline__ void multiply(const Operand* vectors, float (&own)[kSums][4]) const {
     const int stride = shape_.sizes.stride;
-    for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile) {
+    for (int i = 1; i <= shape_.spread.row_tiles; ++i) {
+      const int row_tile = (warp_.split + i) % shape_.spread.row_tiles;
       const Operand* vector = vectors + row_tile * kTileRows * stride + first_k_;
-      float value[kSums][4];
       if constexpr (!kBackward) {
         typename Math::Sums sums[kGates];
         weights_.multiply(sums, vector, stride);
 #pragma unroll
-        for (int s = 0; s < kSums; ++s) Math::finish(sums[s], value[s]);
+        for (int s = 0; s < kSums; ++s) Math::finish(sums[s], own[s]);
       } else {
         // Several chains of products, so that one does not wait for the other.
         constexpr int kChains = kOnTensorCores<Math> ? kGates : 1;
         typename Math::Sums sums[kChains];
         weights_.multiply_each(sums, vector, stride, shape_.sizes.part);
-        Math::finish(sums[0], value[0]);
+        Math::finish(sums[0], own[0]);
 #pragma unroll
         for (int chain = 1; chain < kChains; ++chain) {
           float more[4];
           Math::finish(sums[chain], more);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) value[0][i] += more[i];
+          for (int j = 0; j < 4; ++j) own[0][j] += more[j];
         }
       }
+      if (row_tile == warp_.split) break;
       float4* partial = at(warp_.split, row_tile);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
-        partial[s * kWarpLanes] = make_float4(value[s][0], value[s][1], value[s][2], value[s][3]);
+        partial[s * kWarpLanes] = make_float4(own[s][0], own[s][1], own[s][2], own[s][3]);
       }
     }
   }
 
-  // Behind a barrier, by the owner of the warp's row tile.
+  // Behind a barrier, by the owner of the warp's row tile: adds what the others left to its own part.
   __device__ __forceinline__ void sum(float (&sums)[kSums][4]) const {
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) sums[s][0] = sums[s][1] = sums[s][2] = sums[s][3] = 0.0f;
     for (int split = 0; split < shape_.spread.depth_splits; ++split) {
+      if (split == warp_.split) continue;
       const float4* partial = at(split, warp_.split);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
@@ -151,7 +151,8 @@ class SpreadProduct {
 
  private:
   __device__ __forceinline__ float4* at(int split, int row_tile) const {
-    const int place = (split * shape_.spread.unit_tiles + warp_.unit_tile) * shape_.spread.row_tiles + row_tile;
+    const int other = split < row_tile ? split : split - 1;  // the owner, whose split is row_tile, leaves none
+    const int place = (other * shape_.spread.unit_tiles + warp_.unit_tile) * shape_.spread.row_tiles + row_tile;
     return partials_ + place * kSums * kWarpLanes + threadIdx.x % kWarpLanes;
   }
 
@@ -216,10 +217,10 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
     exchange.arrive();
   }
   for (int index = steps.first; index < steps.last; ++index) {
-    product.multiply(exchange.wait());
+    float hgates[kGates][4];
+    product.multiply(exchange.wait(), hgates);
     __syncthreads();
     if (warp.owner) {
-      float hgates[kGates][4];
       product.sum(hgates);
       lane.step(index, hgates);
     }
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       }
     }
     exchange.arrive();
-    product.multiply(exchange.wait());
+    product.multiply(exchange.wait(), grad_h);
     __syncthreads();
     if (warp.owner) product.sum(grad_h);
   }

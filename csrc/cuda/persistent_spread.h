@@ -20,9 +20,6 @@ struct SpreadShape {
 };
 
 template <class Math>
-constexpr bool kOnTensorCores = !std::is_same_v<Math, ScalarFloat>;
-
-template <class Math>
 SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int gates, bool backward) {
   return {spread, SpreadSizes(spread, static_cast<int>(hidden_size), batch, gates, backward,
                               sizeof(typename Math::Operand), kOnTensorCores<Math>)};

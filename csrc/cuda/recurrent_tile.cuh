@@ -187,6 +187,9 @@ struct ScalarFloat {
   }
 };
 
+template <class Math>
+constexpr bool kOnTensorCores = !std::is_same_v<Math, ScalarFloat>;
+
 // ------------------------------------------------------------------------------------------------ the operand
 // By the whole block: zero, so that the padding of k multiplies by zero.
 template <class Operand>

@@ -36,8 +36,9 @@ examples: .venv/built ## every application for under a minute each, on data that
 	$(BIN)/python examples/forecast.py --horizon 3 --compare --out runs/examples/forecast
 	$(BIN)/python examples/forecast.py --task classify --compare --out runs/examples/classify
 
+# Two processes, a core each; threads that wait give theirs to the other.
 test: .venv/built ## all tests
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 mutate: .venv/built ## remove every barrier, wait and fence of the CUDA kernels in turn; the simulator must notice
 	cd tests && ../$(BIN)/python -m cuda_sim.mutate

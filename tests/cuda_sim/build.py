@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).resolve().parent
@@ -68,10 +69,22 @@ def build(
     """Compile kernel `sources` for the simulator, in the build `kind`; return the program, or the shared library.
 
     `torch_sources` are compiled as they are, against torch's headers with cuda_sim/operators/ in front. `csrc` is where
-    the headers of the engines are.
+    the headers of the engines are. Processes that build at once take turns.
     """
+    with lock():
+        return _build(name, kind, sources, library, torch_sources, csrc)
+
+
+def lock() -> FileLock:
+    """What a process holds while it changes the folder build/."""
+    (HERE / "build" / "objects").mkdir(parents=True, exist_ok=True)
+    return FileLock(HERE / "build" / "lock")
+
+
+def _build(
+    name: str, kind: str, sources: Sequence[Path], library: bool, torch_sources: Sequence[Path], csrc: Path
+) -> Path:
     objects = HERE / "build" / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
     headers = toolkit_headers()
     assert headers is not None
     includes = [f"-I{HERE / 'include'}", f"-I{csrc}", f"-I{csrc / 'cuda'}", "-isystem", str(headers)]

@@ -87,10 +87,16 @@ def places() -> list[Site]:
     """Write the copy of csrc with its switches to build/instrumented, and return its changes."""
     sources = build.CSRC / "cuda"
     new = INSTRUMENTED.with_name("instrumented.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(build.CSRC, new)
     names = wrappers((sources / "device_ptx.h").read_text())
-    sites = _instrument_tree([*sources.glob("*.cu"), *sources.glob("*.cuh")], names, new / "cuda")
-    shutil.rmtree(INSTRUMENTED, ignore_errors=True)
-    new.rename(INSTRUMENTED)
+    with build.lock():
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(build.CSRC, new)
+        sites = _instrument_tree([*sources.glob("*.cu"), *sources.glob("*.cuh")], names, new / "cuda")
+        if _texts(new) != _texts(INSTRUMENTED):  # another process may be reading what is there
+            shutil.rmtree(INSTRUMENTED, ignore_errors=True)
+            new.rename(INSTRUMENTED)
     return sites
+
+
+def _texts(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -296,9 +296,7 @@ def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | No
     directions = h0.size(1 if in_dims[8] == 0 else 0)
     if input.device.type != "cpu" or call.weights // directions % 2:  # a projection
         return False
-    return _only_vmap() and not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in _present(*grads, input, h0, c0, *weights))
-    )
+    return _only_vmap() and not _requires_grad((*grads, input, h0, c0, *weights))
 
 
 def _run_forward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
@@ -329,8 +327,11 @@ def _is_recorded(tensors: OptionalTensors) -> bool:
     The operators of tangents take the formula then, for a derivative that may never be asked for: parameters often
     require gradients while a transform differentiates by something else. The Functions wait until it is asked for.
     """
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _present(*tensors))
+    return torch._C._functorch.peek_interpreter_stack() is None and _requires_grad(tensors)
+
+
+def _requires_grad(tensors: OptionalTensors) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _present(*tensors))
 
 
 def _run_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
@@ -587,8 +588,8 @@ _Unpacked = tuple[type[Any], _Call, Sequence[Any], int | None]
 
 def _unpack_forward(cell: str, *arguments: Any) -> _Unpacked:
     *layer, save = arguments
-    # Of every step c is a result, and where a gradient may be wanted the gates are kept for it.
-    save = save or (1 if _only_vmap() and not torch.is_grad_enabled() else 2)
+    if not save and not _only_vmap():  # backward needs more than nothing; outside of all, the operator sees to that
+        save = 2
     return _Forward, _Call(cell, len(layer[3]), save=save), _flat(layer), None
 
 
@@ -647,7 +648,11 @@ def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) ->
     physical = [t if d is None else torch._remove_batch_dim(t, level, 1, d) for t, d in zip(tensors, dims, strict=True)]
     size = next(t.size(0) for t, d in zip(physical, dims, strict=True) if d == 0)
     results, out_dims = function.vmap(VmapInfo(size, "error"), (None, *dims), call, *physical)
-    wrapped = [r if d is None else torch._add_batch_dim(r, d, level) for r, d in zip(results, out_dims, strict=True)]
+    # Samples come first in memory, as forward mode's check of a tangent's layout wants them.
+    wrapped = [
+        r if d is None else torch._add_batch_dim(r.movedim(d, 0).contiguous(), 0, level)
+        for r, d in zip(results, out_dims, strict=True)
+    ]
     return _with_list(wrapped, single)
 
 

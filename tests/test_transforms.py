@@ -41,6 +41,8 @@ Run = Callable[..., tuple[Tensor, ...]]
 def as_function(run: Run, sample: Sample, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """A loss of all the layer's results as a function of its floating tensors, and these."""
     arguments, options = sample.arguments(device=device)
+    if run is ops.layer:
+        options["save"] = 2  # without anything kept there is no c, which the loss reads
     states = 3 if sample.cell == "lstm" else 2
 
     def function(input: Tensor, h0: Tensor, *rest: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def test_vmap_over_lengths_and_resets(part: str) -> None:
     (cell, input, h0, c0, weights), options = Sample("lstm", form="lengths", reset=True, directions=2).arguments()
     other = {"lengths": torch.tensor([5, 0, 2]), "reset": ~options["reset"]}
     stacked = torch.stack([options[part], other[part]])
-    together = vmap(lambda value: ops.layer(cell, input, h0, c0, weights, **{**options, part: value}))(stacked)
+    together = vmap(lambda value: ops.layer(cell, input, h0, c0, weights, **{**options, part: value}, save=1))(stacked)
     for index, value in enumerate(stacked):
         alone = reference.layer(cell, input, h0, c0, weights, **{**options, part: value})
         assert_close(tuple(result[index] for result in together), alone)
@@ -206,6 +208,32 @@ def test_vectorized_jacobian(sample: Sample, device: str) -> None:
     assert_close(jacobian(ops.layer, False), expected)
     assert_close(jacobian(ops.layer, True), expected)
     assert_close(jacobian(ops.layer, True, "forward-mode"), expected)
+
+
+@each_form
+def test_vectorized_jacobian_by_the_input_alone(sample: Sample, device: str) -> None:
+    """The tangents of the results are not summed with others, and have the layout in which the operator leaves them."""
+    (cell, input, *rest), options = sample.arguments(device=device)
+
+    def jacobian(run: Run, **how: Any) -> Any:
+        return torch.autograd.functional.jacobian(lambda x: run(cell, x, *rest, **options)[0], input, **how)
+
+    assert_close(
+        jacobian(ops.layer, vectorize=True, strategy="forward-mode"), jacobian(reference.layer, strategy="reverse-mode")
+    )
+
+
+@pytest.mark.parametrize("save", [0, 1, 2])
+@each_cell
+def test_vmap_keeps_what_the_call_asks_for(cell: str, save: int) -> None:
+    """As the loop does: with gradients more than nothing."""
+    (cell, input, *rest), options = Sample(cell, **SMALL).arguments()
+    inputs = torch.stack([input, -input])
+    for wanted in (False, True):
+        inputs.requires_grad_(wanted)
+        together = vmap(lambda x: ops.layer(cell, x, *rest, save=save, **options))(inputs)
+        loop = [ops.layer(cell, x, *rest, save=save, **options) for x in inputs]
+        assert_close(together, tuple(torch.stack(parts) for parts in zip(*loop, strict=True)))
 
 
 @each_form

@@ -96,12 +96,11 @@ class TangentLayer {
     std::vector<Tensor> gates;  // keeps alive what the engine reads
     for (int64_t d = 0; d < g_.directions; ++d) {
       const DualTensor &w_ih = weight(d, 0), &w_hh = weight(d, 1);
-      h_prev_[d].value = previous(output_.value, h0_.value, d);
       Tensor igates;
       add_product(igates, x_.tangent, w_ih.value.t());
       if (w_ih.tangent.defined()) add_product(igates, x_.value, w_ih.tangent.t());
       Tensor hgates = g_.info.split_gates ? Tensor() : igates;
-      if (w_hh.tangent.defined()) add_product(hgates, h_prev_[d].value, w_hh.tangent.t());
+      if (w_hh.tangent.defined()) add_product(hgates, previous(output_.value, h0_.value, d), w_hh.tangent.t());
       if (g_.biases && w_hh.tangent.defined()) {  // weights have tangents all together
         igates.add_(weight(d, 2).tangent);
         hgates.add_(weight(d, 3).tangent);
@@ -124,9 +123,7 @@ class TangentLayer {
     const bool two_states = g_.info.states == 2;
     Tensor t_grad_input, t_grad_h0 = at::empty_like(layer_.h0);
     Tensor t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
-    std::vector<Tensor> t_grad_weights;
-    if (mask[3])
-      for (const DualTensor& weight : weights_) t_grad_weights.push_back(at::zeros_like(weight.value));
+    std::vector<Tensor> t_grad_weights(mask[3] ? weights_.size() : 0);
     if (!mask[0] && !mask[1] && !mask[2] && !mask[3]) {
       // The tangents of the results were all that was wanted.
     } else if (empty()) {
@@ -158,6 +155,8 @@ class TangentLayer {
       }
     }
     if (mask[0]) t_grad_input = t_grad_input.defined() ? t_grad_input.view(like.sizes()) : at::zeros_like(like);
+    for (size_t i = 0; i < t_grad_weights.size(); ++i)
+      if (!t_grad_weights[i].defined()) t_grad_weights[i] = at::zeros_like(weights_[i].value);
     return {mask[0] ? t_grad_input : nothing(), mask[1] ? t_grad_h0 : nothing(), mask[2] ? t_grad_c0 : nothing(),
             t_grad_weights};
   }
@@ -190,14 +189,24 @@ class TangentLayer {
   }
 
   void grad_weights(int64_t d, const DualTensor& igates, const DualTensor& hgates, Tensor* to) {
-    h_prev_[d].tangent = previous(output_.tangent, h0_.tangent, d);
     add_product(to[0], igates.tangent.t(), x_.value);
     add_product(to[0], igates.value.t(), x_.tangent);
-    add_product(to[1], hgates.tangent.t(), h_prev_[d].value);
-    add_product(to[1], hgates.value.t(), h_prev_[d].tangent);
+    add_state_product(to[1], hgates.tangent, output_.value, h0_.value, d);
+    add_state_product(to[1], hgates.value, output_.tangent, h0_.tangent, d);
     if (!g_.biases) return;
-    at::sum_out(to[2], igates.tangent, 0);
-    g_.info.split_gates ? at::sum_out(to[3], hgates.tangent, 0) : to[3].copy_(to[2]);
+    to[2] = igates.tangent.sum(0);
+    to[3] = g_.info.split_gates ? hgates.tangent.sum(0) : to[2].clone();
+  }
+
+  // sum + gates^T (the state that each step of direction d reads).
+  void add_state_product(Tensor& sum, const Tensor& gates, const Tensor& states, const Tensor& first, int64_t d) const {
+    const Sequence& s = params_.sequence;
+    if (s.batch_sizes || s.reset) return add_product(sum, gates.t(), previous(states, first, d));
+    // Of whole steps, the states of one are the states that its neighbour reads: no copy is needed.
+    const int64_t later = g_.rows - g_.batch;
+    const Tensor rows = states.reshape({g_.rows, -1}).narrow(1, d * g_.output_size, g_.output_size);
+    add_product(sum, gates.narrow(0, d ? 0 : g_.batch, later).t(), rows.narrow(0, d ? g_.batch : 0, later));
+    if (first.defined()) add_product(sum, gates.narrow(0, d ? later : 0, g_.batch).t(), first[d]);
   }
 
   void run(void (*cpu::Engine::*loop)(const LayerTangent&, void*, int)) const {
@@ -215,7 +224,6 @@ class TangentLayer {
   const bool gaps_;
   DualTensor output_, c_, x_;
   std::vector<DualTensor> weights_;
-  DualTensor h_prev_[2];
   Tensor t_h_n_, t_c_n_, t_saved_;
   LayerTangent params_;
 };

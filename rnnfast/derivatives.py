@@ -24,56 +24,56 @@ OptionalTensors = Sequence[Tensor | None]
 
 
 # ------------------------------------------------------------------------------- the formula behind what has no kernel
-def _as_function(
-    cell: str, has_c0: bool, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The layer as a function of input, h0, c0 if there is one, and weights; without the results that have no elements.
+class _Formula:
+    """The layer by the reference formula, a function of its floating tensors: input, h0, c0 if there is one, weights.
 
-    That is output and h_n, and of a cell with two states c_n and c.
+    Its results are those with elements: output and h_n, and of a cell with two states c_n and c.
     """
 
-    def function(input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        c0, weights = (rest[0], rest[1:]) if has_c0 else (None, rest)
-        results = reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
-        return results if has_c0 else results[:2]
+    def __init__(
+        self,
+        cell: str,
+        input: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:
+        self.layer = partial(reference.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+        self.tensors = _present(input, h0, c0, *weights)
+        self.has_c0 = c0 is not None
+        self.results = 4 if self.has_c0 else 2
 
-    return function
+    def __call__(self, input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        c0, weights = (rest[0], rest[1:]) if self.has_c0 else (None, rest)
+        return self.layer(input, h0, c0, weights)[: self.results]
+
+    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The gradients of the floating tensors, from those of the results, absent ones zero, and the tensors."""
+        results, pull = _vjp(self, *arguments[self.results :])
+        return pull(_or_zeros(arguments[: self.results], results))  # type: ignore[no-any-return]
+
+    def tangents(self, t_input: Any, t_h0: Any, t_c0: Any, t_weights: OptionalTensors) -> tuple[Tensor, ...]:
+        """An operator's tangents as those of the floating tensors."""
+        states = (t_input, t_h0, t_c0) if self.has_c0 else (t_input, t_h0)
+        return _or_zeros((*states, *(t_weights or [None] * (len(self.tensors) - len(states)))), self.tensors)
+
+    def masked(
+        self, grads: Sequence[Tensor], output_mask: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """An operator's gradients from those of the floating tensors."""
+        nothing = grads[0].new_empty(0)
+        states, weights = (grads[:3], grads[3:]) if self.has_c0 else ((*grads[:2], nothing), grads[2:])
+        masked = (grad if wanted else nothing for grad, wanted in zip(states, output_mask[:3], strict=True))
+        return *masked, list(weights) if output_mask[3] else []  # type: ignore[return-value]
 
 
 def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """torch.func.vjp without has_aux, whose type is a union of both."""
     results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
     return results, pull
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True))
-
-
-def reference_jvp(
-    cell: str,
-    t_input: Tensor | None,
-    t_h0: Tensor | None,
-    t_c0: Tensor | None,
-    t_weights: Sequence[Tensor],
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    primals = _present(input, h0, c0, *weights)
-    states = [t_input, t_h0] if c0 is None else [t_input, t_h0, t_c0]
-    along: list[Tensor | None] = [*states, *t_weights] if t_weights else [*states, *[None] * len(weights)]
-    tangents = _or_zeros(along, primals)
-    tangents = _along(_as_function(cell, c0 is not None, batch_sizes, lengths, reset), primals, tangents)
-    return tangents[0], tangents[1], *(tangents[2:] or (input.new_empty(0), input.new_empty(0)))  # type: ignore[return-value]
 
 
 def _along(
@@ -90,93 +90,37 @@ def _along(
     return pushed  # type: ignore[no-any-return]
 
 
-def _gradients(
-    cell: str,
-    grads: OptionalTensors,
-    primals: Sequence[Tensor],
-    has_c0: bool,
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Backward of the reference: the gradients of ``primals``."""
-    results, pull = _vjp(_as_function(cell, has_c0, batch_sizes, lengths, reset), *primals)
-    return pull(_or_zeros(grads[: len(results)], results))  # type: ignore[no-any-return]
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def _masked(
-    grads: Sequence[Tensor], has_c0: bool, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Backward's result from the gradients of input, h0, c0 if there is one, and weights."""
-    grad_input, grad_h0, grad_c0, *grad_weights = grads if has_c0 else (*grads[:2], grads[0].new_empty(0), *grads[2:])
-    states = (
-        grad if wanted else grad.new_empty(0)
-        for grad, wanted in zip((grad_input, grad_h0, grad_c0), output_mask[:3], strict=True)
-    )
-    return *states, grad_weights if output_mask[3] else []  # type: ignore[return-value]
+def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True))
 
 
-def reference_backward(
-    cell: str,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_c: Tensor | None,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads = (grad_output, grad_h_n, grad_c_n, grad_c)
-    primals = _present(input, h0, c0, *weights)
-    return _masked(
-        _gradients(cell, grads, primals, c0 is not None, batch_sizes, lengths, reset), c0 is not None, output_mask
-    )
+# Each takes the arguments of the operator of its name, in their order, but for what forward kept.
+def reference_backward(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads, layer, output_mask = arguments[:4], arguments[4:11], arguments[11]
+    formula = _Formula(cell, *layer)
+    return formula.masked(formula.backward(*grads[: formula.results], *formula.tensors), output_mask)
 
 
-def reference_backward_jvp(
-    cell: str,
-    t_grad_output: Tensor | None,
-    t_grad_h_n: Tensor | None,
-    t_grad_c_n: Tensor | None,
-    t_grad_c: Tensor | None,
-    t_input: Tensor | None,
-    t_h0: Tensor | None,
-    t_c0: Tensor | None,
-    t_weights: Sequence[Tensor],
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_c: Tensor | None,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    layer = (cell, t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths, reset)
-    t_results = reference_jvp(*layer)
-    has_c0 = c0 is not None
-    primals = _present(input, h0, c0, *weights)
-    states = [t_input, t_h0] if c0 is None else [t_input, t_h0, t_c0]
-    along: list[Tensor | None] = [*states, *t_weights] if t_weights else [*states, *[None] * len(weights)]
-    tangents = _or_zeros(along, primals)
-    count = 4 if has_c0 else 2  # of results
-    grads = _or_zeros((grad_output, grad_h_n, grad_c_n, grad_c)[:count], t_results[:count])
-    t_grads = _or_zeros((t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c)[:count], t_results[:count])
+def reference_jvp(cell: str, *arguments: Any) -> tuple[Tensor, ...]:
+    tangents, layer = arguments[:4], arguments[4:]
+    formula = _Formula(cell, *layer)
+    t_results = _along(formula, formula.tensors, formula.tangents(*tangents))
+    nothing = t_results[0].new_empty(0)
+    return t_results if formula.has_c0 else (*t_results, nothing, nothing)
 
-    def backward(*arguments: Tensor) -> tuple[Tensor, ...]:
-        return _gradients(cell, arguments[:count], arguments[count:], has_c0, batch_sizes, lengths, reset)
 
-    t_gradients = _along(backward, [*grads, *primals], (*t_grads, *tangents))
-    return *t_results, *_masked(t_gradients, has_c0, output_mask)
+def reference_backward_jvp(cell: str, *arguments: Any) -> tuple[Any, ...]:
+    t_grads, tangents, grads = arguments[:4], arguments[4:8], arguments[8:12]
+    layer, output_mask = arguments[12:19], arguments[19]
+    formula = _Formula(cell, *layer)
+    t_results = reference_jvp(cell, *tangents, *layer)
+    at, along = (_or_zeros(part[: formula.results], t_results[: formula.results]) for part in (grads, t_grads))
+    t_gradients = _along(formula.backward, [*at, *formula.tensors], (*along, *formula.tangents(*tangents)))
+    return *t_results, *formula.masked(t_gradients, output_mask)
 
 
 # ------------------------------------------------------------------------------------------- transforms of torch.func
@@ -222,13 +166,13 @@ def _all_or_none(tangents: OptionalTensors, of: Sequence[Tensor]) -> list[Tensor
 
 
 def _vmap(
-    run: Callable[[_Call, OptionalTensors], tuple[Tensor, ...]],
+    run: Callable[..., tuple[Tensor, ...]],
     head: Sequence[Any],
     results: Sequence[Any],
     info: Any,
     in_dims: Sequence[int | None],
     call: _Call,
-    tensors: OptionalTensors,
+    *tensors: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """One call whose batch holds the rows of all samples, row b of sample v at b * samples + v.
 
@@ -236,7 +180,7 @@ def _vmap(
     cannot, a call for each sample. ``head`` and ``results`` say where the rows lie in the tensors before the layer's
     and in what ``run`` returns; its results beyond these are gradients of weights, or their tangents.
     """
-    samples = info.batch_size
+    samples, in_dims = info.batch_size, in_dims[1:]
     axes = [*head, *_LAYER]
     axes += [None] * (len(tensors) - len(axes))
     packed = tensors[len(head) + 3] is not None
@@ -247,9 +191,8 @@ def _vmap(
         each = []
         for sample in range(samples):
             selected = zip(tensors, in_dims, strict=True)
-            each.append(
-                run(call, [t if d is None or t is None else t.select(d, sample).contiguous() for t, d in selected])
-            )
+            one = (t if d is None or t is None else t.select(d, sample).contiguous() for t, d in selected)
+            each.append(run(call, *one))
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(each[0])
 
     def merge(tensor: Tensor | None, dim: int | None, axis: tuple[int, int] | None) -> Tensor | None:
@@ -268,7 +211,7 @@ def _vmap(
         assert batch_sizes is not None
         merged[len(head) + 3] = batch_sizes * samples
     groups = max(call.groups, 1)
-    found = run(replace(call, groups=groups * samples) if call.output_mask[3] else call, merged)
+    found = run(replace(call, groups=groups * samples) if call.output_mask[3] else call, *merged)
     parts: list[Tensor] = []
     out_dims: list[int | None] = []
     for result, axis in zip(found, results, strict=False):
@@ -299,11 +242,11 @@ def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | No
     return _only_vmap() and not _requires_grad((*grads, input, h0, c0, *weights))
 
 
-def _run_forward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _run_forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return call.operator("")(*call.layer(tensors), call.save)  # type: ignore[no-any-return]
 
 
-def _run_backward(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _run_backward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``tensors``: the gradients of the results, what forward kept, the layer's."""
     arguments = (*tensors[:4], *call.layer(tensors[7:]), *tensors[4:7], call.output_mask)
     if call.groups:
@@ -334,7 +277,7 @@ def _requires_grad(tensors: OptionalTensors) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _present(*tensors))
 
 
-def _run_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _run_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``tensors``: what forward kept, then those of :func:`_tangents`."""
     if _is_recorded(tensors):
         return _Jvp.apply(call, *tensors)  # type: ignore[no-any-return, no-untyped-call]
@@ -342,7 +285,7 @@ def _run_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
     return call.operator("_jvp")(*_tangents(call, tensors[3:]), *layer, *tensors[:3])  # type: ignore[no-any-return]
 
 
-def _run_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _run_backward_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``tensors``: the tangents of the results' gradients, these gradients, then those of :func:`_run_jvp`."""
     if _is_recorded(tensors):
         return _BackwardJvp.apply(call, *tensors)  # type: ignore[no-any-return, no-untyped-call]
@@ -353,12 +296,12 @@ def _run_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ..
     return *tangents, *weights
 
 
-def _formula_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _formula_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What :func:`_run_jvp` gives, differentiable."""
     return reference_jvp(call.cell, *_tangents(call, tensors[3:]), *call.layer(tensors[6:]))
 
 
-def _formula_backward_jvp(call: _Call, tensors: OptionalTensors) -> tuple[Tensor, ...]:
+def _formula_backward_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What :func:`_run_backward_jvp` gives, differentiable."""
     t_grads, grads, rest = tensors[:4], tensors[4:8], tensors[11:]
     arguments = (*t_grads, *_tangents(call, rest), *grads, *call.layer(rest[3:]), call.output_mask)
@@ -406,9 +349,8 @@ def _save(ctx: Any, call: _Call, tensors: OptionalTensors, arguments: OptionalTe
 
 
 class _Forward(Function):
-    @staticmethod
-    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _run_forward(call, tensors)
+    forward = staticmethod(_run_forward)
+    vmap = staticmethod(partial(_vmap, _run_forward, (), (*_RESULTS, _SAVED)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -420,25 +362,20 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call = replace(ctx.call, output_mask=_wanted(_needed(ctx)))
-        return None, *_gradients_of_layer(call, _run_backward(call, [*grads[:4], *ctx.saved_tensors]))
+        return None, *_gradients_of_layer(call, _run_backward(call, *grads[:4], *ctx.saved_tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         t_layer = tangents[1:]
         t_weights = _all_or_none(t_layer[6:], tensors[9:])
-        t_results = _run_jvp(ctx.call, [*tensors[:3], *t_layer[:3], *tensors[3:], *t_weights])
+        t_results = _run_jvp(ctx.call, *tensors[:3], *t_layer[:3], *tensors[3:], *t_weights)
         return *(t_results if tensors[5] is not None else (*t_results[:2], None, None)), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
-        return _vmap(_run_forward, (), (*_RESULTS, _SAVED), info, in_dims[1:], call, tensors)
 
 
 class _Backward(Function):
-    @staticmethod
-    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _run_backward(call, tensors)
+    forward = staticmethod(_run_backward)
+    vmap = staticmethod(partial(_vmap, _run_backward, (*_RESULTS, *_KEPT), _ARGUMENTS))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -457,7 +394,7 @@ class _Backward(Function):
         call = replace(ctx.call, output_mask=_wanted(_needed(ctx)[7:]))
         t_weights = _all_or_none(tangents[3:], layer[6:]) if ctx.call.output_mask[3] else []
         arguments = [*[None] * 4, *grads, *kept, *tangents[:3], *layer, *t_weights]
-        results = _run_backward_jvp(call, arguments)
+        results = _run_backward_jvp(call, *arguments)
         wanted = zip(results[:4], _needed(ctx)[:4], strict=True)
         t_results = [tangent if needed else None for tangent, needed in wanted]
         return None, *t_results, None, None, None, *_gradients_of_layer(call, results[4:])
@@ -470,20 +407,16 @@ class _Backward(Function):
         t_layer = tangents[8:]
         t_weights = _all_or_none(t_layer[6:], layer[6:])
         arguments = [*tangents[1:5], *grads, *kept, *t_layer[:3], *layer, *t_weights]
-        results = _run_backward_jvp(ctx.call, arguments)[4:]
+        results = _run_backward_jvp(ctx.call, *arguments)[4:]
         mask = ctx.call.output_mask
         return *(tangent if wanted else None for tangent, wanted in zip(results[:3], mask[:3], strict=True)), *results[
             3:
         ]
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
-        return _vmap(_run_backward, (*_RESULTS, *_KEPT), _ARGUMENTS, info, in_dims[1:], call, tensors)
-
 
 # Third derivatives: those of the formula. Its tensors are those of the operator; what forward kept has no derivative.
 def _of_formula(
-    formula: Callable[[_Call, OptionalTensors], tuple[Tensor, ...]],
+    formula: Callable[..., tuple[Tensor, ...]],
     call: _Call,
     tensors: OptionalTensors,
     chosen: Sequence[int],
@@ -494,12 +427,12 @@ def _of_formula(
         replaced = list(tensors)
         for index, value in zip(chosen, values, strict=True):
             replaced[index] = value
-        return formula(call, replaced)
+        return formula(call, *replaced)
 
     return function, _present(*(tensors[index] for index in chosen))
 
 
-def _backward_of_formula(formula: Any, kept: slice, ctx: Any, grads: OptionalTensors) -> tuple[Any, ...]:
+def _backward_of_formula(formula: Any, kept: slice, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     without = range(len(tensors))[kept]
     chosen = [index for index, needed in enumerate(_needed(ctx)) if needed and index not in without]
@@ -509,7 +442,7 @@ def _backward_of_formula(formula: Any, kept: slice, ctx: Any, grads: OptionalTen
     return None, *(found.get(index) for index in range(len(tensors)))
 
 
-def _jvp_of_formula(formula: Any, kept: slice, ctx: Any, tangents: OptionalTensors) -> tuple[Any, ...]:
+def _jvp_of_formula(formula: Any, kept: slice, ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     without = range(len(tensors))[kept]
     along = dict(enumerate(tangents[1:]))
@@ -528,13 +461,10 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 class _Jvp(Function):
-    _kept = slice(0, 3)
-
-    @staticmethod
-    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _run_jvp(call, tensors)
-
+    forward = staticmethod(_run_jvp)
     setup_context = staticmethod(_save_all)
+    jvp = staticmethod(partial(_jvp_of_formula, _formula_jvp, slice(0, 3)))
+    vmap = staticmethod(partial(_vmap, _run_jvp, (*_KEPT, *_ARGUMENTS), _RESULTS))
 
     # <grads, J t>, J the layer's derivative at x: the gradient by t is backward's, and that by x backward's tangent.
     @staticmethod
@@ -544,42 +474,21 @@ class _Jvp(Function):
         needed = _needed(ctx)
         of_layer = replace(ctx.call, output_mask=_wanted(needed[6 : 12 + ctx.call.weights]))
         of_tangents = replace(ctx.call, output_mask=(*needed[3:6], any(needed[12 + ctx.call.weights :])))
-        by_layer = _run_backward_jvp(of_layer, [*[None] * 4, *grads[:4], *kept, *tensors[3:6], *layer, *t_weights])
-        by_tangents = _run_backward(of_tangents, [*grads[:4], *kept, *layer])
+        by_layer = _run_backward_jvp(of_layer, *[None] * 4, *grads[:4], *kept, *tensors[3:6], *layer, *t_weights)
+        by_tangents = _run_backward(of_tangents, *grads[:4], *kept, *layer)
         states = [g if wanted else None for g, wanted in zip(by_tangents[:3], needed[3:6], strict=True)]
         weights = by_tangents[3:] if of_tangents.output_mask[3] else [None] * len(t_weights)
         return None, None, None, None, *states, *_gradients_of_layer(of_layer, by_layer[4:]), *weights
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        return _jvp_of_formula(_formula_jvp, _Jvp._kept, ctx, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
-        return _vmap(_run_jvp, (*_KEPT, *_ARGUMENTS), _RESULTS, info, in_dims[1:], call, tensors)
-
 
 class _BackwardJvp(Function):
-    _kept = slice(8, 11)
-
-    @staticmethod
-    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _run_backward_jvp(call, tensors)
-
+    forward = staticmethod(_run_backward_jvp)
     setup_context = staticmethod(_save_all)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _backward_of_formula(_formula_backward_jvp, _BackwardJvp._kept, ctx, grads)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        return _jvp_of_formula(_formula_backward_jvp, _BackwardJvp._kept, ctx, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
-        head = (*_RESULTS, *_RESULTS, *_KEPT, *_ARGUMENTS)
-        return _vmap(_run_backward_jvp, head, (*_RESULTS, *_ARGUMENTS), info, in_dims[1:], call, tensors)
+    backward = staticmethod(partial(_backward_of_formula, _formula_backward_jvp, slice(8, 11)))
+    jvp = staticmethod(partial(_jvp_of_formula, _formula_backward_jvp, slice(8, 11)))
+    vmap = staticmethod(
+        partial(_vmap, _run_backward_jvp, (*_RESULTS, *_RESULTS, *_KEPT, *_ARGUMENTS), (*_RESULTS, *_ARGUMENTS))
+    )
 
 
 # An operator's own arguments as its Function's, and how many of its results stand before a list; None for no list.

@@ -44,8 +44,9 @@ class GridExchange {
   // The vectors of the last arrival, in shared memory.
   __device__ __forceinline__ const Operand* wait() {
     if (threadIdx.x == 0) {
+      // Both counts wrap around; the difference does not, for no block is more than a turn ahead.
       const unsigned all = turn_ * static_cast<unsigned>(shape_.sizes.blocks);
-      while (device::load_acquire(arrivals()) < all) continue;
+      while (static_cast<int>(device::load_acquire(arrivals()) - all) < 0) continue;
     }
     __syncthreads();
     constexpr int kWidth = 16 / sizeof(Operand);

@@ -10,6 +10,9 @@ results of both are compared before anything is timed. One layer of H = 128 unit
     torch.nn    the same call of torch.nn's layer
     the loop    the same thing with rnnfast, one sample or model at a time
     formula     the same call of rnnfast's reference formula, small operators step by step
+
+"at most" is the ratio that a gradient penalty would reach if it took no longer than the matrix products that it cannot
+do without, each over all steps at once: the baseline's time by theirs.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import rnnfast
 HIDDEN = 128
 TOLERANCE = 1e-3  # of a result's norm: second derivatives in float32
 CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 Call = Callable[[], Any]
 
 
@@ -79,6 +83,34 @@ def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor]) -
         return torch.autograd.grad(penalty, parameters, materialize_grads=True)
 
     return call
+
+
+def products(case: Case, through_output: bool) -> Call:
+    """What a gradient penalty has to multiply, by torch.mm and into results that are there already.
+
+    Args:
+        through_output: whether the penalty also reaches the parameters through the gradient of the output.
+    """
+    rows, gates, inputs = case.size.steps * case.size.batch, GATES[case.cell] * HIDDEN, case.size.inputs
+    x, h, g = torch.randn(rows, inputs), torch.randn(rows, HIDDEN), torch.randn(rows, gates)
+    w_ih, w_hh = torch.randn(gates, inputs), torch.randn(gates, HIDDEN)
+    forward = [(x, w_ih.t()), (h, w_hh.t())]
+    by_weights = [(g.t(), x), (g.t(), h)]
+    # Forward and backward; the same along the tangent, with two terms of each gradient of a weight.
+    every = [*forward, (g, w_hh), (g, w_ih), *forward, (g, w_hh), *by_weights, *by_weights]
+    if through_output:
+        every += [(g, w_hh), *by_weights]
+    results = [torch.mm(*pair) for pair in every]
+
+    def call() -> None:
+        for pair, result in zip(every, results, strict=True):
+            torch.mm(*pair, out=result)
+
+    return call
+
+
+def penalties(case: Case, of: Callable[[Tensor], Tensor]) -> tuple[Call, Call, Call]:
+    return gradient_penalty(nn, case, of), gradient_penalty(rnnfast, case, of), products(case, of is energy)
 
 
 def critic(output: Tensor) -> Tensor:
@@ -155,18 +187,10 @@ def hessian_of(module: nn.Module, case: Case) -> Call:
 
 
 FULL, NARROW, SMALL = Size(100, 16, HIDDEN), Size(100, 16, 32), Size(20, 2, 16)
-# Of each derivative: its baseline, its sizes, and a case's two calls, the baseline's first.
-DERIVATIVES: dict[str, tuple[str, tuple[Size, ...], Callable[[Case], tuple[Call, Call]]]] = {
-    "gradient penalty": (
-        "torch.nn",
-        (FULL, NARROW),
-        lambda case: (gradient_penalty(nn, case, critic), gradient_penalty(rnnfast, case, critic)),
-    ),
-    "gradient penalty, all steps": (
-        "torch.nn",
-        (FULL, NARROW),
-        lambda case: (gradient_penalty(nn, case, energy), gradient_penalty(rnnfast, case, energy)),
-    ),
+# Of each derivative: its baseline, its sizes, and a case's calls: the baseline's, rnnfast's, and that of the products.
+DERIVATIVES: dict[str, tuple[str, tuple[Size, ...], Callable[[Case], tuple[Call, ...]]]] = {
+    "gradient penalty": ("torch.nn", (FULL, NARROW), lambda case: penalties(case, critic)),
+    "gradient penalty, all steps": ("torch.nn", (FULL, NARROW), lambda case: penalties(case, energy)),
     "jvp": (
         "formula",
         (FULL,),
@@ -192,8 +216,8 @@ DERIVATIVES: dict[str, tuple[str, tuple[Size, ...], Callable[[Case], tuple[Call,
 def measure(case: Case, budget: float) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     baseline, _, calls = DERIVATIVES[case.derivative]
-    sides = dict(zip(("baseline", "rnnfast"), calls(case), strict=True))
-    difference = compare(*(tree_leaves(call()) for call in sides.values()), TOLERANCE)
+    sides = dict(zip(("baseline", "rnnfast", "products"), calls(case), strict=False))
+    difference = compare(*(tree_leaves(sides[side]()) for side in ("baseline", "rnnfast")), TOLERANCE)
     samples, seconds = in_turns(sides, "cpu", budget)
     return {
         "derivative": case.derivative,
@@ -235,7 +259,9 @@ def main() -> None:
         times = [duration(row["seconds"][side]) for side in ("baseline", "rnnfast")]
         lines.append([row["derivative"], row["cell"], row["size"], case.threads, row["baseline"], *times])
         lines[-1].append(f"{row['ratio']:.2f}")
-    headers = ["derivative", "cell", "size", "threads", "against", "it takes", "rnnfast", "ratio"]
+        products_time = row["seconds"].get("products")
+        lines[-1].append(f"{row['seconds']['baseline'] / products_time:.2f}" if products_time else "")
+    headers = ["derivative", "cell", "size", "threads", "against", "it takes", "rnnfast", "ratio", "at most"]
     print(tabulate(lines, headers, disable_numparse=True))
     if args.json:
         results = {

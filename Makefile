@@ -35,6 +35,7 @@ examples: .venv/built ## every application for under a minute each, on data that
 	$(BIN)/python examples/names.py --epochs 6 --compare --baseline --predict Kowalczyk Rossi --out runs/examples/names
 	$(BIN)/python examples/forecast.py --horizon 3 --compare --out runs/examples/forecast
 	$(BIN)/python examples/forecast.py --task classify --compare --out runs/examples/classify
+	$(BIN)/python examples/own_cell.py
 
 # Two processes, a core each; threads that wait give theirs to the other.
 test: .venv/built ## all tests

@@ -11,6 +11,7 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX and CUDA_HOME mean what they mean to torch.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import subprocess
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 
@@ -32,18 +34,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
-CXX_FLAGS = [
-    "-O3",
-    "-fopenmp",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
-    "-g0",  # Python's own flags ask for debug information, which takes long and makes the library huge
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",  # a note on passing SIMD vectors by value, which never crosses from one instruction set to another
-]
+WARNINGS = ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "--compiler-options", "-fvisibility=hidden"]
 
 
@@ -104,10 +95,14 @@ def package_version() -> str:
     return str(ast.literal_eval(match.group(1)))
 
 
-def openmp_library() -> list[str]:
-    """Link arguments that make the extension share torch's OpenMP run time: two in a process fight for cores."""
-    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
-    return [str(bundled[0])] if bundled else ["-fopenmp"]
+def compilation() -> ModuleType:
+    """rnnfast/_build.py, without the package."""
+    spec = importlib.util.spec_from_file_location("rnnfast_build", ROOT / "rnnfast" / "_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
@@ -126,7 +121,8 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
         "RNNFAST_NO_CUDA_REASON": no_cuda_reason,
     }
     # Torch's headers are full of what -Wextra warns of; as system headers they are silent.
-    cxx_flags = [*CXX_FLAGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    build = compilation()
+    cxx_flags = [*build.CXX_FLAGS, *WARNINGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     cxx_flags += [f'-D{name}="{value}"' for name, value in facts.items()]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
@@ -135,7 +131,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("RNNFAST_WITH_CUDA", None)] if with_cuda else [],
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
-        extra_link_args=openmp_library(),
+        extra_link_args=build.openmp_library(),
     )
 
 
@@ -158,6 +154,8 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         print(self.message, flush=True)
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "rnnfast"
         package.mkdir(parents=True, exist_ok=True)
+        if not (self.inplace or self.editable_mode):  # a cell of one's own is compiled from the sources
+            shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
         record = package / "not_built.txt"
         record.unlink(missing_ok=True)
         if not self.reason:

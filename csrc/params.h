@@ -172,6 +172,7 @@ struct DirectionTangent {
   // forward: rows of G*H, the tangents of the gates without the path h' W_hh^T that the loop adds. For a cell without
   // split gates t_igates has both halves, and t_hgates is not used.
   Rows t_igates, t_hgates;
+  Rows igates, hgates;    // forward, for a cell without a tangent of its own: the gates themselves, rows of G*H
   void* t_h_n = nullptr;  // [B, P]
   void* t_c_n = nullptr;  // [B, H]
 

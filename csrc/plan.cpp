@@ -36,6 +36,7 @@ std::string against_persistence(const Problem& problem, const Device& device) {
   if (problem.steps == 0 || problem.batch == 0) return "there is nothing to compute";
   if (problem.dtype == Dtype::f64) return "it has no float64";
   if (problem.projection) return "it has no projections (proj_size)";
+  if (!cell_info(problem.cell).persistent) return "it has no kernels for this cell";
   if (problem.steps >= kMost || problem.batch >= kMost) return "it counts steps and rows in 32 bits";
   return "";
 }

@@ -9,6 +9,7 @@ from .explain import explain
 from .functional import States
 from .modules import GRU, LSTM, RNN
 from .ops import backend
+from .own_cell import compile_cell
 
 __all__ = [
     "GRU",
@@ -20,6 +21,7 @@ __all__ = [
     "States",
     "__version__",
     "backend",
+    "compile_cell",
     "convert",
     "explain",
     "functional",

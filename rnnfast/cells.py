@@ -62,7 +62,7 @@ class RNNCell(_Cell):
         input_size: features of the input.
         hidden_size: features of the hidden state.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
-        nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+        nonlinearity: f: ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"identity"``, or ``"leaky_relu"`` with slope 0.01.
         device, dtype: of the parameters.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
     """
@@ -81,7 +81,7 @@ class RNNCell(_Cell):
         *,
         backend: str | None = None,
     ) -> None:
-        functional.check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        functional.check_choice("nonlinearity", nonlinearity, functional.NONLINEARITIES)
         super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
         self.nonlinearity = nonlinearity
 

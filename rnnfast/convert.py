@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from . import cells, modules
+from . import cells, modules, own_cell
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: modules.RNN,
@@ -52,14 +52,14 @@ def to_torch(model: ModuleT) -> ModuleT:
         ``model``.
 
     Raises:
-        ValueError: a layer or cell has no counterpart (``nonlinearity="sigmoid"``, ``weight_dropout``); nothing has
-            been changed then.
+        ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``, a
+            cell of its own); nothing has been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
         f"{name or 'the model itself'} with {option}"
         for name, module in model.named_modules()
-        if module in found
+        if module in found or isinstance(module, own_cell.OwnLayers)
         for option in _without_counterpart(module)
     ]
     if lone:
@@ -97,6 +97,8 @@ def patch_torch() -> Iterator[None]:
 
 def _without_counterpart(module: nn.Module) -> list[str]:
     """The options of a layer or cell that torch.nn's lacks."""
+    if isinstance(module, own_cell.OwnLayers):
+        return [f"a cell of its own, {type(module).__name__}"]
     options = {name: getattr(module, name, None) for name in ("nonlinearity", "weight_dropout")}
     return [f"{name}={value!r}" for name, value in options.items() if value and value not in ("tanh", "relu")]
 

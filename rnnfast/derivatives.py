@@ -23,6 +23,17 @@ from . import reference
 OptionalTensors = Sequence[Tensor | None]
 
 
+def names(cell: str) -> tuple[str, str]:
+    """The namespace of a cell's operators, and its name there."""
+    namespace, _, name = cell.rpartition("::")
+    return namespace or "rnnfast", name
+
+
+def find_operator(cell: str, suffix: str = "") -> Any:
+    namespace, name = names(cell)
+    return getattr(getattr(torch.ops, namespace), name + suffix).default
+
+
 # ------------------------------------------------------------------------------- the formula behind what has no kernel
 class _Formula:
     """The layer by the reference formula, a function of its floating tensors: input, h0, c0 if there is one, weights.
@@ -152,7 +163,7 @@ class _Call:
         return [*tensors[:3], list(tensors[6 : 6 + self.weights]), *tensors[3:6]]
 
     def operator(self, suffix: str) -> Any:
-        return getattr(torch.ops.rnnfast, self.cell + suffix).default
+        return find_operator(self.cell, suffix)
 
 
 def _flat(layer: Sequence[Any]) -> list[Any]:
@@ -566,6 +577,7 @@ def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) ->
 
 
 def register(library: Any, cell: str) -> None:
+    _, name = names(cell)
     for suffix, unpack in (
         ("", _unpack_forward),
         ("_backward", _unpack_backward),
@@ -573,5 +585,5 @@ def register(library: Any, cell: str) -> None:
         ("_jvp", _unpack_jvp),
         ("_backward_jvp", _unpack_backward_jvp),
     ):
-        library.impl(cell + suffix, partial(_transformed, unpack, cell), "FuncTorchDynamicLayerFrontMode")
-        library.impl(cell + suffix, partial(_vectorized, unpack, cell), "Batched")
+        library.impl(name + suffix, partial(_transformed, unpack, cell), "FuncTorchDynamicLayerFrontMode")
+        library.impl(name + suffix, partial(_vectorized, unpack, cell), "Batched")

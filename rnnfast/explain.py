@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cells, modules, ops
+from . import cells, modules, ops, own_cell
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tupl
         return active, reason
     parameter = next(part.parameters())
     device = parameter.device.type
+    if isinstance(part, own_cell.OwnLayers) and device != "meta":
+        if device == "cpu":
+            return f"cpu ({part.instruction_set})", ""
+        return "none", f"a call would raise: {ops.OWN_CELL_ON_CUDA}"
     missing = ops.missing_kernels(device)
     if missing:
         return "none", missing if device == "meta" else f"a call would raise: {missing}"

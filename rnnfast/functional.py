@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
+from . import ops, reference
 
 # hx and the final states, as torch.nn has them: one tensor, or (h, c) for LSTM.
 State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 BACKENDS = (None, *ops.BACKENDS)
+NONLINEARITIES = tuple(cell.removeprefix("rnn_") for cell in reference.CELLS if cell.startswith("rnn_"))  # of RNN
 
 
 class States(NamedTuple):
@@ -62,7 +63,7 @@ def recurrent(
     """Run a stack of layers, with torch.nn's forms of input and result.
 
     Args:
-        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"rnn_sigmoid"``, ``"lstm"`` or ``"gru"``.
+        cell: a name in :data:`rnnfast.reference.CELLS`, or that of a compiled cell (its class's ``mode``).
         input: ``[T, B, I]``, ``[B, T, I]`` if ``batch_first``, ``[T, I]`` unbatched, or a ``PackedSequence``.
         hx: ``[L*D, B, P]`` (unbatched ``[L*D, P]``), for LSTM a pair with ``[L*D, B, H]`` second; None means zeros.
             With a PackedSequence, B is the length of its ``sorted_indices`` if it has them; rows beyond
@@ -126,10 +127,11 @@ def recurrent(
     slots = 2 * len(weights) if bidirectional else len(weights)
     h_shape = (slots, batch, w_hh.shape[1])
     c0 = None
-    if cell != "lstm":
+    form = reference.find_cell(cell)
+    if form.states == 1:
         h0 = x.new_zeros(h_shape) if hx is None else _state("hx", hx, h_shape, batched, x)
     else:
-        c_shape = (slots, batch, w_ih.shape[0] // 4)
+        c_shape = (slots, batch, w_ih.shape[0] // form.gates)
         if hx is None:
             c0 = x.new_zeros(c_shape)
             h0 = c0 if c_shape == h_shape else x.new_zeros(h_shape)

@@ -56,7 +56,8 @@ class _Layers(nn.RNNBase):
             )
         _check_bools(recompute=recompute, batch_invariant=batch_invariant)
         functional.check_choice("backend", backend, functional.BACKENDS)
-        known_mode = "RNN_TANH" if mode == "RNN_SIGMOID" else mode  # the same parameters, and RNNBase knows no sigmoid
+        # Of an Elman network RNNBase knows two nonlinearities; the parameters of all are the same.
+        known_mode = mode if mode in ("LSTM", "GRU", "RNN_RELU") else "RNN_TANH"
         super().__init__(
             known_mode,
             input_size,
@@ -167,8 +168,9 @@ class _Layers(nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        if self.mode == "RNN_SIGMOID":
-            text += ", nonlinearity=sigmoid"
+        nonlinearity = getattr(self, "nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):  # which are not shown by torch.nn
+            text += f", nonlinearity={nonlinearity}"
         for name in ("recompute", "batch_invariant", "weight_dropout"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
@@ -213,7 +215,7 @@ class RNN(_Layers):
         input_size: features of the input.
         hidden_size: features of the hidden state.
         num_layers: layers, each fed with the output of the one before.
-        nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"``.
+        nonlinearity: f: ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"identity"``, or ``"leaky_relu"`` with slope 0.01.
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         batch_first: whether input and output are ``[B, T, features]``; the states are not.
         dropout: probability, in training, of zeroing an element of every layer's output but the last's.
@@ -255,7 +257,7 @@ class RNN(_Layers):
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
-        functional.check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        functional.check_choice("nonlinearity", nonlinearity, functional.NONLINEARITIES)
         super().__init__(
             f"RNN_{nonlinearity.upper()}",
             input_size,

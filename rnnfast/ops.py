@@ -6,7 +6,7 @@ and transforms in derivatives.py. Must not know stacks of layers, dropout, param
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod  # unlike Size.numel, it leaves symbolic sizes symbolic
@@ -75,7 +75,7 @@ def layer(
         return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
     # torch.ops costs microseconds more than the direct way, but tracers and overrides see only what goes through it.
     if torch.compiler.is_compiling() or has_torch_function((input, h0, c0, *weights, batch_sizes, lengths, reset)):
-        operator = getattr(torch.ops.rnnfast, cell).default
+        operator = derivatives.find_operator(cell)
     else:
         operator = _direct[cell]
     output, h_n, c_n, c, _ = operator(input, h0, c0, weights, batch_sizes, lengths, reset, save)
@@ -238,30 +238,65 @@ def _reference(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 # ------------------------------------------------------------------------------------ CUDA tensors in a CPU build
-def _refuse_cuda(*_arguments: object) -> NoReturn:
-    raise RuntimeError(
-        f"expected CPU tensors, got CUDA ones: {missing_kernels('cuda')}. Build rnnfast again with the nvcc of torch's "
-        "CUDA version, or choose backend='reference'"
-    )
+def _refuse_cuda(reason: str, *_arguments: object) -> NoReturn:
+    raise RuntimeError(f"expected CPU tensors, got CUDA ones: {reason}")
 
 
-if extension is not None:
-    _direct = {cell: getattr(extension, cell) for cell in reference.CELLS}
-    _library: Any = torch.library.Library("rnnfast", "IMPL")
-    for _name, _formula in (
+# ------------------------------------------------------------------------------------ what torch is told of operators
+_direct: dict[str, Any] = {}  # each cell's operator, by the shortest way
+_libraries: dict[str, Any] = {}  # what is registered lives as long as they do
+
+
+def _register_formulas(namespace: str, qualify: Callable[[str], str]) -> None:
+    """The operators of the formula; ``qualify`` makes a cell's name of that in a schema."""
+
+    def qualified(formula: Callable[..., Any], cell: str, *arguments: Any) -> Any:
+        return formula(qualify(cell), *arguments)
+
+    _libraries[namespace] = torch.library.Library(namespace, "IMPL")
+    for name, formula in (
         ("reference", _reference),
         ("reference_backward", derivatives.reference_backward),
         ("reference_jvp", derivatives.reference_jvp),
         ("reference_backward_jvp", derivatives.reference_backward_jvp),
     ):
-        _library.impl(_name, _formula, "CompositeImplicitAutograd")
+        _libraries[namespace].impl(name, partial(qualified, formula), "CompositeImplicitAutograd")
+
+
+def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
+    """The shapes, the transforms and, where there are no kernels for CUDA, the reason."""
+    namespace, name = derivatives.names(cell)
+    library = _libraries[namespace]
+    for suffix, fake in (
+        ("", partial(_fake_layer, saved_values)),
+        ("_backward", _fake_layer_backward),
+        ("_grouped_backward", _fake_grouped_backward),
+        ("_jvp", _fake_jvp),
+        ("_backward_jvp", _fake_backward_jvp),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}{suffix}", fake)
+    derivatives.register(library, cell)
+    if no_cuda:
+        for suffix in ("", "_backward"):
+            library.impl(name + suffix, partial(_refuse_cuda, no_cuda), "CUDA")
+
+
+def register_own_cell(cell: str, saved_values: int, form: reference.Cell) -> None:
+    """Make a cell known whose library of operators has been loaded; ``cell`` is "namespace::name"."""
+    namespace, _ = derivatives.names(cell)
+    reference.OWN_CELLS[cell] = form
+    _register_formulas(namespace, lambda name: f"{namespace}::{name}")
+    _register_cell(cell, saved_values, OWN_CELL_ON_CUDA)
+    _direct[cell] = derivatives.find_operator(cell)
+
+
+OWN_CELL_ON_CUDA = "a cell of one's own is compiled for the CPU alone"
+
+if extension is not None:
+    _register_formulas("rnnfast", lambda name: name)
+    _no_cuda = missing_kernels("cuda")
+    if _no_cuda:
+        _no_cuda += ". Build rnnfast again with the nvcc of torch's CUDA version, or choose backend='reference'"
     for _cell in reference.CELLS:
-        torch.library.register_fake(f"rnnfast::{_cell}", partial(_fake_layer, extension.saved_values[_cell]))
-        torch.library.register_fake(f"rnnfast::{_cell}_backward", _fake_layer_backward)
-        torch.library.register_fake(f"rnnfast::{_cell}_grouped_backward", _fake_grouped_backward)
-        torch.library.register_fake(f"rnnfast::{_cell}_jvp", _fake_jvp)
-        torch.library.register_fake(f"rnnfast::{_cell}_backward_jvp", _fake_backward_jvp)
-        derivatives.register(_library, _cell)
-        if missing_kernels("cuda"):
-            _library.impl(_cell, _refuse_cuda, "CUDA")
-            _library.impl(f"{_cell}_backward", _refuse_cuda, "CUDA")
+        _register_cell(_cell, extension.saved_values[_cell], _no_cuda)
+        _direct[_cell] = getattr(extension, _cell)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import leaky_relu, linear, pad
 
 # A step maps (igates [B, G*H], hgates [B, G*H], *state) to the new state: (h,) or (h, c), each [B, H].
 # igates = W_ih x + b_ih, hgates = W_hh h + b_hh.
@@ -65,9 +65,22 @@ CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(1, 1, elman_step(torch.tanh)),
     "rnn_relu": Cell(1, 1, elman_step(torch.relu)),
     "rnn_sigmoid": Cell(1, 1, elman_step(torch.sigmoid)),
+    "rnn_identity": Cell(1, 1, elman_step(lambda gates: gates)),
+    "rnn_leaky_relu": Cell(1, 1, elman_step(leaky_relu)),
     "lstm": Cell(4, 2, lstm_step),
     "gru": Cell(3, 1, gru_step),
 }
+
+# Those of other people, by namespace and name of their operators: "namespace::name".
+OWN_CELLS: dict[str, Cell] = {}
+
+
+def find_cell(name: str) -> Cell:
+    """The cell of a name in ``CELLS`` or ``OWN_CELLS``; raises ValueError for another."""
+    cell = CELLS.get(name) or OWN_CELLS.get(name)
+    if cell is None:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {name!r}")
+    return cell
 
 
 def layer(
@@ -84,7 +97,7 @@ def layer(
     """Run one layer, in one or two directions, over a whole sequence.
 
     Args:
-        cell: a name in ``CELLS``.
+        cell: a name in ``CELLS`` or ``OWN_CELLS``.
         input: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``.
         h0, c0: ``[D, B, P]`` and ``[D, B, H]``; ``c0`` is None for a cell with one state. D comes from here.
         weights: for each direction ``w_ih [G*H, I]``, ``w_hh [G*H, P]``, then ``b_ih`` and ``b_hh [G*H]`` (both or
@@ -107,8 +120,7 @@ def layer(
     Raises ValueError for another cell or batch_sizes that do not fit, RuntimeError for a tensor of another dtype than
     the input, and for another shape what the operations of torch raise.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    known = find_cell(cell)
     narrow = autocast_dtype(input)
     if narrow is not None:
         input, h0, *rest = (cast(tensor, narrow) for tensor in (input, h0, *weights))
@@ -138,7 +150,7 @@ def layer(
     per_direction = len(weights) // directions
     results = [
         _direction(
-            CELLS[cell],
+            known,
             input,
             sizes,
             tuple(state[d] for state in states),

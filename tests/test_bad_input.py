@@ -74,7 +74,8 @@ def test_projection_is_for_lstm(name: str) -> None:
 def test_choices() -> None:
     assert exception_of(lambda: nn.RNN(3, 4, nonlinearity="sin")) is ValueError
     for make in (rnnfast.RNN, rnnfast.RNNCell):
-        with pytest.raises(ValueError, match="nonlinearity: expected one of 'tanh', 'relu', 'sigmoid', got 'sin'"):
+        known = "'tanh', 'relu', 'sigmoid', 'identity', 'leaky_relu'"
+        with pytest.raises(ValueError, match=f"nonlinearity: expected one of {known}, got 'sin'"):
             make(3, 4, nonlinearity="sin")
     for make in (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU, rnnfast.RNNCell, rnnfast.LSTMCell, rnnfast.GRUCell):
         with pytest.raises(ValueError, match="backend: expected one of None, 'auto', 'reference', got 'gpu'"):

@@ -59,12 +59,16 @@ def test_torch_interface(name: str, options: dict[str, Any]) -> None:
 
 
 @each_backend
-def test_sigmoid(device: str, backend: str) -> None:
-    cell = rnnfast.RNNCell(4, 5, nonlinearity="sigmoid", backend=backend, device=device, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("nonlinearity", "function"),
+    [("sigmoid", torch.sigmoid), ("identity", lambda x: x), ("leaky_relu", torch.nn.functional.leaky_relu)],
+)
+def test_nonlinearities_of_our_own(device: str, backend: str, nonlinearity: str, function: Any) -> None:
+    cell = rnnfast.RNNCell(4, 5, nonlinearity=nonlinearity, backend=backend, device=device, dtype=torch.float64)
     input, hx = (torch.randn(3, size, device=device, dtype=torch.float64) for size in (4, 5))
     gates = input @ cell.weight_ih.T + cell.bias_ih + hx @ cell.weight_hh.T + cell.bias_hh
-    torch.testing.assert_close(cell(input, hx), torch.sigmoid(gates))
-    assert repr(cell) == f"RNNCell(4, 5, nonlinearity=sigmoid, backend={backend})"
+    torch.testing.assert_close(cell(input, hx), function(gates))
+    assert repr(cell) == f"RNNCell(4, 5, nonlinearity={nonlinearity}, backend={backend})"
 
 
 @each_cell

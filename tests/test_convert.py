@@ -147,10 +147,11 @@ def test_subclasses_are_left_alone() -> None:
     assert model[0](1) == "mine"
 
 
+@pytest.mark.parametrize("nonlinearity", ["sigmoid", "identity", "leaky_relu"])
 @pytest.mark.parametrize("make", [rnnfast.RNN, rnnfast.RNNCell])
-def test_sigmoid_has_no_counterpart(make: Any) -> None:
-    model = nn.ModuleDict({"first": rnnfast.GRU(2, 2), "second": make(2, 2, nonlinearity="sigmoid")})
-    with pytest.raises(ValueError, match=r"torch.nn has, got second with nonlinearity='sigmoid'"):
+def test_nonlinearities_without_counterpart(make: Any, nonlinearity: str) -> None:
+    model = nn.ModuleDict({"first": rnnfast.GRU(2, 2), "second": make(2, 2, nonlinearity=nonlinearity)})
+    with pytest.raises(ValueError, match=rf"torch.nn has, got second with nonlinearity='{nonlinearity}'"):
         rnnfast.to_torch(model)
     assert type(model["first"]) is rnnfast.GRU
     with pytest.raises(ValueError, match="got the model itself"):

@@ -15,7 +15,7 @@ from torch import Tensor
 import rnnfast
 from rnnfast import _extension, ops, reference
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "lstm": 4, "gru": 3}
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "rnn_identity": 1, "rnn_leaky_relu": 1, "lstm": 4, "gru": 3}
 SETS = _extension.extension.instruction_sets() if _extension.extension else []
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -76,7 +76,7 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 @pytest.mark.parametrize("hidden", [1, 3, 17, 50, 130])
 @pytest.mark.parametrize("cell", GATES)
 def test_every_instruction_set(cell: str, hidden: int, dtype: torch.dtype, instruction_set: str) -> None:
-    if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
+    if cell in ("rnn_relu", "rnn_leaky_relu") and dtype in (torch.bfloat16, torch.float16):
         cell = "rnn_tanh"  # where rounding moves a unit across relu's corner, gradients differ by right
     inputs = {1: 1, 3: 5, 17: 33, 50: 7, 130: 64}[hidden]
     # One row, less than a tile, more than a tile; of the small layers many rows, for an error that is no accident.

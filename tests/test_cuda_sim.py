@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_sim import build, driver, instrument
-from sample_inputs import SAMPLES, Sample, tensors_of
+from sample_inputs import CELLS, PERSISTENT_CELLS, SAMPLES, Sample, tensors_of
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
@@ -132,7 +132,7 @@ class Problem:
 
     def differentiable(self, output: Tensor) -> bool:
         """The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount."""
-        return self.arguments[0] != "rnn_relu" or torch.equal(output > 0, self.results[0] > 0)
+        return self.arguments[0] not in ("rnn_relu", "rnn_leaky_relu") or torch.equal(output > 0, self.results[0] > 0)
 
 
 def compare(
@@ -169,7 +169,8 @@ def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], bound
 
 
 each_dtype = pytest.mark.parametrize("dtype", driver.DTYPES, ids=str)
-each_cell = pytest.mark.parametrize("cell", reference.CELLS)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_persistent_cell = pytest.mark.parametrize("cell", PERSISTENT_CELLS)
 
 
 @each_dtype
@@ -212,7 +213,7 @@ def persistent_samples(cell: str, dtype: torch.dtype) -> list[Sample]:
 
 
 @persistent_arithmetics
-@each_cell
+@each_persistent_cell
 @persistent_engines
 def test_persistent_kernels_against_reference(
     simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic
@@ -226,7 +227,7 @@ def test_persistent_kernels_against_reference(
 
 
 @persistent_arithmetics
-@each_cell
+@each_persistent_cell
 @persistent_engines
 def test_persistent_kernels_have_no_races_and_read_no_garbage(
     simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic

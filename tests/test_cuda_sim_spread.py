@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_sim import build, driver, instrument, mutate
 from sample_inputs import Sample
-from test_cuda_sim import NOTHING, STATES, Arithmetic, compare, each_cell, persistent_arithmetics, simulator
+from test_cuda_sim import NOTHING, STATES, Arithmetic, compare, each_persistent_cell, persistent_arithmetics, simulator
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -50,7 +50,7 @@ def cases(cell: str) -> list[tuple[Sample, tuple[int, int, int]]]:
 
 
 @persistent_arithmetics
-@each_cell
+@each_persistent_cell
 @each_engine
 def test_spread_kernels_against_reference(
     simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic
@@ -65,7 +65,7 @@ def test_spread_kernels_against_reference(
 
 
 @persistent_arithmetics
-@each_cell
+@each_persistent_cell
 @each_engine
 def test_spread_kernels_have_no_races_and_read_no_garbage(
     simulators: dict[str, driver.Simulator], engine: str, cell: str, arithmetic: Arithmetic

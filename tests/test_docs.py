@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def run_examples(name: str, text: str) -> int:
 @each_page
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # for what they write
+    for header in (ROOT / "examples").glob("*.h"):  # and for what they read
+        shutil.copy(header, tmp_path)
     count = run_examples(str(page), page.read_text())
     assert count or page != ROOT / "README.md"
 
@@ -44,6 +47,16 @@ def test_from_scratch_prints_and_draws_what_it_shows(
     assert capsys.readouterr().out.splitlines() == shown
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert [path.name for path in tmp_path.iterdir()] == [picture]
+
+
+def test_cpp_that_is_shown_is_in_the_sources() -> None:
+    """A header as a whole, or lines of one."""
+    page = (ROOT / "docs/ADDING_A_CELL.md").read_text()
+    sources = [path.read_text() for folder in ("csrc", "examples") for path in (ROOT / folder).rglob("*.h")]
+    blocks = re.findall(r"^ *```cpp\n(.*?)^ *```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert any(block.strip() in source for source in sources), block
 
 
 @each_page

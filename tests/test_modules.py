@@ -156,7 +156,9 @@ def test_positional_arguments(name: str, positional: tuple[Any, ...]) -> None:
 
 
 def test_extra_repr_of_what_torch_lacks() -> None:
-    assert repr(rnnfast.RNN(1, 2, nonlinearity="sigmoid")) == "RNN(1, 2, nonlinearity=sigmoid)"
+    for nonlinearity in ("sigmoid", "identity", "leaky_relu"):
+        assert repr(rnnfast.RNN(1, 2, nonlinearity=nonlinearity)) == f"RNN(1, 2, nonlinearity={nonlinearity})"
+    assert repr(rnnfast.RNN(1, 2, nonlinearity="relu")) == repr(nn.RNN(1, 2, nonlinearity="relu"))
     assert repr(rnnfast.GRU(1, 2, backend="reference")) == "GRU(1, 2, backend=reference)"
 
 

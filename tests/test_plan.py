@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sample_inputs import CELLS
+from sample_inputs import CELLS, PERSISTENT_CELLS, STEPWISE_CELLS
 
 from rnnfast import ops
 
@@ -55,7 +55,7 @@ def test_a_block_holds_a_small_layer() -> None:
 
 def test_the_size_of_a_layer_and_of_shared_memory_decide() -> None:
     most = {"lstm": 192, "gru": 192, "rnn_tanh": 256, "rnn_relu": 256, "rnn_sigmoid": 256}
-    assert set(most) == set(CELLS)
+    assert set(most) == set(PERSISTENT_CELLS)
     for cell, hidden_size in most.items():
         assert plan(cell, hidden_size=hidden_size)["engine"] == "persistent_cta"
         against = plan(cell, hidden_size=hidden_size + 1)["against"]["persistent_cta"]
@@ -120,6 +120,7 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
         ({"dtype": "float64"}, "it has no float64"),
         ({"projection": True}, "it has no projections (proj_size)"),
         ({"batch": 2**31}, "it counts steps and rows in 32 bits"),
+        *(({"cell": cell}, "it has no kernels for this cell") for cell in STEPWISE_CELLS),
     ],
 )
 def test_what_no_persistent_engine_runs(changes: dict[str, Any], reason: str) -> None:

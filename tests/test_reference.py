@@ -14,6 +14,8 @@ from rnnfast import reference
 TORCH_CELLS: dict[str, Callable[..., Tensor]] = {
     "rnn_tanh": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
+    "rnn_identity": lambda x, h, w, u, a=0, b=0: x @ w.T + a + h @ u.T + b,
+    "rnn_leaky_relu": lambda x, h, w, u, a=0, b=0: torch.nn.functional.leaky_relu(x @ w.T + a + h @ u.T + b, 0.01),
     "rnn_sigmoid": lambda x, h, w, u, a=0, b=0: torch.sigmoid(x @ w.T + a + h @ u.T + b),
     "gru": torch.gru_cell,
 }

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tanh": ("RNN", {}),
     "relu": ("RNN", {"nonlinearity": "relu"}),
     "sigmoid": ("RNN", {"nonlinearity": "sigmoid"}),
+    "leaky ReLU": ("RNN", {"nonlinearity": "leaky_relu"}),
     "LSTM": ("LSTM", {}),
     "projected LSTM": ("LSTM", {"proj_size": 2}),
     "GRU": ("GRU", {}),

@@ -59,4 +59,29 @@ struct Relu {
   }
 };
 
+// x where x > 0, kSlope x elsewhere, as torch.nn.functional.leaky_relu has it by default.
+struct LeakyRelu {
+  static constexpr double kSlope = 0.01;
+  template <class V>
+  static RNNFAST_HOST_DEVICE V value(V x) {
+    return relu(x) - V(kSlope) * relu(V(0) - x);
+  }
+  template <class V>
+  static RNNFAST_HOST_DEVICE V derivative(V y) {
+    return relu_mask(y) + V(kSlope) * (V(1) - relu_mask(y));
+  }
+};
+
+// No nonlinearity: a linear recurrence.
+struct Identity {
+  template <class V>
+  static RNNFAST_HOST_DEVICE V value(V x) {
+    return x;
+  }
+  template <class V>
+  static RNNFAST_HOST_DEVICE V derivative(V) {
+    return V(1);
+  }
+};
+
 }  // namespace rnnfast

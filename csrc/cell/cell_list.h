@@ -4,12 +4,29 @@
 #pragma once
 
 // X(name of the operator and of the cell in Python, type)
-#define RNNFAST_FOR_EACH_CELL(X)                           \
+
+#ifdef RNNFAST_OWN_CELL
+// A single cell from outside the package; rnnfast/own_cell.py writes this file.
+#include <rnnfast_own_cell.h>
+#else
+
+// Cells with kernels of the persistent CUDA engines, which take long to compile.
+#define RNNFAST_FOR_EACH_PERSISTENT_CELL(X)                \
   X(rnn_tanh, ::rnnfast::ElmanCell<::rnnfast::Tanh>)       \
   X(rnn_relu, ::rnnfast::ElmanCell<::rnnfast::Relu>)       \
   X(rnn_sigmoid, ::rnnfast::ElmanCell<::rnnfast::Sigmoid>) \
   X(lstm, ::rnnfast::LstmCell)                             \
   X(gru, ::rnnfast::GruCell)
+// Cells that run step by step on CUDA.
+#define RNNFAST_FOR_EACH_STEPWISE_CELL(X)                    \
+  X(rnn_identity, ::rnnfast::ElmanCell<::rnnfast::Identity>) \
+  X(rnn_leaky_relu, ::rnnfast::ElmanCell<::rnnfast::LeakyRelu>)
+
+#endif
+
+#define RNNFAST_FOR_EACH_CELL(X)      \
+  RNNFAST_FOR_EACH_PERSISTENT_CELL(X) \
+  RNNFAST_FOR_EACH_STEPWISE_CELL(X)
 
 namespace rnnfast {
 

@@ -3,11 +3,31 @@
 #pragma once
 
 #include "cell_list.h"
+
+#ifdef RNNFAST_OWN_CELL
+#include RNNFAST_OWN_HEADER
+namespace rnnfast {
+using OwnCell = RNNFAST_OWN_TYPE;
+}
+#else
 #include "elman.h"
 #include "gru.h"
 #include "lstm.h"
+#endif
 
 namespace rnnfast {
+
+// Whether a cell says what its tangent is. Of one that does not, forward is evaluated on dual numbers.
+template <class Cell>
+constexpr bool find_tangent(decltype(&Cell::template tangent<float>)*) {
+  return true;
+}
+template <class Cell>
+constexpr bool find_tangent(...) {
+  return false;
+}
+template <class Cell>
+inline constexpr bool has_tangent = find_tangent<Cell>(nullptr);
 
 // What an engine-independent layer needs to know of a cell.
 struct CellInfo {
@@ -16,17 +36,24 @@ struct CellInfo {
   int states;        // 1: h; 2: h and c
   int saved;         // values per unit and step that backward wants, beside the states
   bool split_gates;  // grad_igates and grad_hgates differ
+  bool tangent;      // has a tangent of its own
+  bool persistent;   // has kernels of the persistent CUDA engines
 };
 
 inline CellInfo cell_info(CellKind kind) {
   switch (kind) {
-#define RNNFAST_CELL_INFO(name, Type) \
-  case CellKind::name:                \
-    return {#name, Type::kGates, Type::kStates, Type::kSaved, Type::kSplitGates};
-    RNNFAST_FOR_EACH_CELL(RNNFAST_CELL_INFO)
+#define RNNFAST_CELL_INFO(name, Type, persistent) \
+  case CellKind::name:                            \
+    return {#name, Type::kGates, Type::kStates, Type::kSaved, Type::kSplitGates, has_tangent<Type>, persistent};
+#define RNNFAST_PERSISTENT_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, true)
+#define RNNFAST_STEPWISE_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, false)
+    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_PERSISTENT_INFO)
+    RNNFAST_FOR_EACH_STEPWISE_CELL(RNNFAST_STEPWISE_INFO)
+#undef RNNFAST_STEPWISE_INFO
+#undef RNNFAST_PERSISTENT_INFO
 #undef RNNFAST_CELL_INFO
   }
-  return {"", 0, 0, 0, false};
+  return {"", 0, 0, 0, false, false, false};
 }
 
 }  // namespace rnnfast

@@ -13,8 +13,8 @@ struct Dual {
 
   Dual() = default;
   RNNFAST_HOST_DEVICE Dual(V value, V tangent) : value(value), tangent(tangent) {}
-  // A constant; cells write V(0) and V(1).
-  explicit RNNFAST_HOST_DEVICE Dual(int constant) : value(constant), tangent(0) {}
+  // A constant; cells write V(0) and V(0.01).
+  explicit RNNFAST_HOST_DEVICE Dual(double constant) : value(constant), tangent(0) {}
 
   friend RNNFAST_HOST_DEVICE Dual operator+(const Dual& a, const Dual& b) {
     return {a.value + b.value, a.tangent + b.tangent};

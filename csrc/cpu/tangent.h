@@ -165,6 +165,8 @@ class Tangent {
     S* t_saved_row = this->saved_row(static_cast<S*>(d_.t_saved), t, slot);
     const S* t_igates_row = row_of(d_.t_igates, t, slot);
     const S* t_hgates_row = Cell::kSplitGates ? row_of(d_.t_hgates, t, slot) : nullptr;
+    [[maybe_unused]] const S* igates_row = row_of(d_.igates, t, slot);
+    [[maybe_unused]] const S* hgates_row = row_of(d_.hgates, t, slot);
     S* t_output_row = row_of(d_.output.tangent, t, slot);
     S* t_c_row = Cell::kStates > 1 ? row_of(d_.c.tangent, t, slot) : nullptr;
     const int64_t size = gates_.size(b);
@@ -181,7 +183,19 @@ class Tangent {
       state[kState] = load(state_row + unit, n);
       prev[kState] = load_or_zero(prev_row, unit, n);
       t_prev[kState] = load_or_zero(t_prev_row, unit, n);
-      Cell::tangent(saved, prev, state, t_igates, t_hgates, t_prev, t_state, t_saved);
+      if constexpr (has_tangent<Cell>) {
+        Cell::tangent(saved, prev, state, t_igates, t_hgates, t_prev, t_state, t_saved);
+      } else {
+        W igates[G], hgates[G], dual_prev[2], dual_state[2], dual_saved[Cell::kSaved + 1];
+        for (int g = 0; g < G; ++g) {
+          igates[g] = {load(igates_row + g * H_ + unit, n), t_igates[g]};
+          hgates[g] = {load(hgates_row + g * H_ + unit, n), t_hgates[g]};
+        }
+        dual_prev[kState] = {prev[kState], t_prev[kState]};
+        Cell::forward(igates, hgates, dual_prev, dual_state, dual_saved);
+        for (int k = 0; k < Cell::kStates; ++k) t_state[k] = dual_state[k].tangent;
+        for (int k = 0; k < Cell::kSaved; ++k) t_saved[k] = dual_saved[k].tangent;
+      }
       store(t_output_row + unit, t_state[0], n);
       if (Cell::kStates > 1) store(t_c_row + unit, t_state[1], n);
       if (t_saved_row)

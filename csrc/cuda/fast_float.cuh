@@ -13,6 +13,7 @@ class FastFloat {
   FastFloat() = default;
   __device__ __forceinline__ explicit FastFloat(float value) : value_(value) {}
   __device__ __forceinline__ explicit FastFloat(int value) : value_(static_cast<float>(value)) {}
+  __device__ __forceinline__ explicit FastFloat(double value) : value_(static_cast<float>(value)) {}
   __device__ __forceinline__ explicit operator float() const { return value_; }
 
   friend __device__ __forceinline__ FastFloat operator+(FastFloat a, FastFloat b) {

@@ -221,10 +221,11 @@ int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) 
 #define RNNFAST_CHOOSE_CELL(name, Cell) \
   case CellKind::name:                  \
     return choose(Type<Cell>());
-    RNNFAST_FOR_EACH_CELL(RNNFAST_CHOOSE_CELL)
+    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_CHOOSE_CELL)
 #undef RNNFAST_CHOOSE_CELL
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 template <class scalar_t, class Math>

@@ -294,10 +294,11 @@ int choose_cell(CellKind kind, const Function& function) {
 #define RNNFAST_CHOOSE_CELL(name, Cell) \
   case CellKind::name:                  \
     return function(Type<Cell>());
-    RNNFAST_FOR_EACH_CELL(RNNFAST_CHOOSE_CELL)
+    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_CHOOSE_CELL)
 #undef RNNFAST_CHOOSE_CELL
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 inline bool is_possible(const SpreadShape& shape) {

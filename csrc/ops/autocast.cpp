@@ -8,7 +8,7 @@
 
 #include "signatures.h"
 
-namespace rnnfast::ops {
+namespace rnnfast::ops::autocast {
 namespace {
 
 template <CellKind kind, at::DeviceType device>
@@ -45,7 +45,7 @@ void implement_all(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) { implement_all<at::kCPU>(m); }
-TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, m) { implement_all<at::kCUDA>(m); }
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, AutocastCPU, m) { implement_all<at::kCPU>(m); }
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, AutocastCUDA, m) { implement_all<at::kCUDA>(m); }
 
-}  // namespace rnnfast::ops
+}  // namespace rnnfast::ops::autocast

@@ -8,7 +8,7 @@
 #include "params.h"
 #include "signatures.h"
 
-namespace rnnfast::ops {
+namespace rnnfast::ops::autograd {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -397,7 +397,7 @@ BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, Autograd, m) {
 #define RNNFAST_AUTOGRAD(name, Type)                                               \
   m.impl(#name, TORCH_FN((forward<CellKind::name>)));                              \
   m.impl(#name "_backward", TORCH_FN((backward<CellKind::name>)));                 \
@@ -408,4 +408,4 @@ TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
 #undef RNNFAST_AUTOGRAD
 }
 
-}  // namespace rnnfast::ops
+}  // namespace rnnfast::ops::autograd

@@ -4,7 +4,7 @@
 
 #include "products_cpu.h"
 
-namespace rnnfast::ops {
+namespace rnnfast::ops::grouped_cpu {
 namespace {
 
 // [D, N, G*H] in the tensors' order, from the engine's: with lengths that has the living rows alone, sorted.
@@ -93,10 +93,10 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CPU, m) {
 #define RNNFAST_CPU(name, Type) m.impl(#name "_grouped_backward", &grouped_backward<CellKind::name>);
   RNNFAST_FOR_EACH_CELL(RNNFAST_CPU)
 #undef RNNFAST_CPU
 }
 
-}  // namespace rnnfast::ops
+}  // namespace rnnfast::ops::grouped_cpu

@@ -5,7 +5,7 @@
 #include "host_cpu.h"
 #include "layer.h"
 
-namespace rnnfast::ops {
+namespace rnnfast::ops::layer_cpu {
 namespace {
 
 template <CellKind kind>
@@ -78,7 +78,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CPU, m) {
 #define RNNFAST_CPU(name, Type)            \
   m.impl(#name, &forward<CellKind::name>); \
   m.impl(#name "_backward", &backward<CellKind::name>);
@@ -86,4 +86,4 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
 #undef RNNFAST_CPU
 }
 
-}  // namespace rnnfast::ops
+}  // namespace rnnfast::ops::layer_cpu

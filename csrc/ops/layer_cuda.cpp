@@ -242,7 +242,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CUDA, m) {
 #define RNNFAST_CUDA(name, Type)           \
   m.impl(#name, &forward<CellKind::name>); \
   m.impl(#name "_backward", &backward<CellKind::name>);

@@ -2,9 +2,7 @@
 // Must not know: how an operator runs.
 #include <torch/library.h>
 
-#include <string>
-
-#include "cell/cells.h"
+#include "signatures.h"
 
 #define RNNFAST_LAYER_ARGUMENTS \
   "Tensor input, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? reset"
@@ -18,7 +16,8 @@
 #define RNNFAST_GRADIENT_TANGENTS "Tensor t_grad_input, Tensor t_grad_h0, Tensor t_grad_c0, Tensor[] t_grad_weights)"
 #define RNNFAST_GRADIENTS "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)"
 
-TORCH_LIBRARY(rnnfast, m) {
+#define RNNFAST_DEFINE_LIBRARY(name, m) TORCH_LIBRARY(name, m)  // where name is expanded
+RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
   // One layer over a whole sequence, its gradient, and the derivatives of both along a tangent.
 #define RNNFAST_SCHEMAS(name, Type)                                                                          \
   m.def(#name "(" RNNFAST_LAYER_ARGUMENTS ", int save) -> " RNNFAST_STATES ", Tensor saved)");               \

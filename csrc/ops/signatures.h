@@ -13,6 +13,11 @@
 
 #include "cell/cells.h"
 
+// The namespace of the operators. A cell that is compiled by itself has one of its own.
+#ifndef RNNFAST_LIBRARY
+#define RNNFAST_LIBRARY rnnfast
+#endif
+
 namespace rnnfast::ops {
 
 using at::Tensor;
@@ -76,7 +81,9 @@ struct LayerArguments {
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + name).c_str(), "").typed<Signature>();
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((C10_STRINGIZE(RNNFAST_LIBRARY) "::" + name).c_str(), "")
+      .typed<Signature>();
 }
 
 // Looked up once.

@@ -6,7 +6,7 @@
 
 #include "products_cpu.h"
 
-namespace rnnfast::ops {
+namespace rnnfast::ops::tangent_cpu {
 namespace {
 
 using Gradients = std::array<OptionalTensor, 4>;  // of output, h_n, c_n, c
@@ -111,6 +111,14 @@ class TangentLayer {
       direction.t_saved = block(t_saved_, d);
       gates.push_back(igates);
       gates.push_back(hgates);
+      if (g_.info.tangent) continue;
+      for (const bool hidden : {false, true}) {
+        const Tensor from = hidden ? previous(output_.value, h0_.value, d) : x_.value;
+        const Tensor values = at::mm(from, weight(d, hidden).value.t());
+        if (g_.biases) values.add_(weight(d, hidden ? 3 : 2).value);
+        (hidden ? direction.hgates : direction.igates) = gate_rows(values);
+        gates.push_back(values);
+      }
     }
     run(&cpu::Engine::tangent_forward);
   }
@@ -320,7 +328,7 @@ BackwardJvpResult backward_jvp(const OptionalTensor& t_grad_output, const Option
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CPU, m) {
 #define RNNFAST_CPU(name, Type)               \
   m.impl(#name "_jvp", &jvp<CellKind::name>); \
   m.impl(#name "_backward_jvp", &backward_jvp<CellKind::name>);
@@ -328,4 +336,4 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
 #undef RNNFAST_CPU
 }
 
-}  // namespace rnnfast::ops
+}  // namespace rnnfast::ops::tangent_cpu

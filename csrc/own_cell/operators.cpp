@@ -1,0 +1,27 @@
+// Owns: the operators of one cell that is compiled by itself, from the sources of the package's own: the files of
+// csrc/ops in one compilation, since each would parse torch's headers anew. Its engine is compiled beside it, for one
+// instruction set.
+// Must not know: what they do.
+#include "../ops/autocast.cpp"
+#include "../ops/autograd.cpp"
+#include "../ops/checks.cpp"
+#include "../ops/grouped_cpu.cpp"
+#include "../ops/layer.cpp"
+#include "../ops/layer_cpu.cpp"
+#include "../ops/products_cpu.cpp"
+#include "../ops/schemas.cpp"
+#include "../ops/tangent_cpu.cpp"
+//
+#include "../cpu/engine.h"
+
+namespace rnnfast::cpu {
+const Engine& engine() { return RNNFAST_OWN_ISA::kEngine; }
+}  // namespace rnnfast::cpu
+
+// What Python asks of the cell: gates, states, saved values.
+extern "C" __attribute__((visibility("default"))) void rnnfast_own_cell(int* sizes) {
+  const rnnfast::CellInfo info = rnnfast::cell_info({});
+  sizes[0] = info.gates;
+  sizes[1] = info.states;
+  sizes[2] = info.saved;
+}

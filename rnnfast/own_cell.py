@@ -1,0 +1,247 @@
+"""Owns: layers of a cell that is not the package's, compiled from its header of equations.
+
+The package's own engine and operators, of ``csrc/``, are compiled for that cell alone, into a namespace of their own.
+Must not know how a layer runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _build, _extension, modules, ops, reference
+from ._version import __version__
+
+_HERE = Path(__file__).resolve().parent
+# Of an installed package, or of a checkout.
+_SOURCES = _HERE / "csrc" if (_HERE / "csrc").exists() else _HERE.parent / "csrc"
+_FLAGS = ["-DRNNFAST_OWN_CELL", "-w"]
+
+Step = Callable[..., "tuple[Tensor, ...]"]
+
+
+class OwnLayers(modules._Layers):
+    """What the classes share that :func:`compile_cell` makes."""
+
+    cell: ClassVar[str]  # "namespace::name" of the operators
+    gates: ClassVar[int]  # of the cell
+    instruction_set: ClassVar[str]  # that it was compiled for
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        batch_invariant: bool = False,
+        weight_dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            self.cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            recompute,
+            batch_invariant,
+            weight_dropout,
+            backend,
+        )
+        # RNNBase made the parameters of a cell with one gate.
+        for name, parameter in list(self.named_parameters()):
+            shape = (self.gates * hidden_size, *parameter.shape[1:])
+            setattr(self, name, nn.Parameter(parameter.new_empty(shape)))
+        self.reset_parameters()
+
+
+def compile_cell(
+    header: str | os.PathLike[str],
+    struct: str | None = None,
+    *,
+    step: Step | None = None,
+    directory: str | os.PathLike[str] | None = None,
+) -> type[OwnLayers]:
+    """Compile the equations of a recurrent cell into a layer, as fast as the package's own, and return its class.
+
+    The class takes what :class:`rnnfast.GRU` takes: layers, directions, dropout, PackedSequence, ``lengths``,
+    ``reset``, ``recompute`` and so on. Its parameters are ``weight_ih_l0 [G*H, input_size]``, ``weight_hh_l0
+    [G*H, H]``, ``bias_ih_l0`` and ``bias_hh_l0 [G*H]``, G gates of H = hidden_size units, initialised as torch.nn's
+    are. For a cell with two states ``hx`` and the final states are pairs, as an LSTM's are. It runs on the CPU, with
+    first and second derivatives. ``docs/ADDING_A_CELL.md`` says what the header holds.
+
+    A compilation takes a C++ compiler and ninja, and about half a minute on two idle cores. What was compiled is kept,
+    by the content of the header and the versions of rnnfast and torch, and loaded again at once.
+
+    Args:
+        header: the file of equations.
+        struct: the name of the cell's struct in it; None: the only struct there is.
+        step: the same equations in plain PyTorch, ``step(igates, hgates, *states) -> states`` as in
+            :mod:`rnnfast.reference`; igates and hgates are ``[B, G*H]``, a state ``[B, H]``. With it there are also
+            derivatives of third order and ``backend="reference"``; without it these raise NotImplementedError.
+        directory: where it is compiled and kept; None: where torch.utils.cpp_extension does so,
+            ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/torch_extensions``.
+
+    Raises:
+        FileNotFoundError: there is no such header.
+        ValueError: the header has no struct, or several and none is named, or its file name is no name for an operator.
+        RuntimeError: it does not compile; the message is the compiler's, with the header's lines. Or there is no
+            compiler, or the package has no extension itself.
+    """
+    if _extension.extension is None:
+        raise RuntimeError(_extension.error)
+    header = Path(header).resolve()
+    text = header.read_text()
+    name = header.stem.lower()
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"header: expected a file named by letters, digits and _, got {header.name}")
+    struct = _find_struct(header, text) if struct is None else struct
+    instruction_set = str(_extension.extension.instruction_set())
+
+    key = hashlib.sha256("\n".join([text, struct, instruction_set, __version__, torch.__version__]).encode())
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp")):
+        key.update(source.read_bytes())
+    library = f"rnnfast_{name}_{key.hexdigest()[:16]}"
+    cell = f"{library}::{name}"
+    if cell not in reference.OWN_CELLS:
+        folder = _build_root(directory) / library
+        product, complete = folder / f"{library}.so", folder / "complete"
+        if complete.exists():
+            torch.ops.load_library(product)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_sources(folder, header, text, struct, library, name, instruction_set)
+            _check(folder, header)
+            _load(folder, library, header, instruction_set)
+            complete.touch()
+        gates, states, saved = _sizes(product)
+        ops.register_own_cell(cell, saved, reference.Cell(gates, states, _no_formula))
+    form = reference.OWN_CELLS[cell]
+    if step is not None:
+        reference.OWN_CELLS[cell] = form._replace(step=step)
+    members = {"cell": cell, "gates": form.gates, "instruction_set": instruction_set, "__doc__": _doc(header, struct)}
+    return type(struct.removesuffix("Cell") or struct, (OwnLayers,), members)
+
+
+def _no_formula(*_arguments: Tensor) -> tuple[Tensor, ...]:
+    raise NotImplementedError(
+        "a compiled cell has no formula in plain PyTorch, which third derivatives and backend='reference' take: give "
+        "rnnfast.compile_cell one as step="
+    )
+
+
+def _doc(header: Path, struct: str) -> str:
+    return f"A layer of the cell {struct} of {header.name}; takes what :class:`rnnfast.GRU` takes."
+
+
+def _find_struct(header: Path, text: str) -> str:
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?\{", code)
+    if len(structs) != 1:
+        found = ", ".join(structs) or "none"
+        raise ValueError(f"struct: expected the name of one of {header.name}'s structs ({found}), got None")
+    return str(structs[0])
+
+
+def _build_root(directory: str | os.PathLike[str] | None) -> Path:
+    from torch.utils import cpp_extension  # a third of a second
+
+    if directory is not None:
+        return Path(directory).resolve()
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+
+
+def _write_sources(
+    folder: Path, header: Path, text: str, struct: str, library: str, name: str, instruction_set: str
+) -> None:
+    # A copy, so that what was compiled does not depend on the file; the compiler's messages name the file.
+    path = str(header).replace("\\", "\\\\").replace('"', '\\"')
+    _write(folder / "equations.h", f'#line 1 "{path}"\n{text}')
+    _write(
+        folder / "rnnfast_own_cell.h",
+        "// The list of cells of csrc/cell/cell_list.h.\n"
+        f"#define RNNFAST_LIBRARY {library}\n"
+        "#define RNNFAST_OWN_HEADER <equations.h>\n"
+        f"#define RNNFAST_OWN_TYPE {struct}\n"
+        f"#define RNNFAST_OWN_ISA {instruction_set}\n"
+        "#define RNNFAST_FOR_EACH_PERSISTENT_CELL(X)\n"
+        f"#define RNNFAST_FOR_EACH_STEPWISE_CELL(X) X({name}, ::rnnfast::OwnCell)\n",
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Make ``path`` hold ``text``, whole at every moment, and untouched if it does: another process may compile it."""
+    if path.exists() and path.read_text() == text:
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _include_paths(folder: Path, header: Path) -> list[str]:
+    return [str(path) for path in (folder, _SOURCES, _SOURCES / "cell", header.parent)]
+
+
+def _check(folder: Path, header: Path) -> None:
+    """Compile the header alone, for messages that are about it."""
+    compiler = os.environ.get("CXX", "c++").split()
+    includes = (f"-I{path}" for path in _include_paths(folder, header))
+    source = str(_SOURCES / "own_cell" / "check.cpp")
+    command = [*compiler, "-std=c++20", "-fsyntax-only", *_FLAGS, *includes, source]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{header.name} cannot be compiled: no C++ compiler was found ({error})") from None
+    if done.returncode:
+        raise RuntimeError(f"{header.name} does not compile:\n{done.stderr}")
+
+
+def _load(folder: Path, library: str, header: Path, instruction_set: str) -> None:
+    from torch.utils import cpp_extension
+
+    sources = [_SOURCES / "own_cell" / "operators.cpp", _SOURCES / "cpu" / f"engine_{instruction_set}.cpp"]
+    try:
+        cpp_extension.load(
+            library,
+            [str(path) for path in sources],
+            extra_cflags=[*_build.CXX_FLAGS, *_FLAGS],
+            extra_include_paths=_include_paths(folder, header),
+            extra_ldflags=_build.openmp_library(),
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    except RuntimeError as error:
+        output = getattr(error.__cause__, "output", b"") or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else str(output)
+        # Ninja repeats the commands.
+        lines = [line for line in text.splitlines() if not re.match(r"\[\d+/\d+\]|FAILED:|ninja:|\S*c\+\+ ", line)]
+        raise RuntimeError(f"{header.name} cannot be compiled:\n" + ("\n".join(lines) or str(error))) from None
+
+
+def _sizes(product: Path) -> tuple[int, int, int]:
+    """The cell's gates, states and saved values."""
+    sizes = (ctypes.c_int * 3)()
+    ctypes.CDLL(str(product)).rnnfast_own_cell(sizes)
+    return sizes[0], sizes[1], sizes[2]

@@ -1,0 +1,216 @@
+"""A cell from outside the package: compiled once for all of these tests, from the header of examples/own_cell.py."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples_as_run import EXAMPLES
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnfast
+from rnnfast import ops, own_cell, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = EXAMPLES / "minimal_gated_unit.h"
+
+pytestmark = pytest.mark.skipif(ops.extension is None, reason="a cell is compiled beside the extension")
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch.set_num_threads(1)
+    return importlib.import_module("own_cell")
+
+
+@pytest.fixture
+def mgu(example: Any) -> type[own_cell.OwnLayers]:
+    return rnnfast.compile_cell(HEADER, step=example.step)
+
+
+@pytest.fixture
+def without_formula(mgu: type[own_cell.OwnLayers], monkeypatch: pytest.MonkeyPatch) -> type[own_cell.OwnLayers]:
+    form = reference.OWN_CELLS[mgu.cell]
+    monkeypatch.setitem(reference.OWN_CELLS, mgu.cell, form._replace(step=own_cell._no_formula))
+    return mgu
+
+
+def both(layer: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients of the kernels, and of the formula."""
+    sides = []
+    for backend in ("auto", "reference"):
+        with rnnfast.backend(backend):
+            output, h_n = layer(*arguments, **options)
+        output = output.data if isinstance(output, torch.nn.utils.rnn.PackedSequence) else output
+        grads = torch.autograd.grad((output.sin().sum() + h_n.cos().sum()), list(layer.parameters()))
+        sides.append([output, h_n, *grads])
+    return sides[0], sides[1]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+def test_kernels_do_what_the_formula_does(mgu: Any, form: str, recompute: bool) -> None:
+    layer = mgu(5, 19, num_layers=2, bidirectional=True, recompute=recompute, dtype=torch.float64)
+    x, lengths = torch.randn(7, 3, 5, dtype=torch.float64), torch.tensor([7, 4, 1])
+    hx = torch.randn(4, 3, 19, dtype=torch.float64)
+    input = pack_padded_sequence(x, lengths) if form == "packed" else x
+    reset = torch.rand(12 if form == "packed" else (7, 3)) < 0.3 if form == "packed" else torch.rand(7, 3) < 0.3
+    ours, theirs = both(layer, input, hx, reset=reset, lengths=lengths if form == "lengths" else None)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_every_dtype(mgu: Any, dtype: torch.dtype) -> None:
+    layer = mgu(24, 40, dtype=dtype)
+    ours, theirs = both(layer, torch.randn(6, 5, 24, dtype=dtype))
+    tolerance = 16 * torch.finfo(dtype).eps
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= tolerance * other.norm()
+
+
+def test_derivatives_without_a_formula(without_formula: Any) -> None:
+    """First and second ones are kernels; the header has no tangent, so that of forward comes from dual numbers."""
+    layer = without_formula(3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+    values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *weights: Tensor) -> Any:
+        lengths = torch.tensor([4, 2])
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,), {"lengths": lengths})
+
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *values), fast_mode=True)
+
+
+def test_what_takes_the_formula_says_so_without_one(without_formula: Any) -> None:
+    layer = without_formula(3, 4)
+    with rnnfast.backend("reference"), pytest.raises(NotImplementedError, match=r"no formula in plain PyTorch.*step="):
+        layer(torch.randn(2, 1, 3))
+    x = torch.randn(2, 1, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no formula in plain PyTorch"):
+        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+
+
+def test_transforms_and_compilation(mgu: Any) -> None:
+    layer = mgu(3, 4, dtype=torch.float64)
+    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(layer, weights, (x,))[0]
+        return output.square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 1))(weights, x.unsqueeze(2))
+    for name, whole in torch.func.grad(loss)(weights, x).items():
+        torch.testing.assert_close(per_sample[name].sum(0), whole)
+    _, along = torch.func.jvp(lambda x: loss(weights, x), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(along, torch.func.grad(loss, 1)(weights, x).sum())
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+
+
+def test_a_layer_as_the_packages_own(mgu: Any) -> None:
+    layer = mgu(5, 8, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5)
+    assert repr(layer) == "MinimalGatedUnit(5, 8, num_layers=2, batch_first=True, dropout=0.5, bidirectional=True)"
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes["weight_ih_l1_reverse"] == (16, 16)
+    assert shapes["bias_hh_l0"] == (16,)
+    assert all(0 < parameter.abs().max() <= 8**-0.5 for parameter in layer.parameters())
+    twin = mgu(5, 8, num_layers=2, bidirectional=True, batch_first=True)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 5)
+    torch.testing.assert_close(layer.eval()(x), twin(x))
+    assert isinstance(layer, torch.nn.RNNBase)
+    assert str(rnnfast.explain(mgu(5, 8))) == f"MinimalGatedUnit layer 0: cpu ({mgu.instruction_set})"
+    with pytest.raises(ValueError, match=r"got rnn with a cell of its own, MinimalGatedUnit$"):
+        rnnfast.to_torch(torch.nn.ModuleDict({"rnn": layer, "gru": rnnfast.GRU(2, 3)}))
+    with pytest.raises(RuntimeError, match=r"rnnfast\.minimal_gated_unit: h0 has shape \[1, 1, 7\]"):
+        ops.layer(mgu.cell, x, torch.zeros(1, 1, 7), None, list(mgu(5, 8).parameters()))
+
+
+def test_it_is_compiled_once(mgu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "load", lambda *_, **__: pytest.fail("compiled again"))
+    copy = tmp_path / HEADER.name
+    copy.write_text(HEADER.read_text())
+    assert rnnfast.compile_cell(copy).cell == mgu.cell
+
+    class Compiles(Exception):
+        pass
+
+    def load(name: str, *_: Any, **__: Any) -> None:
+        raise Compiles(name)
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    copy.write_text(HEADER.read_text() + "// another\n")
+    with pytest.raises(Compiles) as compiles:
+        rnnfast.compile_cell(copy, directory=tmp_path)
+    assert str(compiles.value) != mgu.cell.partition("::")[0]
+
+
+GOOD = HEADER.read_text()
+LINE = 1 + GOOD[: GOOD.index("saved[2] = hgates[1];")].count("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("saved[2] = hgates[1];", "saved[2] = hgate[1];"), rf"broken\.h:{LINE}:16: error: .*hgate"),
+        (GOOD.replace("V(1) - f", "V(1) % f"), r"broken\.h:\d+:\d+: error: no match for .*operator%"),
+        (GOOD.replace("  static constexpr int kSaved = 3;", ""), "error: .*kSaved.* is not a member of"),
+        (GOOD.replace("kStates = 1;", "kStates = 3;"), "kStates: a cell has one state, h, or two, h and c"),
+        (GOOD.replace("V* grad_prev) {", ") {"), "broken.h:.*error"),
+    ],
+    ids=["a name", "an operation", "a member", "states", "a function"],
+)
+def test_a_mistake_is_shown_where_it_is(tmp_path: Path, text: str, message: str) -> None:
+    header = tmp_path / "broken.h"
+    assert text != GOOD
+    header.write_text(text)
+    with pytest.raises(RuntimeError, match=message) as error:
+        rnnfast.compile_cell(header, directory=tmp_path)
+    assert str(error.value).startswith("broken.h does not compile:\n")
+    assert len(str(error.value).splitlines()) < 60
+
+
+def test_what_no_compiler_is_asked_about(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.h"):
+        rnnfast.compile_cell(tmp_path / "none.h")
+    header = tmp_path / "two.h"
+    header.write_text("struct One {};\n// struct Comment {};\nstruct Two {};\n")
+    with pytest.raises(
+        ValueError, match=r"struct: expected the name of one of two\.h's structs \(One, Two\), got None"
+    ):
+        rnnfast.compile_cell(header)
+    header = tmp_path / "2 cells.h"
+    header.write_text(GOOD)
+    with pytest.raises(ValueError, match=r"header: expected a file named by letters, digits and _, got 2 cells\.h"):
+        rnnfast.compile_cell(header)
+
+
+def test_an_installed_package_has_the_sources(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path)]
+    environment = {"PATH": "/usr/bin:/bin", "RNNFAST_EXTENSION": "0"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (package,) = tmp_path.glob("lib*/rnnfast")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {str(path.relative_to(package)) for path in (package / "csrc").rglob("*.*")} == sources
+
+
+def test_the_example(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--steps", "3", "--batch", "2", "--inputs", "3", "--hidden", "4"]
+    example.main([*sizes, "--rounds", "1", "--no-compile"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "first and second derivatives agree with finite differences" in lines
+    assert [line.split()[0:2] for line in lines[-2:]] == [["Python", "loop"], ["compiled", "cell"]]

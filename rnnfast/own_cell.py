@@ -92,7 +92,7 @@ def compile_cell(
     are. For a cell with two states ``hx`` and the final states are pairs, as an LSTM's are. It runs on the CPU, with
     first and second derivatives. ``docs/ADDING_A_CELL.md`` says what the header holds.
 
-    A compilation takes a C++ compiler and ninja, and about half a minute on two idle cores. What was compiled is kept,
+    A compilation takes a C++ compiler and ninja, and about 40 seconds on two cores. What was compiled is kept,
     by the content of the header and the versions of rnnfast and torch, and loaded again at once.
 
     Args:

@@ -16,7 +16,7 @@ from rnnfast import ops, show_config
 settings.register_profile("rnnfast", deadline=None, derandomize=True)
 settings.load_profile("rnnfast")
 
-# A cell of one's own takes half a minute to compile: what one run has compiled is there for the next.
+# A cell of one's own takes 40 seconds to compile: what one run has compiled is there for the next.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parents[1] / "build" / "own_cells"))
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and not ops.missing_kernels("cuda") else ["cpu"]

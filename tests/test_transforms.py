@@ -271,18 +271,23 @@ def test_forward_mode_of_every_argument(sample: Sample, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_cell
 def test_dtypes(cell: str, dtype: torch.dtype) -> None:
-    """Tangents and per-sample gradients in every dtype, against float64."""
+    """Tangents and per-sample gradients in every dtype, against float64.
+
+    Without a nonlinearity the states grow until rounding moves their sine: there the formula's error is the measure.
+    """
     sample = Sample(cell, steps=6, batch=2, input_size=16, hidden_size=16, directions=2)
     for name in ("jvp", "jvp of grad", "per-sample gradients"):
         function, tensors = as_function(ops.layer, sample, "cpu")
+        formula, _ = as_function(reference.layer, sample, "cpu")
         rounded = [tensor.to(dtype) for tensor in tensors]
-        exact = TRANSFORMS[name](function, [tensor.double() for tensor in rounded])
-        actual = TRANSFORMS[name](function, rounded)
-        flat = [torch.utils._pytree.tree_leaves(tree) for tree in (actual, exact)]
-        assert {tensor.dtype for tensor in flat[0]} == {dtype}
-        error = torch.cat([(a.double() - b).flatten() for a, b in zip(*flat, strict=True)]).norm()
-        size = torch.cat([b.flatten() for b in flat[1]]).norm()
-        assert error <= 8 * torch.finfo(dtype).eps * size
+        exact = torch.utils._pytree.tree_leaves(TRANSFORMS[name](function, [tensor.double() for tensor in rounded]))
+        errors = []
+        for run in (function, formula):
+            actual = torch.utils._pytree.tree_leaves(TRANSFORMS[name](run, rounded))
+            assert {tensor.dtype for tensor in actual} == {dtype}
+            errors.append(torch.cat([(a.double() - b).flatten() for a, b in zip(actual, exact, strict=True)]).norm())
+        allowed = 8 * torch.finfo(dtype).eps * torch.cat([tensor.flatten() for tensor in exact]).norm()
+        assert errors[0] <= (max(allowed, 2 * errors[1]) if cell == "rnn_identity" else allowed)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,21 @@ struct DirectionWeights {
   const void* w_hr = nullptr;  // [P, H] or null: LSTM with a projection
 };
 
+// What changes at random inside the recurrence, drawn by philox.h for each row from its seed. h~ and c~ are what the
+// cell computes, k is 1 with the probability of zoneout and 0 otherwise:
+//
+//   recurrent dropout   W_hh h_(t-1) becomes W_hh (m h_(t-1)), m in {0, 1 / (1 - p)}, one a row and unit of h
+//   zoneout             h_t = k h_(t-1) + (1 - k) h~_t, and c_t likewise with its own k; h_t's c is c~_t
+//
+// Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS 2016;
+// Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations", ICLR 2017.
+struct Noise {
+  // [B], in the order of the tensors' rows; for CUDA engines in device memory. Null: k is its expectation, the
+  // probability itself (forward alone).
+  const int64_t* seeds = nullptr;
+  double recurrent_dropout = 0, zoneout_h = 0, zoneout_c = 0;  // probabilities below 1
+};
+
 struct DirectionForward {
   DirectionWeights weights;
   const void* h0 = nullptr;  // [B, P]
@@ -101,6 +116,7 @@ struct LayerForward {
   Rows input;  // rows of I; data is only read
   DirectionForward direction[2];
   cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
+  Noise noise;          // the CPU engine and stepwise
 };
 
 struct DirectionBackward {
@@ -145,6 +161,7 @@ struct LayerBackward {
   Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
   DirectionBackward direction[2];
   cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
+  Noise noise;          // the CPU engine and stepwise
 };
 
 // ---------------------------------------------------------------------------------------------------- tangents

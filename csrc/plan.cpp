@@ -37,6 +37,7 @@ std::string against_persistence(const Problem& problem, const Device& device) {
   if (problem.dtype == Dtype::f64) return "it has no float64";
   if (problem.projection) return "it has no projections (proj_size)";
   if (!cell_info(problem.cell).persistent) return "it has no kernels for this cell";
+  if (problem.noise) return "it has no recurrent dropout or zoneout";
   if (problem.steps >= kMost || problem.batch >= kMost) return "it counts steps and rows in 32 bits";
   return "";
 }

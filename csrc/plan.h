@@ -33,6 +33,7 @@ struct Problem {
   bool projection = false;
   int directions = 1;
   bool backward = false;
+  bool noise = false;  // recurrent dropout or zoneout
 };
 
 // How an engine divides a layer; stepwise does not.

@@ -23,7 +23,16 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # What torch.nn's modules lack.
-_OWN_ATTRIBUTES = ("backend", "recompute", "batch_invariant", "weight_dropout", "forget_bias", "_layer_names")
+_OWN_ATTRIBUTES = (
+    "backend",
+    "recompute",
+    "batch_invariant",
+    "weight_dropout",
+    "recurrent_dropout",
+    "zoneout",
+    "forget_bias",
+    "_layer_names",
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -52,8 +61,8 @@ def to_torch(model: ModuleT) -> ModuleT:
         ``model``.
 
     Raises:
-        ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``, a
-            cell of its own); nothing has been changed then.
+        ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
+            ``recurrent_dropout``, ``zoneout``, a cell of its own); nothing has been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
@@ -99,8 +108,10 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     """The options of a layer or cell that torch.nn's lacks."""
     if isinstance(module, own_cell.OwnLayers):
         return [f"a cell of its own, {type(module).__name__}"]
-    options = {name: getattr(module, name, None) for name in ("nonlinearity", "weight_dropout")}
-    return [f"{name}={value!r}" for name, value in options.items() if value and value not in ("tanh", "relu")]
+    names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout")
+    options = {name: getattr(module, name, None) for name in names}
+    none = (None, 0.0, (0.0, 0.0), "tanh", "relu")
+    return [f"{name}={value!r}" for name, value in options.items() if value not in none]
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

@@ -51,8 +51,12 @@ class _Formula:
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        seed: Tensor | None = None,
+        noise: Sequence[float] = (),
     ) -> None:
-        self.layer = partial(reference.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+        self.layer = partial(
+            reference.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, seed=seed, noise=noise
+        )
         self.tensors = _present(input, h0, c0, *weights)
         self.has_c0 = c0 is not None
         self.results = 4 if self.has_c0 else 2
@@ -111,8 +115,8 @@ def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor,
 
 # Each takes the arguments of the operator of its name, in their order, but for what forward kept.
 def reference_backward(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads, layer, output_mask = arguments[:4], arguments[4:11], arguments[11]
-    formula = _Formula(cell, *layer)
+    grads, layer, output_mask, noise = arguments[:4], arguments[4:11], arguments[11], arguments[12:]
+    formula = _Formula(cell, *layer, *noise)
     return formula.masked(formula.backward(*grads[: formula.results], *formula.tensors), output_mask)
 
 
@@ -535,8 +539,27 @@ def _with_list(results: Sequence[Tensor], single: int | None) -> tuple[Any, ...]
     return tuple(results) if single is None else (*results[:single], list(results[single:]))
 
 
-def _transformed(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:
+def _without_noise(own: int, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The first ``own`` arguments of an operator; then seed and noise, nothing where there is no noise."""
+    noise = arguments[own:]  # of what has its default the dispatcher drops the last
+    return arguments[:own], noise if len(noise) == 2 and any(noise[1]) else ()
+
+
+def _by_formula(
+    unpack: Callable[..., _Unpacked], cell: str, arguments: Sequence[Any], noise: Sequence[Any]
+) -> tuple[Any, ...]:
+    """An operator with noise, of which the kernels of transforms know nothing."""
+    if unpack is _unpack_backward:  # but for what forward kept
+        return reference_backward(cell, *arguments[:11], arguments[14], *noise)
+    input, h0, c0, weights, *sequence, _ = arguments
+    batch_sizes, lengths, reset = sequence
+    options: dict[str, Any] = {"lengths": lengths, "reset": reset, "seed": noise[0], "noise": noise[1]}
+    return *reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, **options), input.new_empty(0)
+
+
+def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:
     """The operator where a transform of torch.func is active."""
+    arguments, noise = _without_noise(own, arguments)
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     autocast_dtype = reference.autocast_dtype(first)
     if autocast_dtype is not None:
@@ -544,7 +567,9 @@ def _transformed(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -
         if unpack is _unpack_forward:
             arguments = tuple(_cast(argument, autocast_dtype) for argument in arguments)
         with torch.autocast(first.device.type, enabled=False):
-            return _transformed(unpack, cell, *arguments)
+            return _transformed(unpack, own, cell, *arguments, *noise)
+    if noise:
+        return _by_formula(unpack, cell, arguments, noise)
     function, call, tensors, single = unpack(cell, *arguments)
     return _with_list(function.apply(call, *tensors), single)
 
@@ -555,8 +580,11 @@ def _cast(argument: Any, dtype: torch.dtype) -> Any:
     return [reference.cast(tensor, dtype) for tensor in argument] if isinstance(argument, (list, tuple)) else argument
 
 
-def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) -> tuple[Any, ...]:
+def _vectorized(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:
     """The operator inside the vmap of autograd itself, which is_grads_batched and vectorize=True use."""
+    arguments, noise = _without_noise(own, arguments)
+    if noise:
+        raise NotImplementedError(f"rnnfast.{cell}: batched gradients with recurrent dropout or zoneout")
     function, call, tensors, single = unpack(cell, *arguments)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -578,12 +606,12 @@ def _vectorized(unpack: Callable[..., _Unpacked], cell: str, *arguments: Any) ->
 
 def register(library: Any, cell: str) -> None:
     _, name = names(cell)
-    for suffix, unpack in (
-        ("", _unpack_forward),
-        ("_backward", _unpack_backward),
-        ("_grouped_backward", _unpack_backward),
-        ("_jvp", _unpack_jvp),
-        ("_backward_jvp", _unpack_backward_jvp),
+    for suffix, unpack, own in (  # own: arguments before seed and noise
+        ("", _unpack_forward, 8),
+        ("_backward", _unpack_backward, 15),
+        ("_grouped_backward", _unpack_backward, 16),
+        ("_jvp", _unpack_jvp, 14),
+        ("_backward_jvp", _unpack_backward_jvp, 23),
     ):
-        library.impl(name + suffix, partial(_transformed, unpack, cell), "FuncTorchDynamicLayerFrontMode")
-        library.impl(name + suffix, partial(_vectorized, unpack, cell), "Batched")
+        library.impl(name + suffix, partial(_transformed, unpack, own, cell), "FuncTorchDynamicLayerFrontMode")
+        library.impl(name + suffix, partial(_vectorized, unpack, own, cell), "Batched")

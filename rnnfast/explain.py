@@ -107,6 +107,7 @@ def _cuda_engine(
         "directions": 2 if getattr(part, "bidirectional", False) else 1,
         "projection": getattr(part, "proj_size", 0) > 0,
         "tf32": extension.tf32_allowed(),
+        "noise": isinstance(part, modules._Layers) and part._noisy(),
         "device": extension.cuda_device(-1 if index is None else index),
     }
     forward, backward = (extension.plan(**problem, backward=backward) for backward in (False, True))

@@ -57,6 +57,9 @@ def recurrent(
     recompute: bool = False,
     batch_invariant: bool = False,
     weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
+    training: bool = True,
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Result:
@@ -84,7 +87,13 @@ def recurrent(
         weight_dropout: probability of zeroing an element of every ``w_hh``, the rest scaled by 1 / (1 - p): one mask a
             direction and call, so the same at every step (Merity, Keskar and Socher, "Regularizing and Optimizing LSTM
             Language Models", ICLR 2018).
-        generator: what the masks of ``weight_dropout`` are drawn from, of the weights' device; None: torch's default.
+        recurrent_dropout: probability below 1 of zeroing an element of h where it meets ``w_hh``, the rest scaled by
+            1 / (1 - p): one mask a row, layer, direction and call, see :class:`rnnfast.reference.Noise`.
+        zoneout: probability below 1 that a unit of h, and one of c, keeps its last value, drawn anew at every step; or
+            one for each of both.
+        training: whether ``zoneout`` draws; otherwise it takes the expectation.
+        generator: what the masks of ``weight_dropout`` and the seeds of the others, one a layer and row, are drawn
+            from, of the weights' device; None: torch's default.
         backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
 
     Returns:
@@ -92,7 +101,8 @@ def recurrent(
 
     Raises:
         ValueError: input has the wrong rank or another dtype than the weights; lengths come with a PackedSequence;
-            batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout.
+            batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
+            recurrent dropout or zoneout.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
         TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
     """
@@ -149,15 +159,33 @@ def recurrent(
 
     if weight_dropout:
         weights = _drop_weights(weights, 2 if bidirectional else 1, weight_dropout, generator)
+    noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
+    if noise and training:
+        seeds = torch.randint(2**63 - 1, (len(weights), batch), generator=generator, device=x.device)
+        seeds = seeds if sorted_indices is None else seeds.index_select(1, sorted_indices)
     if batch_invariant:
-        _check_batch_invariant(x, dropout if len(weights) > 1 else 0.0, backend)
+        _check_batch_invariant(x, (dropout and len(weights) > 1) or seeds is not None, backend)
     save = 0
     if recompute or return_states:
         save = _save((x, h0, c0), weights, recompute, return_states)
     states: list[tuple[Tensor, Tensor]] | None = [] if return_states else None
 
     output, h_n, c_n = _layers(
-        cell, x, h0, c0, weights, slots // len(weights), dropout, batch_sizes, lengths, reset, save, states, backend
+        cell,
+        x,
+        h0,
+        c0,
+        weights,
+        slots // len(weights),
+        dropout,
+        batch_sizes,
+        lengths,
+        reset,
+        seeds,
+        noise,
+        save,
+        states,
+        backend,
     )
     if cell == "gru":
         output, h_n = _as_state(output, h0), _as_state(h_n, h0)
@@ -230,14 +258,18 @@ def _layers(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    seeds: Tensor | None,  # [L, B]
+    noise: Sequence[float],
     save: int,
     states: list[tuple[Tensor, Tensor]] | None,  # takes every layer's h and c of every step
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack itself, time first: (output, h_n, c_n)."""
     run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, save=save, backend=backend)
+    if noise:
+        run = partial(run, noise=noise)
     if len(weights) == 1:
-        output, h_n, c_n, c = run(input, h0, c0, weights[0])
+        output, h_n, c_n, c = run(input, h0, c0, weights[0], seed=None if seeds is None else seeds[0])
         if states is not None:
             states.append((output, c))
         return output, h_n, c_n
@@ -248,7 +280,8 @@ def _layers(
             input = drop(input, dropout)
         slots = slice(index * directions, (index + 1) * directions)
         c0_layer = None if c0 is None else c0[slots]
-        input, h_n, c_n, c = run(input, h0[slots], c0_layer, layer_weights)
+        seed = None if seeds is None else seeds[index]
+        input, h_n, c_n, c = run(input, h0[slots], c0_layer, layer_weights, seed=seed)
         if states is not None:
             states.append((input, c))
         h_ns.append(h_n)
@@ -275,6 +308,14 @@ def _drop_weights(
     return dropped
 
 
+def _noise(cell: str, recurrent_dropout: float, zoneout: float | tuple[float, float]) -> tuple[float, ...]:
+    """As :func:`rnnfast.ops.layer` takes it, empty where there is none."""
+    has_c = reference.find_cell(cell).states == 2
+    of_h, of_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if has_c else 0.0)
+    noise = (recurrent_dropout, of_h, of_c)
+    return noise if any(noise) else ()
+
+
 def _save(
     inputs: Sequence[Tensor | None], weights: Sequence[Sequence[Tensor]], recompute: bool, return_states: bool
 ) -> int:
@@ -290,7 +331,7 @@ def _as_state(result: Tensor, state: Tensor) -> Tensor:
     return result.to(state.dtype) if result.dtype != state.dtype and result.device.type == "cpu" else result
 
 
-def _check_batch_invariant(input: Tensor, dropout: float, backend: str | None) -> None:
+def _check_batch_invariant(input: Tensor, dropout: bool, backend: str | None) -> None:
     active, reason = ops.active_backend(backend)
     if active == "reference":
         raise ValueError(f"batch_invariant: expected False where the reference formula runs ({reason}), got True")

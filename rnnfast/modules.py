@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, reference
 
 # What a torch.nn layer's state, or an old one, may lack.
-_DEFAULTS = {"proj_size": 0, "recompute": False, "batch_invariant": False, "weight_dropout": 0.0, "backend": None}
+_DEFAULTS = {
+    "proj_size": 0,
+    "recompute": False,
+    "batch_invariant": False,
+    "weight_dropout": 0.0,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "backend": None,
+}
 
 
 class _Layers(nn.RNNBase):
@@ -26,6 +34,8 @@ class _Layers(nn.RNNBase):
     recompute: bool
     batch_invariant: bool
     weight_dropout: float
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
     backend: str | None
 
     def __init__(
@@ -44,12 +54,21 @@ class _Layers(nn.RNNBase):
         recompute: bool,
         batch_invariant: bool,
         weight_dropout: float,
+        recurrent_dropout: float,
+        zoneout: float | tuple[float, float],
         backend: str | None,
     ) -> None:
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
             if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
+        if not _is_probability(recurrent_dropout):
+            raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
+        has_c = reference.find_cell(mode.lower()).states == 2
+        pair = has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2
+        if not all(map(_is_probability, zoneout if pair else (zoneout,))):  # type: ignore[arg-type]
+            takes = "a probability below 1" + (" or two, of h and c" if has_c else "")
+            raise ValueError(f"zoneout: expected {takes}, got {zoneout!r}")
         if isinstance(proj_size, Integral) and not 0 <= proj_size < hidden_size:
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
@@ -75,6 +94,8 @@ class _Layers(nn.RNNBase):
         self.recompute = recompute
         self.batch_invariant = batch_invariant
         self.weight_dropout = float(weight_dropout)
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.zoneout = (float(zoneout[0]), float(zoneout[1])) if isinstance(zoneout, (tuple, list)) else float(zoneout)
         self.backend = backend
         self._name_layers()
 
@@ -103,7 +124,8 @@ class _Layers(nn.RNNBase):
                 where set, the state before that step is zero, and no gradient crosses. The backward direction has
                 the same boundary, so it starts afresh at the step before.
             return_states: whether to return every layer's states at every step, too.
-            generator: what the masks of weight_dropout are drawn from, of the weights' device; None: torch's default.
+            generator: what the masks of weight_dropout, recurrent_dropout and zoneout are drawn from, of the weights'
+                device; None: torch's default.
 
         Returns:
             ``(output, h_n)``, for LSTM ``(output, (h_n, c_n))``: the last layer's output at every step, with D * H_out
@@ -134,9 +156,16 @@ class _Layers(nn.RNNBase):
             recompute=self.recompute,
             batch_invariant=self.batch_invariant,
             weight_dropout=self.weight_dropout if self.training else 0.0,
+            recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
+            zoneout=self.zoneout,
+            training=self.training,
             generator=generator,
             backend=self.backend,
         )
+
+    def _noisy(self) -> bool:
+        """Whether a call made now has recurrent dropout or zoneout."""
+        return self.zoneout not in (0.0, (0.0, 0.0)) or (self.training and self.recurrent_dropout > 0)
 
     def _layer_weights(self) -> list[list[Tensor]]:
         """Every layer's weights, both directions, as they are now."""
@@ -171,7 +200,7 @@ class _Layers(nn.RNNBase):
         nonlinearity = getattr(self, "nonlinearity", "tanh")
         if nonlinearity not in ("tanh", "relu"):  # which are not shown by torch.nn
             text += f", nonlinearity={nonlinearity}"
-        for name in ("recompute", "batch_invariant", "weight_dropout"):
+        for name in ("recompute", "batch_invariant", "weight_dropout", "recurrent_dropout", "zoneout"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         if getattr(self, "forget_bias", None) is not None:
@@ -228,10 +257,17 @@ class RNN(_Layers):
         weight_dropout: probability, in training, of zeroing an element of every ``weight_hh``, the rest scaled by
             1 / (1 - p). One mask a call, the same at every step (Merity, Keskar and Socher, "Regularizing and
             Optimizing LSTM Language Models", ICLR 2018).
+        recurrent_dropout: probability, in training, of zeroing an element of h where it meets ``weight_hh``, the rest
+            scaled by 1 / (1 - p). One mask a sequence, layer, direction and call, the same at every step (Gal and
+            Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS 2016).
+        zoneout: probability, in training, that a unit keeps its last h, for every step anew; in evaluation the state is
+            the expectation (Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations",
+            ICLR 2017). A sequence that is fed in pieces has other masks in each piece.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
 
     Raises:
-        ValueError: a size below 1, a probability outside [0, 1], an unknown nonlinearity or backend, a proj_size.
+        ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), an
+            unknown nonlinearity or backend, a proj_size.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
@@ -254,6 +290,8 @@ class RNN(_Layers):
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -273,6 +311,8 @@ class RNN(_Layers):
             recompute,
             batch_invariant,
             weight_dropout,
+            recurrent_dropout,
+            zoneout,
             backend,
         )
         self.nonlinearity = nonlinearity
@@ -290,15 +330,16 @@ class LSTM(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, backend: as for :class:`RNN`.
+        zoneout: as for :class:`RNN`, of h and of c; or two probabilities, of h and of c.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
         forget_bias: what the forget gates' bias starts from, bias_ih and bias_hh together: 1 helps to remember long
             (Jozefowicz, Zaremba and Sutskever, "An Empirical Exploration of Recurrent Network Architectures", ICML
             2015). None leaves torch.nn's initial values.
 
     Raises:
-        ValueError: a size below 1, a probability outside [0, 1], proj_size outside 0 .. hidden_size - 1, an unknown
-            backend, a forget_bias that is no number or has no bias to go to.
+        ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), proj_size
+            outside 0 .. hidden_size - 1, an unknown backend, a forget_bias that is no number or has no bias to go to.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
@@ -320,6 +361,8 @@ class LSTM(_Layers):
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         forget_bias: float | None = None,
         backend: str | None = None,
     ) -> None:
@@ -342,6 +385,8 @@ class LSTM(_Layers):
             recompute,
             batch_invariant,
             weight_dropout,
+            recurrent_dropout,
+            zoneout,
             backend,
         )
 
@@ -369,10 +414,11 @@ class GRU(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, zoneout, backend: as for :class:`RNN`.
 
     Raises:
-        ValueError: a size below 1, a probability outside [0, 1], a proj_size, an unknown backend.
+        ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
+            proj_size, an unknown backend.
         TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
     """
 
@@ -392,6 +438,8 @@ class GRU(_Layers):
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -410,6 +458,8 @@ class GRU(_Layers):
             recompute,
             batch_invariant,
             weight_dropout,
+            recurrent_dropout,
+            zoneout,
             backend,
         )
 
@@ -426,6 +476,11 @@ def _check_bools(**values: bool) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def _is_probability(value: object) -> bool:
+    """Whether it is one below 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
 
 
 def _check_no_projection(proj_size: int) -> None:

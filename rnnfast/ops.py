@@ -44,11 +44,13 @@ def layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     save: int = 0,
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one layer, in one or two directions, over a whole sequence.
 
-    The arguments up to ``reset``, and the result ``(output, h_n, c_n, c)``, are those of
+    The arguments but ``save`` and ``backend``, and the result ``(output, h_n, c_n, c)``, are those of
     :func:`rnnfast.reference.layer`, but for one thing: without gradients and with ``save = 0``, ``c`` has no elements.
 
     Args:
@@ -57,12 +59,12 @@ def layer(
         backend: ``"auto"``, ``"reference"``, or None for what :func:`backend` chose around the call.
 
     The operators run in first and second derivatives, forward-mode ones, and the transforms of ``torch.func``. What has
-    no kernel takes the reference formula: third derivatives, and on CUDA or with a projection second and forward-mode
-    ones.
+    no kernel takes the reference formula: third derivatives, and on CUDA, with a projection or with noise second and
+    forward-mode ones, with noise all of ``torch.func``, and the gradient of zoneout's expectation.
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
-            fit, another ``save`` or ``backend``.
+            fit, noise that is no probability below 1, another ``save`` or ``backend``.
         RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without; a
             tensor of another dtype than the input; lengths outside [0, T] (on the CPU; elsewhere they are clamped, for
             a check would wait for the device).
@@ -72,13 +74,16 @@ def layer(
     else:
         _check_backend(backend)
     if backend == "reference" or extension is None:
-        return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+        options: dict[str, Tensor | None] = {"lengths": lengths, "reset": reset, "seed": seed}
+        return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, noise=noise, **options)
     # torch.ops costs microseconds more than the direct way, but tracers and overrides see only what goes through it.
-    if torch.compiler.is_compiling() or has_torch_function((input, h0, c0, *weights, batch_sizes, lengths, reset)):
+    if torch.compiler.is_compiling() or has_torch_function(
+        (input, h0, c0, *weights, batch_sizes, lengths, reset, seed)
+    ):
         operator = derivatives.find_operator(cell)
     else:
         operator = _direct[cell]
-    output, h_n, c_n, c, _ = operator(input, h0, c0, weights, batch_sizes, lengths, reset, save)
+    output, h_n, c_n, c, _ = operator(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise)
     return output, h_n, c_n, c
 
 
@@ -171,8 +176,10 @@ def _fake_layer(
     lengths: Tensor | None,
     reset: Tensor | None,
     save: int,
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(input, (h0, c0, *weights, reset), batch_sizes, lengths)
+    _check_devices(input, (h0, c0, *weights, reset, seed), batch_sizes, lengths)
     directions, _, output_size = h0.shape
     hidden_size = output_size if c0 is None else c0.shape[2]
     shape = input.shape[:-1]
@@ -199,9 +206,11 @@ def _fake_layer_backward(
     c: Tensor,
     saved: Tensor,
     output_mask: Sequence[bool],
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     grads = (grad_output, grad_h_n, grad_c_n, grad_c)
-    _check_devices(input, (h0, c0, *weights, reset, output, c, saved, *grads), batch_sizes, lengths)
+    _check_devices(input, (h0, c0, *weights, reset, output, c, saved, seed, *grads), batch_sizes, lengths)
     grad_input, grad_h0, grad_c0 = (
         input.new_empty(tensor.shape if wanted and tensor is not None else 0)
         for tensor, wanted in zip((input, h0, c0), output_mask[:3], strict=True)
@@ -232,9 +241,20 @@ def _fake_backward_jvp(*arguments: Any) -> tuple[Any, ...]:
 
 
 # The layer by the formula, as an operator: for forward-mode derivatives without a kernel.
-def _reference(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input, h0, c0, weights, batch_sizes, lengths, reset = arguments
-    return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+def _reference(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options: dict[str, Tensor | None] = {"lengths": lengths, "reset": reset, "seed": seed}
+    return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, noise=noise, **options)
 
 
 # ------------------------------------------------------------------------------------ CUDA tensors in a CPU build

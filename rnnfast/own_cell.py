@@ -51,6 +51,8 @@ class OwnLayers(modules._Layers):
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -68,6 +70,8 @@ class OwnLayers(modules._Layers):
             recompute,
             batch_invariant,
             weight_dropout,
+            recurrent_dropout,
+            zoneout,
             backend,
         )
         # RNNBase made the parameters of a cell with one gate.

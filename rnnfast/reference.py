@@ -9,6 +9,8 @@ Sizes: T steps, B rows, I input features, H hidden units, P outputs a direction 
 G gates of the cell, N rows over all steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -83,6 +85,78 @@ def find_cell(name: str) -> Cell:
     return cell
 
 
+class Noise(NamedTuple):
+    """What changes at random inside the recurrence; probabilities below 1.
+
+    Recurrent dropout multiplies h, where it meets W_hh, by a mask of 0 and 1 / (1 - p), one a row and unit for all
+    steps. Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS
+    2016.
+
+    Zoneout lets h, and c, keep their last value with that probability, each step and unit by itself:
+    k old + (1 - k) new with k 0 or 1. h is computed from the new c. Krueger et al., "Zoneout: Regularizing RNNs by
+    Randomly Preserving Hidden Activations", ICLR 2017.
+    """
+
+    recurrent_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+
+    def masks(
+        self, seed: Tensor | None, reverse: bool, steps: int, outputs: int, hidden: int, dtype: torch.dtype
+    ) -> Masks:
+        """The masks of one direction, from the seeds of the rows, ``[B]`` int64.
+
+        Without them zoneout's k is its expectation, the probability itself.
+        """
+
+        def draw(probability: float, purpose: int, steps: int, units: int) -> Tensor | None:
+            if not probability:
+                return None
+            if seed is None:
+                return torch.tensor(probability, dtype=dtype)
+            unit = torch.arange(units, device=seed.device)
+            fours = torch.arange((steps + 3) // 4, device=seed.device).view(-1, 1, 1)
+            words = philox(unit, fours, 2 * purpose + reverse, seed.unsqueeze(1))  # each of the next of four steps
+            numbers = torch.stack(words, 1).flatten(0, 1)[:steps]
+            return (numbers < int(probability * 2**32)).to(dtype)
+
+        dropped = draw(self.recurrent_dropout, 0, 1, outputs)
+        return Masks(
+            None if dropped is None else (1 - dropped[0]) * (1 / (1 - self.recurrent_dropout)),
+            draw(self.zoneout_h, 1, steps, outputs),
+            draw(self.zoneout_c, 2, steps, hidden),
+        )
+
+
+class Masks(NamedTuple):
+    """What :meth:`Noise.masks` draws; None where there is nothing to draw."""
+
+    dropout: Tensor | None  # [B, P], 0 or 1 / (1 - p)
+    keep_h: Tensor | None  # [T, B, P], 1 where the last value stays; [] the expectation
+    keep_c: Tensor | None  # [T, B, H]
+
+
+def philox(unit: Tensor, step: Tensor, purpose: int, seed: Tensor) -> list[Tensor]:
+    """Philox4x32-10 of the counter (unit, step, purpose, 0) and the 64-bit key ``seed``: four words of 32 bits, int64.
+
+    Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The arguments are broadcast.
+    """
+    low = 2**32 - 1
+
+    def multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        """The high and the low word of the product, which as one number would overflow."""
+        upper, lower = x * (by >> 16), x * (by & 0xFFFF)
+        return (upper + (lower >> 16)) >> 16, (x * by) & low
+
+    words = [*torch.broadcast_tensors(unit, step, torch.full_like(seed, purpose), torch.zeros_like(seed))]
+    key = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        (high0, low0), (high1, low1) = multiply(words[0], 0xD2511F53), multiply(words[2], 0xCD9E8D57)
+        words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return words
+
+
 def layer(
     cell: str,
     input: Tensor,
@@ -93,6 +167,8 @@ def layer(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one layer, in one or two directions, over a whole sequence.
 
@@ -108,6 +184,9 @@ def layer(
             NaN included, has no effect and no gradient.
         reset: ``[T, B]`` (packed: ``[N]``) bool. Set at step t, it says that a new episode begins there: the forward
             direction enters step t, and the backward direction step t - 1, with a zero state.
+        seed: ``[B]`` int64 on the input's device: what the masks of ``noise`` are drawn from, those of a row from its
+            own number alone. None: zoneout takes its expectation.
+        noise: the values of :class:`Noise`, or nothing. The state behind a reset is what zoneout may keep: zero.
 
     Returns:
         ``(output, h_n, c_n, c)``. ``output`` is ``[T, B, D*P]`` or ``[N, D*P]``, zero past a row's length; ``h_n`` and
@@ -117,8 +196,9 @@ def layer(
     All floating tensors share one dtype. For the 16-bit ones sums, nonlinearities and the cell state are float32, and
     h is rounded at every step. Under autocast the layer runs in autocast's dtype.
 
-    Raises ValueError for another cell or batch_sizes that do not fit, RuntimeError for a tensor of another dtype than
-    the input, and for another shape what the operations of torch raise.
+    Raises ValueError for another cell, batch_sizes that do not fit or noise that is no probability below 1,
+    RuntimeError for a tensor of another dtype than the input or recurrent dropout without a seed, and for another shape
+    what the operations of torch raise.
     """
     known = find_cell(cell)
     narrow = autocast_dtype(input)
@@ -126,7 +206,13 @@ def layer(
         input, h0, *rest = (cast(tensor, narrow) for tensor in (input, h0, *weights))
         c0 = None if c0 is None else cast(c0, narrow)
         with torch.autocast(input.device.type, enabled=False):
-            return layer(cell, input, h0, c0, rest, batch_sizes=batch_sizes, lengths=lengths, reset=reset)
+            options: dict[str, Tensor | None] = {
+                "batch_sizes": batch_sizes,
+                "lengths": lengths,
+                "reset": reset,
+                "seed": seed,
+            }
+            return layer(cell, input, h0, c0, rest, noise=noise, **options)
 
     for tensor in (h0, *weights) if c0 is None else (h0, c0, *weights):
         if tensor.dtype != input.dtype:
@@ -147,6 +233,11 @@ def layer(
     input = input.flatten(0, -2)
     reset = None if reset is None else reset.reshape(-1, 1)
 
+    _check_noise(seed, noise, CELLS[cell], batch)
+    widths = h0.shape[2], h0.shape[2] if c0 is None else c0.shape[2]
+    wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    masks = [Noise(*noise).masks(seed, d == 1, len(sizes), *widths, wide) for d in range(directions)]
+
     per_direction = len(weights) // directions
     results = [
         _direction(
@@ -157,6 +248,7 @@ def layer(
             weights[d * per_direction : (d + 1) * per_direction],
             alive,
             reset,
+            masks[d],
             reverse=d == 1,
         )
         for d in range(directions)
@@ -176,6 +268,7 @@ def _direction(
     weights: Sequence[Tensor],
     alive: Tensor | None,  # [N, 1] bool
     reset: Tensor | None,  # [N, 1] bool
+    masks: Masks,
     reverse: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the states of every step, ``[N, P]`` and perhaps ``[N, H]``, and those of every row's last."""
@@ -201,9 +294,13 @@ def _direction(
             boundary = _grow(reset_at[t + 1], size) if reverse else reset_at[t]
             entering = tuple(tensor.where(~boundary, 0) for tensor in previous)
 
-        h, *c = cell.step(igates[t], linear(entering[0], w_hh, b_hh), *entering)
+        operand = entering[0]
+        if masks.dropout is not None:
+            operand = (operand * masks.dropout[:size]).to(dtype).to(wide)
+        h, *c = cell.step(igates[t], linear(operand, w_hh, b_hh), *entering)
         if w_hr is not None:
             h = linear(h, w_hr)
+        h, *c = (_zoned(keep, t, old, new) for keep, old, new in zip(masks[1:], entering, (h, *c), strict=False))
         current = (h.to(dtype).to(wide), *c)
 
         if alive_at is None:
@@ -218,6 +315,27 @@ def _direction(
     nothing = tuple(tensor[:0] for tensor in state)  # the result where T = 0, and what gives cat the shape
     every = tuple(torch.cat(rows).to(dtype) for rows in zip(nothing, *in_order, strict=True))
     return every, tuple(tensor.to(dtype) for tensor in state)
+
+
+def _zoned(keep: Tensor | None, step: int, old: Tensor, new: Tensor) -> Tensor:
+    if keep is None:
+        return new
+    k = keep if keep.dim() == 0 else keep[step, : new.size(0)]
+    return k * old + (1 - k) * new
+
+
+def _check_noise(seed: Tensor | None, noise: Sequence[float], cell: Cell, batch: int) -> None:
+    takes = "no values, or 3 probabilities from 0 to below 1"
+    if len(noise) not in (0, 3) or not all(0 <= p < 1 for p in noise):
+        raise ValueError(f"noise: expected {takes}, got {tuple(noise)}")
+    if noise and noise[2] and cell.states == 1:
+        raise ValueError(f"noise: expected 0 for c of a cell with one state, got {noise[2]}")
+    if seed is not None and seed.dtype != torch.int64:
+        raise ValueError(f"seed: expected a Tensor of int64, got {seed.dtype}")
+    if seed is not None and seed.shape != (batch,):
+        raise RuntimeError(f"seed: expected shape ({batch},), one for each row, got {tuple(seed.shape)}")
+    if seed is None and noise and noise[0]:
+        raise RuntimeError("seed: expected a Tensor [B] of int64 with recurrent dropout, got None")
 
 
 def _living_rows(batch_sizes: Tensor, batch: int, rows: int) -> list[int]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,8 +109,10 @@ class Arithmetic:
 class Problem:
     """A sample in a dtype, with random gradients of its results, and what float64 says of the same rounded values."""
 
-    def __init__(self, sample: Sample, dtype: torch.dtype) -> None:
-        (cell, input, h0, c0, weights), self.options = sample.arguments(dtype)
+    def __init__(self, sample: Sample, dtype: torch.dtype, noise: Sequence[float] = ()) -> None:
+        (cell, input, h0, c0, weights), options = sample.arguments(dtype)
+        seed = torch.randint(-(2**63), 2**63 - 1, (sample.batch,)) if noise else None
+        self.options: dict[str, Any] = {**options, "seed": seed, "noise": noise}
         wide = [cell, *(None if t is None else t.double().clone() for t in (input, h0, c0))]
         wide.append([w.double().clone() for w in weights])
         self.leaves = [leaf.requires_grad_() for leaf in tensors_of(wide)]
@@ -143,9 +146,10 @@ def compare(
     *,
     tf32: bool = False,
     backward_engine: str = "",
+    noise: Sequence[float] = (),
 ) -> None:
     """Forward of a sample on the simulator, and backward, by the same engine or another, against the reference."""
-    problem = Problem(sample, dtype)
+    problem = Problem(sample, dtype, noise)
     bound = Arithmetic(dtype, tf32).bound
     layer = driver.Layer(*problem.arguments, **problem.options, tf32=tf32)
     output, h_n, c_n, saved = sim.forward(layer, save=save)
@@ -195,6 +199,39 @@ def test_kernels_have_no_races_and_read_no_garbage(
         if index % 2 == offset % 2 or sample in WIDE or sample.proj_size:  # two dtypes share each sample
             sim.seed(index)
             compare(sim, sample, dtype, (driver.GATES, STATES)[(index // 2 + offset // 2) % 2])
+
+
+def noises(cell: str) -> list[tuple[float, float, float]]:
+    """Recurrent dropout alone, zoneout alone, both."""
+    zoneout_c = 0.4 if cell == "lstm" else 0.0
+    return [(0.3, 0.0, 0.0), (0.0, 0.4, zoneout_c), (0.5, 0.2, zoneout_c)]
+
+
+@each_dtype
+@each_cell
+def test_recurrent_dropout_and_zoneout(simulators: dict[str, driver.Simulator], cell: str, dtype: torch.dtype) -> None:
+    """The masks that the reference draws from the same seed, forward and backward."""
+    sim = simulator(simulators, "sim")
+    for index, sample in enumerate(s for s in [*SAMPLES, *WIDE] if s.cell == cell):
+        sim.seed(index)
+        compare(sim, sample, dtype, (driver.GATES, STATES)[index % 2], noise=noises(cell)[index // 2 % 3])
+    expectation = Problem(WIDE[0] if cell == "lstm" else Sample(cell, directions=2, reset=True), dtype)
+    expectation.options.update(noise=(0.0, 0.3, noises(cell)[1][2]))
+    layer = driver.Layer(*expectation.arguments, **expectation.options)
+    wide = [None if t is None else t.double() for t in expectation.arguments[1:4]]
+    weights = [weight.double() for weight in expectation.arguments[4]]
+    results = reference.layer(cell, *wide, weights, **expectation.options)
+    assert_close(sim.forward(layer)[:2], results[:2], Arithmetic(dtype).bound)
+
+
+@each_cell
+def test_noise_has_no_races_and_reads_no_garbage(simulators: dict[str, driver.Simulator], cell: str) -> None:
+    sim = simulator(simulators, "check")
+    for index, sample in enumerate(s for s in [*SAMPLES, *WIDE] if s.cell == cell):
+        if index % 3 == 0 or sample in WIDE:
+            sim.seed(index)
+            save = (driver.GATES, STATES)[index // 3 % 2]
+            compare(sim, sample, driver.DTYPES[index % 4], save, noise=noises(cell)[index // 2 % 3])
 
 
 persistent_arithmetics = pytest.mark.parametrize(
@@ -529,6 +566,7 @@ def main() -> None:
     for sample in WIDE:
         compare(sim, sample, torch.float32, STATES)
         compare(sim, sample, torch.bfloat16, driver.GATES)
+        compare(sim, sample, torch.bfloat16, STATES, noise=noises(sample.cell)[2])
 
 
 if __name__ == "__main__":

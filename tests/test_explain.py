@@ -82,6 +82,13 @@ def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.Mon
     assert layer.engine == "cuda stepwise"
     assert layer.reason.startswith("persistent_cta: it has no projections (proj_size)")
     assert layer.reason.count("persistent_cta") == 1  # forward and backward say the same
+    for option in ("recurrent_dropout", "zoneout"):
+        module = lstm_on_cuda(4, **{option: 0.5})
+        (layer,) = rnnfast.explain(module).layers
+        assert layer.engine == "cuda stepwise"
+        assert layer.reason.startswith("persistent_cta: it has no recurrent dropout or zoneout")
+        (layer,) = rnnfast.explain(module.eval()).layers
+        assert (layer.engine == "cuda persistent_cta") == (option == "recurrent_dropout")
 
 
 def test_other_devices_have_no_engine() -> None:

@@ -18,10 +18,11 @@ CSRC_MAY_INCLUDE = {
     "cell": {"cell"},
     "tiles": set(),
     "spread": {"tiles"},
+    "philox": {"cell"},
     "params": {"cell", "spread"},
     "plan": {"plan", "params", "spread", "tiles", "cell"},
-    "cpu": {"cpu", "params", "cell"},
-    "cuda": {"cuda", "params", "spread", "tiles", "cell"},
+    "cpu": {"cpu", "params", "philox", "cell"},
+    "cuda": {"cuda", "params", "philox", "spread", "tiles", "cell"},
     "ops": {"ops", "plan", "params", "cell"},
     "own_cell": {"ops", "cpu", "cell"},
 }

@@ -36,6 +36,7 @@ def plan(cell: str = "lstm", **changes: Any) -> dict[str, Any]:
         "projection": False,
         "tf32": False,
         "backward": False,
+        "noise": False,
         "device": HOPPER,
     }
     assert ops.extension is not None
@@ -119,6 +120,7 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
         ({"device": {**AMPERE, "registers": 32768}}, "it needs 65536 registers a multiprocessor, the device has 32768"),
         ({"dtype": "float64"}, "it has no float64"),
         ({"projection": True}, "it has no projections (proj_size)"),
+        ({"noise": True}, "it has no recurrent dropout or zoneout"),
         ({"batch": 2**31}, "it counts steps and rows in 32 bits"),
         *(({"cell": cell}, "it has no kernels for this cell") for cell in STEPWISE_CELLS),
     ],

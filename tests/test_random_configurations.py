@@ -47,6 +47,15 @@ class Configuration:
     hidden_size: int
     threads: int
     instruction_set: str  # of the CPU engine
+    recurrent_dropout: float
+    zoneout_h: float
+    zoneout_c: float
+    training: bool
+
+    @property
+    def noise(self) -> tuple[float, float, float]:
+        """As the reference takes it."""
+        return self.recurrent_dropout if self.training else 0.0, self.zoneout_h, self.zoneout_c
 
     @classmethod
     def draw(cls, number: int) -> Configuration:
@@ -81,13 +90,18 @@ class Configuration:
             hidden_size=hidden_size,
             threads=random.choice([1, 1, 2]),
             instruction_set=random.choice(ops.extension.instruction_sets()),
+            recurrent_dropout=random.choice([0.0, 0.0, 0.0, 0.2, 0.5]),
+            zoneout_h=random.choice([0.0, 0.0, 0.0, 0.1, 0.5]),
+            zoneout_c=random.choice([0.0, 0.1, 0.5]) if cell == "lstm" and coin() else 0.0,
+            training=random.random() < 0.8,
         )
 
     def __str__(self) -> str:
         switches = ("bidirectional", "bias", "batch_first", "hx", "reset", "recompute", "return_states")
         sizes = f"T{self.steps} B{self.batch} I{self.input_size} H{self.hidden_size} P{self.proj_size} L{self.layers}"
         words = [str(self.number), self.cell, self.dtype, self.form, sizes]
-        return " ".join([*words, *(name for name in switches if getattr(self, name))])
+        words += [name for name in switches if getattr(self, name)]
+        return " ".join([*words, f"noise{self.noise}"] if any(self.noise) else words)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -125,10 +139,12 @@ class Values:
 
     def make_module(self, device: str, dtype: torch.dtype) -> nn.Module:
         c = self.configuration
-        options: dict[str, Any] = {"proj_size": c.proj_size} if c.cell == "lstm" else {}
+        options: dict[str, Any] = {"zoneout": c.zoneout_h}
+        if c.cell == "lstm":
+            options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
         if c.cell.startswith("rnn"):
             options["nonlinearity"] = c.cell.removeprefix("rnn_")
-        return getattr(rnnfast, c.cell.split("_")[0].upper())(
+        module: nn.Module = getattr(rnnfast, c.cell.split("_")[0].upper())(
             c.input_size,
             c.hidden_size,
             c.layers,
@@ -136,11 +152,13 @@ class Values:
             batch_first=c.batch_first,
             bidirectional=c.bidirectional,
             recompute=c.recompute,
-            batch_invariant=c.batch_invariant and device == "cpu",
+            batch_invariant=c.batch_invariant and device == "cpu" and not (c.training and any(c.noise)),
+            recurrent_dropout=c.recurrent_dropout,
             device=device,
             dtype=dtype,
             **options,
         )
+        return module.train(c.training)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -181,6 +199,7 @@ def from_module(values: Values) -> list[Tensor]:
         lengths=values.lengths.to(values.input.device) if c.form == "lengths" else None,
         reset=None if values.reset is None else given(values.reset),
         return_states=c.return_states,
+        generator=torch.Generator(values.input.device).manual_seed(c.number),
     )
     last = [tensor.unsqueeze(1) if c.form == "unbatched" else tensor for tensor in flatten(final)]
     assert len(states) == c.return_states
@@ -191,10 +210,16 @@ def from_module(values: Values) -> list[Tensor]:
 def from_reference(values: Values) -> list[Tensor]:
     c, x, weights = values.configuration, values.input, list(values.module.parameters())
     h0, c0 = (values.h0, values.c0) if c.hx else (torch.zeros_like(values.h0), torch.zeros_like(values.c0))
-    each, options = len(weights) // c.layers, {"lengths": values.lengths.to(x.device), "reset": values.reset}
+    each = len(weights) // c.layers
+    options: dict[str, Any] = {"lengths": values.lengths.to(x.device), "reset": values.reset, "noise": c.noise}
+    seeds: Any = [None] * c.layers
+    if c.training and any(c.noise):  # as the module draws them
+        generator = torch.Generator(x.device).manual_seed(c.number)
+        seeds = torch.randint(2**63 - 1, (c.layers, c.batch), generator=generator, device=x.device)
     layers = []
     for index, (layer_h0, layer_c0) in enumerate(zip(h0.chunk(c.layers), c0.chunk(c.layers), strict=True)):
         own = weights[index * each : (index + 1) * each]
+        options["seed"] = seeds[index]
         layers.append(reference.layer(c.cell, x, layer_h0, layer_c0 if c.cell == "lstm" else None, own, **options))
         x = layers[-1][0]
     every_h, h_n, c_n, every_c = (list(parts) for parts in zip(*layers, strict=True))

@@ -27,6 +27,12 @@ struct LstmCell {
     state[0] = saved[3] * tanh(state[1]);
   }
 
+  // c' from what forward kept and c; zoneout, which may keep c in place of it, wants it in backward.
+  template <class V>
+  static RNNFAST_HOST_DEVICE V candidate(const V* saved, const V* prev) {
+    return saved[1] * prev[1] + saved[0] * saved[2];
+  }
+
   // h' from what forward kept; a layer with a projection wants it in backward.
   template <class V>
   static RNNFAST_HOST_DEVICE V hidden(const V* saved, const V* state) {

@@ -37,6 +37,7 @@ class Backward {
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
     Unit *forward_ih, *forward_hh;     // panels for recomputing
     Acc *bias_ih, *bias_hh;
+    Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
   };
   struct Own {
     Unit* panels;           // of WeightGradient
@@ -44,6 +45,8 @@ class Backward {
     Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
     S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
+    Acc *keep_h, *keep_c;   // of Zoneout
+    S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
   };
 
  public:
@@ -167,6 +170,7 @@ class Backward {
         s.bias_hh = carver.take<Acc>(blocks.columns());
         if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
       }
+      if (l.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
       if (shared) shared[d] = s;
     }
     for (int r = 0; r < threads; ++r) {
@@ -180,6 +184,12 @@ class Backward {
         o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
         if (divide == Divide::rows) o.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
       }
+      const auto keep = [&](double p, int64_t units) {
+        return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(l.noise, p, B, units)) : nullptr;
+      };
+      o.keep_h = keep(l.noise.zoneout_h, P);
+      o.keep_c = keep(l.noise.zoneout_c, H);
+      if (l.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
       if (own && r == rank) *own = o;
     }
   }
@@ -207,14 +217,18 @@ class Backward {
         hidden_share_(block_share(hidden_.count(), member)),
         ld_p_(ld_acc(l_.output_size)),
         ld_h_(ld_acc(l_.hidden_size)),
-        ld_g_(ld_gates(layer)) {}
+        ld_g_(ld_gates(layer)),
+        keep_h_(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
+                outputs_.first(output_share_.begin), end_of(outputs_, output_share_), l_.output_size, own_.keep_h),
+        keep_c_(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
+                hidden_.first(hidden_share_.begin), end_of(hidden_, hidden_share_), l_.hidden_size, own_.keep_c) {}
 
   void run() {
     prepare();
     m_.wait();
     for (int64_t s = s_.steps - 1; s >= 0;) {
       const int64_t begin = recomputes(l_) ? recompute(s) : 0;
-      for (; s >= begin; --s) step(s);
+      for (; s >= begin; --s) noisy() ? step<true>(s) : step<false>(s);
     }
     m_.wait_step();
     finish();
@@ -232,6 +246,8 @@ class Backward {
     return static_cast<const S*>(first) + s_.batch_row(slot) * width;
   }
   const S* previous_h(int64_t t, int64_t slot) const { return previous(d_.output, d_.h0, l_.output_size, t, slot); }
+  // With recurrent dropout.
+  Acc* mask(int64_t slot) const { return shared_.mask + slot * ld_draw(l_.output_size); }
   const S* previous_c(int64_t t, int64_t slot) const { return previous(d_.c, d_.c0, l_.hidden_size, t, slot); }
 
   void prepare() {
@@ -253,6 +269,7 @@ class Backward {
       const int64_t b = s_.batch_row(j);
       carry_in(d_.grad_h_n, b, l_.output_size, shared_.grad_h + j * ld_p_);
       if (Cell::kStates > 1) carry_in(d_.grad_c_n, b, l_.hidden_size, shared_.grad_c + j * ld_h_);
+      if (shared_.mask) draw_dropout(l_.noise, d_.reverse, b, l_.output_size, mask(j));
     }
     // The last pair of an odd row is half a pair.
     if (G * l_.hidden_size % Product<S>::kPair != 0) {
@@ -298,10 +315,12 @@ class Backward {
         copy = own_.states + row * units_of<S>(l_.output_size);
         if (!prev_h[row]) {
           zero_units<S>(copy, l_.output_size);
+        } else if (shared_.mask) {
+          store_masked(prev_h[row], mask(slot), l_.output_size, copy);
         } else if (!reads_in_place<S>(l_.output_size)) {
           copy_row<S>(prev_h[row], l_.output_size, copy);
         }
-        const bool in_place = prev_h[row] && reads_in_place<S>(l_.output_size);
+        const bool in_place = prev_h[row] && !shared_.mask && reads_in_place<S>(l_.output_size);
         h[row] = in_place ? reinterpret_cast<const Unit*>(prev_h[row]) : copy;
         prev_c[row] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
       }
@@ -331,11 +350,19 @@ class Backward {
     return begin;
   }
 
+  // Whether there is recurrent dropout or zoneout.
+  bool noisy() const { return shared_.mask || keep_h_.on() || keep_c_.on(); }
+
+  template <bool kNoise>
   void step(int64_t s) {
     const int64_t t = time(s), count = living(s), row = s_.offset(t) + rows_.begin;
     const Unit* operands[kTileRows];
+    if constexpr (kNoise) {
+      keep_h_.reach(t);
+      keep_c_.reach(t);
+    }
     if (shared_.outputs) {
-      for (int64_t i = 0; i < count; ++i) output_gradient(t, rows_.begin + i);
+      for (int64_t i = 0; i < count; ++i) output_gradient<kNoise>(t, rows_.begin + i);
       m_.wait_step();
       for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
         for_chunks(0, count, kTileRows, [&](int64_t i, int64_t n) {
@@ -347,23 +374,41 @@ class Backward {
     }
     // Windows are filled in the order of steps and read from their end.
     const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
-    for (int64_t i = 0; i < count; ++i) cell(t, rows_.begin + i, saved + i * saved_width());
+    for (int64_t i = 0; i < count; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
     m_.wait_step();
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
       for_chunks(0, count, chunk_rows(outputs_.vectors(b)), [&](int64_t i, int64_t n) {
         for (int64_t r = 0; r < n; ++r)
           operands[r] = reinterpret_cast<const Unit*>(shared_.hgates + (row + i + r) * ld_g_);
         Acc* grad = shared_.grad_h + (rows_.begin + i) * ld_p_ + outputs_.column(b);
-        w_hh_.multiply(b, operands, n, shared_.outputs ? nullptr : grad, grad, ld_p_);
+        const Acc* carried = shared_.outputs && !(kNoise && keep_h_.on()) ? nullptr : grad;
+        if (kNoise && shared_.mask) {
+          multiply_masked(b, operands, rows_.begin + i, n, carried, grad);
+        } else {
+          w_hh_.multiply(b, operands, n, carried, grad, ld_p_);
+        }
         for (int64_t r = 0; r < n; ++r)
           if (starts_from_zero(s_, t, rows_.begin + i + r, d_.reverse))
             memset(grad + r * ld_p_, 0, outputs_.vectors(b) * kLanes * sizeof(Acc));
       });
     }
   }
+  // grad = carried + m (gates W_hh) for the n rows from `slot` on and the columns of block b.
+  void multiply_masked(int64_t b, const Unit* const* gates, int64_t slot, int64_t n, const Acc* carried,
+                       Acc* grad) const {
+    const int64_t columns = outputs_.vectors(b) * kLanes;
+    w_hh_.multiply(b, gates, n, nullptr, own_.grad_input, columns);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t u = 0; u < columns; u += kLanes) {
+        const V product = V::load(own_.grad_input + r * columns + u) * V::load(mask(slot + r) + outputs_.first(b) + u);
+        (carried ? V::load(carried + r * ld_p_ + u) + product : product).store(grad + r * ld_p_ + u);
+      }
+  }
   static int chunk_rows(int64_t vectors) { return kMaxRows[std::min<int64_t>(kMaxVectors, vectors)]; }
 
-  // With a projection: the gradient of the step's output, kept for the products over all steps.
+  // With a projection: the gradient of the step's output, kept for the products over all steps. With zoneout that is
+  // the candidate's part; the last state's stays behind as what is carried.
+  template <bool kNoise>
   void output_gradient(int64_t t, int64_t slot) {
     Operand* to = shared_.outputs + (s_.offset(t) + slot) * ld_outputs(l_);
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b)
@@ -371,12 +416,18 @@ class Backward {
         const int64_t n = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
         V grad = V::load(shared_.grad_h + slot * ld_p_ + unit);
         if (d_.grad_output.data) grad = grad + load(at<const S>(d_.grad_output, s_, t, slot) + unit, n);
+        if (kNoise && keep_h_.on()) {
+          V kept;
+          divide_gradient(V::load(keep_h_.row(slot) + unit), grad, kept);
+          kept.store(shared_.grad_h + slot * ld_p_ + unit);
+        }
         store(to + unit, grad, n);
       }
   }
 
   int64_t saved_width() const { return Cell::kSaved * l_.hidden_size; }
 
+  template <bool kNoise>
   void cell(int64_t t, int64_t slot, const S* saved) {
     const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
@@ -388,11 +439,13 @@ class Backward {
     const S* grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
     Operand* igates = shared_.igates + row * ld_g_;
     Operand* hgates = shared_.hgates + row * ld_g_;
+    const Acc* keep_h = kNoise && !shared_.outputs ? keep_h_.row(slot) : nullptr;
+    const Acc* keep_c = kNoise ? keep_c_.row(slot) : nullptr;
     for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
       for (int64_t u = hidden_.first(b); u < hidden_.first(b) + hidden_.size(b); u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, hidden_.first(b) + hidden_.size(b) - u);
         V values[Cell::kSaved + 1], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2] = {V(Acc(0)), V(Acc(0))}, grad[2];
-        V grad_igates[G], grad_hgates[G], grad_prev[2];
+        V grad_igates[G], grad_hgates[G], grad_prev[2], kept[2];
         for (int k = 0; k < Cell::kSaved; ++k) values[k] = load(saved + k * H + u, n);
         Acc* carried_h = shared_.grad_h + slot * ld_p_ + u;
         Acc* carried_c = shared_.grad_c + slot * ld_h_ + u;
@@ -402,11 +455,16 @@ class Backward {
           grad[0] = V::load(carried_h);
           if (grad_output) grad[0] = grad[0] + load(grad_output + u, n);
         }
+        if (kNoise && keep_h) divide_gradient(V::load(keep_h + u), grad[0], kept[0]);
         if constexpr (Cell::kStates > 1) {
           state[1] = load(c + u, n);
           if (prev_c) prev[1] = load(prev_c + u, n);
           grad[1] = V::load(carried_c);
           if (grad_cell) grad[1] = grad[1] + load(grad_cell + u, n);
+          if (kNoise && keep_c) {
+            divide_gradient(V::load(keep_c + u), grad[1], kept[1]);
+            state[1] = Cell::candidate(values, prev);
+          }
           if (shared_.outputs) store(shared_.hidden + row * H + u, Cell::hidden(values, state), n);
         } else {
           state[0] = load(h + u, n);
@@ -417,10 +475,18 @@ class Backward {
           store(igates + g * H + u, grad_igates[g], n);
           if (Cell::kSplitGates) store(hgates + g * H + u, grad_hgates[g], n);
         }
+        if (kNoise && keep_h) grad_prev[0] = grad_prev[0] + kept[0];
+        if (kNoise && Cell::kStates > 1 && keep_c) grad_prev[1] = grad_prev[1] + kept[1];
         // The part that does not pass W_hh; the product is added to it.
         if (!shared_.outputs) grad_prev[0].store(carried_h);
         if (Cell::kStates > 1) (zero ? V(Acc(0)) : grad_prev[1]).store(carried_c);
       }
+  }
+
+  // The gradient of k old + (1 - k) new: `grad` becomes that of new, `kept` is that of old.
+  static RNNFAST_INLINE void divide_gradient(V k, V& grad, V& kept) {
+    kept = k * grad;
+    grad = grad - kept;
   }
 
   void finish() {
@@ -497,7 +563,16 @@ class Backward {
     WeightGradient<S>::run(
         shared.hgates, ld_gates(l), m.begin, m.end, l.output_size, s.rows,
         [&](int64_t first, int64_t count, const S** rows) {
-          for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) { rows[i] = self.previous_h(t, slot); });
+          for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) {
+            rows[i] = self.previous_h(t, slot);
+            if (!shared.mask || !rows[i]) return;
+            S* masked = own.masked + i * l.output_size;
+            for (int64_t u = 0; u < l.output_size; u += kLanes) {
+              const int64_t n = l.output_size - u;
+              store(masked + u, load(rows[i] + u, n) * V::load(self.mask(slot) + u), n);
+            }
+            rows[i] = masked;
+          });
         },
         own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
     if (shared.outputs) {
@@ -535,6 +610,7 @@ class Backward {
   int64_t window_end_ = 0;                       // how much of it the loop has still to read, in rows
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
+  Zoneout<Acc> keep_h_, keep_c_;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

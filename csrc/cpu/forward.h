@@ -27,6 +27,9 @@ class Forward {
     Unit* h[2];                        // [B, ld_h] before and after a step, in turn
     Acc* c;                            // [B, ld_c]
     Unit* hidden;                      // [B, ld_hidden] before the projection w_hr
+    // With recurrent dropout only; h has the masked state then.
+    Unit* unmasked;  // [B, ld_h]
+    Acc* mask;       // [B, ld_draw(P)]
   };
   // Where a row of one step reads and writes.
   struct StepRow {
@@ -38,13 +41,19 @@ class Forward {
     S* c_output;       // [H] or null
     S* saved;          // [S*H] or null
     bool drop;         // the next step starts from zero
+    // With noise only. h and next_h are what products read, the cell reads prev_h.
+    const Operand* prev_h;       // [P]
+    Operand* unmasked;           // [P] the state after the step; null without recurrent dropout
+    const Acc* mask;             // [P] of recurrent dropout; null: off
+    const Acc *keep_h, *keep_c;  // [P], [H] zoneout's k; null: off
   };
   // What a thread has to itself.
   struct Own {
-    StepRow* rows;        // [B]
-    Acc* igates;          // [capacity, columns of the thread's blocks]
-    const Unit** inputs;  // [capacity]
-    Unit* converted;      // [capacity, units of I], where inputs cannot be read in place
+    StepRow* rows;         // [B]
+    Acc* igates;           // [capacity, columns of the thread's blocks]
+    const Unit** inputs;   // [capacity]
+    Unit* converted;       // [capacity, units of I], where inputs cannot be read in place
+    Acc *keep_h, *keep_c;  // of Zoneout
   };
 
  public:
@@ -114,6 +123,10 @@ class Forward {
       s.bias_hr = carver.take<Acc>(output.columns());
       s.hidden = carver.take<Unit>(batch * ld_units(l.hidden_size));
     }
+    if (l.noise.recurrent_dropout > 0) {
+      s.unmasked = carver.take<Unit>(batch * ld_units(l.output_size));
+      s.mask = carver.take<Acc>(batch * ld_draw(l.output_size));
+    }
     return s;
   }
   static Own carve_own(const LayerForward& l, const Member& m, Carver& carver) {
@@ -123,6 +136,11 @@ class Forward {
     own.igates = carver.take<Acc>(rows * hidden_blocks(l, m).columns());
     own.inputs = carver.take<const Unit*>(rows);
     if (!reads_in_place<S>(l.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(l.input_size));
+    const auto keep = [&](double p, int64_t units) {
+      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(l.noise, p, l.sequence.batch, units)) : nullptr;
+    };
+    own.keep_h = keep(l.noise.zoneout_h, l.output_size);
+    own.keep_c = keep(l.noise.zoneout_c, l.hidden_size);
     return own;
   }
   // Rows of state are padded to whole vectors, so that loads and stores need no mask.
@@ -149,6 +167,13 @@ class Forward {
         ld_c_(ld_acc(l_.hidden_size)),
         ld_hidden_(ld_units(l_.hidden_size)) {
     for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
+    const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
+    const Share& h_share = shared_.hidden ? output_share_ : blocks_;
+    keep_h_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
+                           h_blocks.first(h_share.begin), end_of(h_blocks, h_share), l_.output_size, own_.keep_h);
+    keep_c_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
+                           hidden_.first(blocks_.begin), end_of(hidden_, blocks_), l_.hidden_size, own_.keep_c);
+    noisy_ = keep_h_.on() || keep_c_.on() || shared_.mask;
   }
 
   void run() {
@@ -158,7 +183,7 @@ class Forward {
     for (int64_t s = 0; s < s_.steps;) {
       const int64_t end = project(s, most);
       for (int64_t row = 0; s < end; ++s) {
-        step(s, row);
+        noisy_ ? step<true>(s, row) : step<false>(s, row);
         row += living(s);
       }
     }
@@ -175,6 +200,9 @@ class Forward {
     return own_.igates + (hidden_.column(b) - hidden_.column(blocks_.begin)) * capacity(l_, m_);
   }
   Unit* h_row(int64_t s, int64_t slot) const { return shared_.h[s & 1] + slot * ld_h_; }
+  // With recurrent dropout.
+  Unit* unmasked(int64_t slot) const { return shared_.unmasked + slot * ld_h_; }
+  Acc* mask(int64_t slot) const { return shared_.mask + slot * ld_draw(l_.output_size); }
 
   void prepare() {
     const Share hidden(hidden_.count(), m_.rank, m_.size);
@@ -190,8 +218,14 @@ class Forward {
     const Share rows(s_.batch, m_.rank, m_.size);
     for (int64_t j = rows.begin; j < rows.end; ++j) {
       const int64_t b = s_.batch_row(j);
-      for (int i = 0; i < 2; ++i)
-        copy_row<S>(static_cast<const S*>(d_.h0) + b * l_.output_size, l_.output_size, h_row(i, j));
+      const S* h0 = static_cast<const S*>(d_.h0) + b * l_.output_size;
+      if (shared_.mask) {
+        draw_dropout(l_.noise, d_.reverse, b, l_.output_size, mask(j));
+        for (int i = 0; i < 2; ++i) store_masked(h0, mask(j), l_.output_size, h_row(i, j));
+        copy_row<S>(h0, l_.output_size, unmasked(j));
+      } else {
+        for (int i = 0; i < 2; ++i) copy_row<S>(h0, l_.output_size, h_row(i, j));
+      }
       Acc* c = shared_.c + j * ld_c_;
       if (shared_.hidden) zero_units<S>(shared_.hidden + j * ld_hidden_, l_.hidden_size);
       if (Cell::kStates > 1)
@@ -199,6 +233,7 @@ class Forward {
           load(static_cast<const S*>(d_.c0) + b * l_.hidden_size + u, l_.hidden_size - u).store(c + u);
       if (!d_.reverse && s_.steps > 0 && j < s_.batch_size(0) && starts_from_zero(s_, 0, j, false)) {
         zero_units<S>(h_row(0, j), l_.output_size);
+        if (shared_.mask) zero_units<S>(unmasked(j), l_.output_size);
         if (Cell::kStates > 1) memset(c, 0, ld_c_ * sizeof(Acc));
       }
     }
@@ -225,9 +260,15 @@ class Forward {
     return s;
   }
 
+  // kNoise: with recurrent dropout or zoneout.
+  template <bool kNoise>
   void step(int64_t s, int64_t igates_row) {
     const int64_t count = living(s);
-    for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row(s, rows_.begin + i);
+    if constexpr (kNoise) {
+      keep_h_.reach(time(s));
+      keep_c_.reach(time(s));
+    }
+    for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row<kNoise>(s, rows_.begin + i);
     alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
     const Unit* h[kTileRows];
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
@@ -240,8 +281,8 @@ class Forward {
         w_hh_.multiply(b, h, n, hgates, columns);
         int64_t r = 0;
         for (; r + kAbreast <= n; r += kAbreast)
-          cell<kAbreast>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
-        for (; r < n; ++r) cell<1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
+          cell<kNoise, kAbreast>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
+        for (; r < n; ++r) cell<kNoise, 1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
       });
     }
     m_.wait_step();
@@ -253,12 +294,14 @@ class Forward {
         w_hr_.multiply(b, h, n, hgates, columns);
         for (int64_t r = 0; r < n; ++r)
           for (int64_t u = 0; u < output_.size(b); u += kLanes)
-            write_h(own_.rows[i + r], output_.first(b) + u, output_.size(b) - u, V::load(hgates + r * columns + u));
+            write_h<kNoise>(own_.rows[i + r], output_.first(b) + u, output_.size(b) - u,
+                            V::load(hgates + r * columns + u));
       });
     }
     m_.wait_step();
   }
 
+  template <bool kNoise>
   StepRow step_row(int64_t s, int64_t slot) const {
     const int64_t t = time(s);
     StepRow row;
@@ -270,27 +313,41 @@ class Forward {
     row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
     row.saved = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * l_.hidden_size : nullptr;
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
+    if constexpr (kNoise) {
+      row.keep_h = keep_h_.row(slot);
+      row.keep_c = keep_c_.row(slot);
+      row.mask = shared_.mask ? mask(slot) : nullptr;
+      row.unmasked = shared_.mask ? reinterpret_cast<Operand*>(unmasked(slot)) : nullptr;
+      row.prev_h = shared_.mask ? row.unmasked : row.h;
+    }
     return row;
   }
 
   // The n (at least one) outputs from unit u on: to the output and to the state that the next step reads.
+  template <bool kNoise>
   static void write_h(const StepRow& row, int64_t u, int64_t n, V h) {
+    if (kNoise && row.keep_h) h = zoned(V::load(row.keep_h + u), load(row.prev_h + u, n), h);
     store(row.output + u, h, n);
-    store_operand<S>(row.next_h + u, row.drop ? V(Acc(0)) : h, n);
+    if (row.drop) h = V(Acc(0));
+    if (kNoise && row.mask) {
+      store_operand<S>(row.unmasked + u, h, n);
+      h = load(row.unmasked + u, n) * V::load(row.mask + u);
+    }
+    store_operand<S>(row.next_h + u, h, n);
   }
 
   // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row.
-  template <int N>
+  template <bool kNoise, int N>
   void cell(const StepRow* rows, int64_t b, const Acc* igates, const Acc* hgates) const {
     const int64_t first = hidden_.first(b), size = hidden_.size(b), columns = hidden_.vectors(b) * kLanes;
     int64_t u = 0;
     for (; u + kLanes <= size; u += kLanes)
-      cell_vectors<N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
-    if (u < size) cell_vectors<N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
+      cell_vectors<kNoise, N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
+    if (u < size) cell_vectors<kNoise, N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
   }
 
   // n units from `unit` on; the gates of a unit lie `stride` apart, those of the next row `columns`.
-  template <int N>
+  template <bool kNoise, int N>
   inline __attribute__((always_inline)) void cell_vectors(const StepRow* rows, int64_t unit, int64_t n, int64_t stride,
                                                           int64_t columns, const Acc* igates, const Acc* hgates) const {
     using W = Batch<Acc, N>;
@@ -299,12 +356,15 @@ class Forward {
       ig[g] = W::map([&](int r) { return V::load(igates + r * columns + g * stride); });
       hg[g] = W::map([&](int r) { return V::load(hgates + r * columns + g * stride); });
     }
-    if (Cell::kStates == 1) prev[0] = W::map([&](int r) { return load(rows[r].h + unit, n); });
+    if (Cell::kStates == 1)
+      prev[0] = W::map([&](int r) { return load((kNoise ? rows[r].prev_h : rows[r].h) + unit, n); });
     if (Cell::kStates > 1) prev[1] = W::map([&](int r) { return load(rows[r].c + unit, n); });
     Cell::forward(ig, hg, prev, state, saved);
     for (int r = 0; r < N; ++r) {
       const StepRow& row = rows[r];
       if (Cell::kStates > 1) {
+        if (kNoise && row.keep_c)
+          state[1].part[r] = zoned(V::load(row.keep_c + unit), prev[1].part[r], state[1].part[r]);
         store(row.c + unit, row.drop ? V(Acc(0)) : state[1].part[r], n);
         if (row.c_output) store(row.c_output + unit, state[1].part[r], n);
       }
@@ -313,7 +373,7 @@ class Forward {
       if (row.hidden) {
         store_operand<S>(row.hidden + unit, state[0].part[r], n);
       } else {
-        write_h(row, unit, n, state[0].part[r]);
+        write_h<kNoise>(row, unit, n, state[0].part[r]);
       }
     }
   }
@@ -326,7 +386,7 @@ class Forward {
       int64_t steps = s_.steps;
       if (s_.batch_sizes && !d_.reverse)
         while (steps > 0 && s_.batch_sizes[steps - 1] <= j) --steps;
-      const Operand* h = reinterpret_cast<const Operand*>(h_row(steps, j));
+      const Operand* h = reinterpret_cast<const Operand*>(shared_.mask ? unmasked(j) : h_row(steps, j));
       for (int64_t u = 0; u < l_.output_size; u += kLanes)
         store(static_cast<S*>(d_.h_n) + b * l_.output_size + u, load(h + u), l_.output_size - u);
       if (Cell::kStates > 1)
@@ -346,6 +406,8 @@ class Forward {
   Own own_{};
   const Share rows_, blocks_, output_share_;
   const int64_t ld_h_, ld_c_, ld_hidden_;
+  Zoneout<Acc> keep_h_, keep_c_;
+  bool noisy_;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

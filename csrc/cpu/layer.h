@@ -184,6 +184,10 @@ inline UnitBlocks unit_blocks(int gates, int64_t hidden, const Member& m) {
   if (m.divide == Divide::rows && hidden <= kMaxVectors * kLanes) blocks.block = hidden;
   return blocks;
 }
+// Where a share of blocks ends, in units.
+inline int64_t end_of(const UnitBlocks& blocks, const Share& share) {
+  return share.begin < share.end ? blocks.first(share.end - 1) + blocks.size(share.end - 1) : 0;
+}
 constexpr int kMaxBlockVectors = 4 * kMaxVectors;  // gates times vectors of a block, at most
 
 template <class S>

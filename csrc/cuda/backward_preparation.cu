@@ -1,5 +1,7 @@
 #include "backward_preparation.cuh"
 
+#include "device_noise.cuh"
+
 namespace rnnfast::cuda {
 namespace {
 
@@ -30,10 +32,12 @@ template <class scalar_t>
 struct PreviousStates {
   int64_t rows = 0, output_size = 0;  // N, P
   DeviceSequence sequence;
+  DeviceNoise<acc_type<scalar_t>> noise;
   PreviousDirection<scalar_t> direction[2];
 };
 
-// h_prev, and zero past the end. Mapping: a thread an element, rows counting through all steps. Nothing to synchronise.
+// h_prev, behind recurrent dropout if there is any, and zero past the end. Mapping: a thread an element, rows counting
+// through all steps. Nothing to synchronise.
 template <class scalar_t>
 __global__ void __launch_bounds__(kThreads)
     previous_states_kernel(const __grid_constant__ PreviousStates<scalar_t> args) {
@@ -43,7 +47,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
     const int step = args.sequence.step_of(row), slot = static_cast<int>(row - args.sequence.row(step, 0));
     if (args.sequence.lives(step, slot)) {
-      d.h_prev[row * P + p] = previous_state(args.sequence, d.reverse, step, slot, d.output, d.h0 + slot * P, p);
+      scalar_t h = previous_state(args.sequence, d.reverse, step, slot, d.output, d.h0 + slot * P, p);
+      if (args.noise.dropout) from_acc(args.noise.mask(d.reverse, slot, p) * to_acc(h), h);
+      d.h_prev[row * P + p] = h;
     } else {
       store_zero<1>(d.h_prev + row * P + p);
     }
@@ -58,7 +64,8 @@ struct Recomputed {
   const scalar_t* igates = nullptr;            // compact [N, G*H]
   const acc_type<scalar_t>* hgates = nullptr;  // [rows, G*H]
   const scalar_t* b_hh = nullptr;              // [G*H] or null
-  const scalar_t* h_prev = nullptr;            // compact [N, H]; null with a projection
+  DeviceRows<scalar_t> h;                      // rows of H: cells with one state
+  const scalar_t* h0 = nullptr;                // [B, H]
   DeviceRows<scalar_t> c;                      // rows of H: cells with two states
   const scalar_t* c0 = nullptr;                // [B, H]
   scalar_t* saved = nullptr;                   // compact [N, S*H]; may be igates
@@ -84,8 +91,9 @@ __global__ void __launch_bounds__(kThreads) recompute_kernel(const __grid_consta
       hgates[g] = args.hgates[(i * kGates + g) * H + unit];
       if (args.b_hh != nullptr) hgates[g] += to_acc(args.b_hh[g * H + unit]);
     }
-    if (args.h_prev != nullptr) previous[0] = to_acc(args.h_prev[row * H + unit]);
-    if constexpr (kStates == 2) {
+    if constexpr (kStates == 1) {
+      previous[0] = to_acc(previous_state(args.sequence, args.reverse, step, slot, args.h, args.h0 + slot * H, unit));
+    } else {
       previous[1] = to_acc(previous_state(args.sequence, args.reverse, step, slot, args.c, args.c0 + slot * H, unit));
     }
     Cell::forward(igates, hgates, previous, state, saved);
@@ -117,7 +125,8 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   args.igates = static_cast<const scalar_t*>(d.grad_igates);
   args.hgates = static_cast<const acc_type<scalar_t>*>(hgates);
   args.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
-  args.h_prev = d.weights.w_hr == nullptr ? static_cast<const scalar_t*>(products.h_prev) : nullptr;
+  args.h = DeviceRows<scalar_t>(d.output);
+  args.h0 = static_cast<const scalar_t*>(d.h0);
   args.c = DeviceRows<scalar_t>(d.c);
   args.c0 = static_cast<const scalar_t*>(d.c0);
   args.saved = static_cast<scalar_t*>(saved);
@@ -135,7 +144,8 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
 template <class scalar_t>
 int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&products)[2], cudaStream_t stream,
                            const DeviceSequence& sequence) {
-  PreviousStates<scalar_t> args{layer.sequence.rows, layer.output_size, sequence, {}};
+  const DeviceNoise<acc_type<scalar_t>> noise(layer.noise);
+  PreviousStates<scalar_t> args{layer.sequence.rows, layer.output_size, sequence, noise, {}};
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
     args.direction[k] = {DeviceRows<scalar_t>(d.output), static_cast<const scalar_t*>(d.h0),

@@ -1,6 +1,6 @@
 // Owns: what the backward of every CUDA engine does before its loop, over all steps at once:
 //
-//     h_prev = the state every step read                    the weight gradients and the cells want it
+//     h_prev = the state that every step's product read     the weight gradients want it, and persistent engines' cells
 //     saved  = cell's forward of igates, h_prev W_hh^T      where forward kept the states alone: a GEMM and a kernel
 //                                                           for every chunk of rows
 //

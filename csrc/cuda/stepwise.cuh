@@ -2,6 +2,7 @@
 // Must not know: equations, tensors.
 #pragma once
 
+#include "device_noise.cuh"
 #include "pointwise.cuh"
 
 namespace rnnfast::cuda::stepwise {

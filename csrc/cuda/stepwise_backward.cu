@@ -4,6 +4,7 @@
 //     grad_h += grad_output; grad_hidden = grad_h W_hr              with a projection: a kernel and a GEMM
 //     grad_igates, grad_hgates, grad_h, grad_c = cell's backward    backward_step_kernel
 //     grad_h += grad_hgates W_hh                                    the caller's GEMM
+//     grad_h += m (grad_hgates W_hh)                                with recurrent dropout: a GEMM and a kernel
 //
 // The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
 // before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
@@ -18,8 +19,9 @@ template <class scalar_t>
 struct BackwardDirection {
   using acc_t = acc_type<scalar_t>;
   int64_t rows = 0, step = 0;
+  bool reverse = false;
   const scalar_t* saved = nullptr;   // [rows, S*H]; may be grad_igates
-  const scalar_t* h_prev = nullptr;  // [rows, H]; null with a projection
+  Previous<scalar_t> h_prev;         // cells with one state
   const scalar_t* output = nullptr;  // rows of H; null with a projection
   int64_t output_stride = 0;
   const scalar_t* c = nullptr;  // rows of H: cells with two states
@@ -44,6 +46,7 @@ template <class scalar_t>
 struct BackwardStep {
   int64_t hidden_size = 0;
   const int64_t* lengths = nullptr;
+  DeviceNoise<acc_type<scalar_t>> noise;
   BackwardDirection<scalar_t> direction[2];
 };
 
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!cut) load(d.c_prev.row(args.lengths, row, H) + unit, previous[1]);
       load(d.c + row * d.c_stride + unit, state[1]);
     } else {
-      load(d.h_prev + row * H + unit, previous[0]);  // zero behind a reset
+      if (!cut) load(d.h_prev.row(args.lengths, row, H) + unit, previous[0]);
       load(d.output + row * d.output_stride + unit, state[0]);
     }
 
@@ -108,6 +111,26 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
+    // Zoneout: the part of the last state, and the candidate's in its place.
+    const DeviceNoise<acc_t>& noise = args.noise;
+    acc_t kept[kStates][kWidth] = {};
+    if (noise.zoneout_h > 0 && d.grad_hidden == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        kept[0][k] = divide_gradient(noise.keep_h(d.reverse, d.step, row, unit + k), grad[0][k]);
+    }
+    if constexpr (kStates == 2) {
+      if (noise.zoneout_c > 0) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          kept[1][k] = divide_gradient(noise.keep_c(d.reverse, d.step, row, unit + k), grad[1][k]);
+          acc_t keep[kSaved], from[kStates] = {acc_t(0), previous[1][k]};
+          for (int s = 0; s < kSaved; ++s) keep[s] = saved[s][k];
+          state[1][k] = Cell::candidate(keep, from);
+        }
+      }
+    }
+
     acc_t grad_igates[kGates][kWidth], grad_hgates[kGates][kWidth], grad_previous[kStates][kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -120,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int g = 0; g < kGates; ++g) grad_igates[g][k] = gi[g], grad_hgates[g][k] = gh[g];
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) grad_previous[s][k] = grad_from[s];
+      for (int s = 0; s < kStates; ++s) grad_previous[s][k] = grad_from[s] + kept[s][k];
     }
 
 #pragma unroll
@@ -149,6 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class scalar_t>
 struct ProjectedDirection {
   int64_t rows = 0, step = 0;
+  bool reverse = false;
   const scalar_t* grad_output = nullptr;  // rows of P; null: zero
   int64_t grad_output_stride = 0;
   acc_type<scalar_t>* carried = nullptr;  // [B, P]
@@ -160,10 +184,12 @@ template <class scalar_t>
 struct Projected {
   int64_t output_size = 0;
   const int64_t* lengths = nullptr;
+  DeviceNoise<acc_type<scalar_t>> noise;
   ProjectedDirection<scalar_t> direction[2];
 };
 
-// grad_h = carried + grad_output, and the carried gradient starts again from zero. One thread an element; nothing to
+// grad_h = carried + grad_output, and the carried gradient starts again from zero, or with zoneout from the part of the
+// last state. One thread an element; nothing to
 // synchronise.
 template <class scalar_t>
 __global__ void __launch_bounds__(kThreads) grad_projected_kernel(const __grid_constant__ Projected<scalar_t> args) {
@@ -177,10 +203,37 @@ __global__ void __launch_bounds__(kThreads) grad_projected_kernel(const __grid_c
       acc_type<scalar_t>* carried = d.carried + row * P + p;
       if (!d.left.cuts(args.lengths, row)) grad = *carried;
       if (d.grad_output != nullptr) grad += to_acc(d.grad_output[row * d.grad_output_stride + p]);
-      *carried = 0;
+      *carried = args.noise.zoneout_h > 0 ? divide_gradient(args.noise.keep_h(d.reverse, d.step, row, p), grad) : 0;
     }
     from_acc(grad, d.grad_h[row * P + p]);
   }
+}
+
+template <class scalar_t>
+struct MaskedDirection {
+  int64_t rows = 0;
+  bool reverse = false;
+  const acc_type<scalar_t>* product = nullptr;  // [rows, P]
+  acc_type<scalar_t>* carried = nullptr;        // [B, P]
+};
+
+template <class scalar_t>
+struct Masked {
+  int64_t output_size = 0;
+  DeviceNoise<acc_type<scalar_t>> noise;
+  MaskedDirection<scalar_t> direction[2];
+};
+
+// carried += m product; for a row that does not live the product is zero. One thread an element; nothing to
+// synchronise.
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads) add_masked_kernel(const __grid_constant__ Masked<scalar_t> args) {
+  const MaskedDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const int64_t P = args.output_size;
+  const int64_t p = first_feature<1>();
+  if (p >= P) return;
+  for (int64_t row = first_row(); row < d.rows; row += row_stride())
+    d.carried[row * P + p] += args.noise.mask(d.reverse, row, p) * d.product[row * P + p];
 }
 
 template <class scalar_t>
@@ -236,6 +289,7 @@ struct BackwardWorkspace {
   acc_t* grad_h[2] = {};       // [B, P]
   acc_t* grad_c[2] = {};       // [B, H]: cells with two states
   acc_t* grad_hidden[2] = {};  // [B, H]: with a projection
+  acc_t* product[2] = {};      // [B, P]: with recurrent dropout
   BackwardPreparation preparation;
   size_t bytes = 0;
 
@@ -246,6 +300,7 @@ struct BackwardWorkspace {
       grad_h[k] = workspace.take<acc_t>(B * P);
       if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
+      if (layer.noise.recurrent_dropout > 0) product[k] = workspace.take<acc_t>(B * P);
     }
     bytes = workspace.bytes();
   }
@@ -258,8 +313,8 @@ bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
     for (const void* pointer :
-         {d.c0, d.saved, static_cast<const void*>(d.grad_igates), static_cast<const void*>(d.grad_hgates),
-          static_cast<const void*>(products[k].h_prev), static_cast<const void*>(products[k].hidden)}) {
+         {d.h0, d.c0, d.saved, static_cast<const void*>(d.grad_igates), static_cast<const void*>(d.grad_hgates),
+          static_cast<const void*>(products[k].hidden)}) {
       all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
     }
     for (const Rows& rows : {d.c, d.grad_c}) all = all && aligned<scalar_t>(rows, width);
@@ -278,6 +333,7 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
   const auto stream = static_cast<cudaStream_t>(context.stream);
   if (B == 0) return 0;
 
+  const DeviceNoise<acc_type<scalar_t>> noise(layer.noise);
   const BackwardWorkspace<scalar_t> workspace(layer, Workspace(context.workspace));
   DeviceSequence device_sequence;
   RNNFAST_RETURN_IF_ERROR(workspace.preparation.run(layer, products, context, device_sequence));
@@ -299,8 +355,9 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
   const auto kernel = width == 1 ? backward_step_kernel<Cell, scalar_t, 1>
                                  : backward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
   for (int64_t index = T - 1; index >= 0; --index) {
-    BackwardStep<scalar_t> step{H, sequence.lengths, {}};
-    Projected<scalar_t> projected{P, sequence.lengths, {}};
+    BackwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
+    Projected<scalar_t> projected{P, sequence.lengths, noise, {}};
+    Masked<scalar_t> masked{P, noise, {}};
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionBackward& d = layer.direction[k];
@@ -313,6 +370,7 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
       BackwardDirection<scalar_t>& s = step.direction[k];
       s.rows = rows;
       s.step = at.step;
+      s.reverse = d.reverse;
       s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
       s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
       s.grad_hgates = Cell::kSplitGates ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
@@ -329,12 +387,12 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
       const scalar_t* grad_output = row_pointer<scalar_t>(sequence, d.grad_output, at.step);
       if (projects) {
         scalar_t* grad_h = static_cast<scalar_t*>(products[k].grad_h) + offset * P;
-        projected.direction[k] = {rows,   at.step, grad_output, d.grad_output.stride_b, workspace.grad_h[k],
+        projected.direction[k] = {rows,   at.step, d.reverse, grad_output, d.grad_output.stride_b, workspace.grad_h[k],
                                   grad_h, left};
         s.grad_hidden = workspace.grad_hidden[k];
         s.hidden = static_cast<scalar_t*>(products[k].hidden) + offset * H;
       } else {
-        s.h_prev = static_cast<const scalar_t*>(products[k].h_prev) + offset * P;
+        if (Cell::kStates == 1) s.h_prev = previous_rows<scalar_t>(sequence, at, d.output, d.h0);
         s.output = row_pointer<scalar_t>(sequence, d.output, at.step);
         s.output_stride = d.output.stride_b;
         s.grad_output = grad_output;
@@ -358,9 +416,15 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
     for (int k = 0; k < layer.directions; ++k) {
       const BackwardDirection<scalar_t>& s = step.direction[k];
       const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
+      acc_type<scalar_t>* product = workspace.product[k];
       RNNFAST_RETURN_IF_ERROR(
           multiply(context.gemm, {layer.dtype, s.rows, P, GH, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
-                                  false, workspace.grad_h[k], P, true}));
+                                  false, product != nullptr ? product : workspace.grad_h[k], P, product == nullptr}));
+      masked.direction[k] = {s.rows, s.reverse, product, workspace.grad_h[k]};
+    }
+    if (layer.noise.recurrent_dropout > 0) {
+      RNNFAST_RETURN_IF_ERROR(
+          launch(add_masked_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, masked));
     }
   }
   return launch(last_gradients_kernel<scalar_t>, states_shape, stream, carried);

@@ -4,6 +4,7 @@
 //     h, c = cell(igates, hgates + b_hh, h, c)                 forward_step_kernel
 //     h = hidden W_hr^T                                        with a projection: a GEMM and store_projection_kernel
 //
+// The kernel that has h applies zoneout to it; with recurrent dropout it also leaves m h for the next step's GEMM.
 // h_n and the workspace's c hold the running states, so that a row that has ended, or not begun, keeps its own.
 // Must not know: equations (csrc/cell has them), tensors.
 #include "stepwise.cuh"
@@ -14,11 +15,13 @@ namespace {
 template <class scalar_t>
 struct ForwardDirection {
   using acc_t = acc_type<scalar_t>;
-  int64_t rows = 0, step = 0;        // living rows (their slots are 0 .. rows - 1)
+  int64_t rows = 0, step = 0;  // living rows (their slots are 0 .. rows - 1)
+  bool reverse = false;
   const scalar_t* igates = nullptr;  // [rows, G*H]
   const acc_t* hgates = nullptr;     // [rows, G*H]
   const scalar_t* b_hh = nullptr;    // [G*H] or null
   scalar_t* h = nullptr;             // [B, H], the running state; null with a projection
+  scalar_t* masked = nullptr;        // [B, H], the same behind recurrent dropout; null with a projection or without it
   acc_t* c = nullptr;                // [B, H], the running state of cells with two states
   scalar_t* c_n = nullptr;           // [B, H], the same in the layer's dtype
   scalar_t* output = nullptr;        // rows of H; null with a projection
@@ -34,6 +37,7 @@ template <class scalar_t>
 struct ForwardStep {
   int64_t hidden_size = 0;
   const int64_t* lengths = nullptr;
+  DeviceNoise<acc_type<scalar_t>> noise;
   ForwardDirection<scalar_t> direction[2];
 };
 
@@ -95,9 +99,31 @@ __global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_con
       for (int s = 0; s < kSaved; ++s) saved[s][k] = keep[s];
     }
 
+    const DeviceNoise<acc_t>& noise = args.noise;
+    if (kStates == 2 && noise.zoneout_c > 0) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const acc_t keep = noise.keep_c(d.reverse, d.step, row, unit + k);
+        state[kStates - 1][k] = zoned(keep, previous[kStates - 1][k], state[kStates - 1][k]);
+      }
+    }
     if (d.hidden != nullptr) {
       store(state[0], d.hidden + row * H + unit);
     } else {
+      if (noise.zoneout_h > 0) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          const acc_t keep = noise.keep_h(d.reverse, d.step, row, unit + k);
+          state[0][k] = zoned(keep, previous[0][k], state[0][k]);
+        }
+      }
+      if (d.masked != nullptr) {
+        acc_t masked[kWidth];
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k)
+          masked[k] = noise.mask(d.reverse, row, unit + k) * rounded<scalar_t>(state[0][k]);
+        store(masked, d.masked + row * H + unit);
+      }
       store(state[0], d.output + row * d.output_stride + unit);
       store(state[0], d.h + row * H + unit);
     }
@@ -116,20 +142,24 @@ __global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_con
 template <class scalar_t>
 struct ProjectionDirection {
   int64_t rows = 0, step = 0;
+  bool reverse = false;
   const acc_type<scalar_t>* projected = nullptr;  // [rows, P]
   scalar_t* h = nullptr;                          // [B, P], the running state
+  scalar_t* masked = nullptr;                     // [B, P], the same behind recurrent dropout, or null
   scalar_t* output = nullptr;                     // rows of P
   int64_t output_stride = 0;
+  Border entered;
 };
 
 template <class scalar_t>
 struct Projection {
   int64_t output_size = 0;
   const int64_t* lengths = nullptr;
+  DeviceNoise<acc_type<scalar_t>> noise;
   ProjectionDirection<scalar_t> direction[2];
 };
 
-// output = h = projected. One thread an element; nothing to synchronise.
+// output = h = projected, with zoneout's part of the last h. One thread an element; nothing to synchronise.
 template <class scalar_t>
 __global__ void __launch_bounds__(kThreads) store_projection_kernel(const __grid_constant__ Projection<scalar_t> args) {
   const ProjectionDirection<scalar_t>& d = args.direction[blockIdx.z];
@@ -142,16 +172,25 @@ __global__ void __launch_bounds__(kThreads) store_projection_kernel(const __grid
       store_zero<1>(output);
       continue;
     }
-    from_acc(d.projected[row * P + p], *output);
+    acc_type<scalar_t> h = d.projected[row * P + p];
+    if (args.noise.zoneout_h > 0) {
+      const acc_type<scalar_t> old =
+          d.entered.cuts(args.lengths, row) ? acc_type<scalar_t>(0) : to_acc(d.h[row * P + p]);
+      h = zoned(args.noise.keep_h(d.reverse, d.step, row, p), old, h);
+    }
+    from_acc(h, *output);
     d.h[row * P + p] = *output;
+    if (d.masked != nullptr) from_acc(args.noise.mask(d.reverse, row, p) * to_acc(*output), d.masked[row * P + p]);
   }
 }
 
 template <class scalar_t>
 struct InitialDirection {
-  const scalar_t* h0 = nullptr;     // [B, P]
-  const scalar_t* c0 = nullptr;     // [B, H] or null
-  scalar_t* h_n = nullptr;          // [B, P]
+  const scalar_t* h0 = nullptr;  // [B, P]
+  const scalar_t* c0 = nullptr;  // [B, H] or null
+  scalar_t* h_n = nullptr;       // [B, P]
+  scalar_t* masked = nullptr;    // [B, P] or null
+  bool reverse = false;
   acc_type<scalar_t>* c = nullptr;  // [B, H]
   scalar_t* c_n = nullptr;          // [B, H]
 };
@@ -159,6 +198,7 @@ struct InitialDirection {
 template <class scalar_t>
 struct Initial {
   int64_t rows = 0, hidden_size = 0, output_size = 0;
+  DeviceNoise<acc_type<scalar_t>> noise;
   InitialDirection<scalar_t> direction[2];
 };
 
@@ -169,7 +209,11 @@ __global__ void __launch_bounds__(kThreads) initial_states_kernel(const __grid_c
   const int64_t H = args.hidden_size, P = args.output_size;
   const int64_t unit = first_feature<1>();
   for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
-    if (unit < P) d.h_n[row * P + unit] = d.h0[row * P + unit];
+    if (unit < P) {
+      const scalar_t h = d.h0[row * P + unit];
+      d.h_n[row * P + unit] = h;
+      if (d.masked != nullptr) from_acc(args.noise.mask(d.reverse, row, unit) * to_acc(h), d.masked[row * P + unit]);
+    }
     if (unit < H && d.c0 != nullptr) {
       const scalar_t c = d.c0[row * H + unit];
       d.c_n[row * H + unit] = c;
@@ -186,6 +230,7 @@ struct ForwardWorkspace {
   acc_t* c[2] = {};          // [B, H]: 16-bit cells with two states; the others run in c_n
   scalar_t* hidden[2] = {};  // [B, H]: with a projection
   acc_t* projected[2] = {};  // [B, P]: with a projection
+  scalar_t* masked[2] = {};  // [B, P]: with recurrent dropout
   size_t bytes = 0;
 
   ForwardWorkspace(const LayerForward& layer, void* base) {
@@ -199,6 +244,7 @@ struct ForwardWorkspace {
         hidden[k] = workspace.take<scalar_t>(B * H);
         projected[k] = workspace.take<acc_t>(B * P);
       }
+      if (layer.noise.recurrent_dropout > 0) masked[k] = workspace.take<scalar_t>(B * P);
     }
     bytes = workspace.bytes();
   }
@@ -230,14 +276,19 @@ int run(const LayerForward& layer, const Context& context) {
   if (B == 0) return 0;
 
   const ForwardWorkspace<scalar_t> workspace(layer, context.workspace);
-  Initial<scalar_t> initial{B, H, P, {}};
+  const DeviceNoise<acc_t> noise(layer.noise);
+  Initial<scalar_t> initial{B, H, P, noise, {}};
   acc_t* running_c[2] = {};
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionForward& d = layer.direction[k];
     running_c[k] = workspace.c[k] != nullptr ? workspace.c[k] : static_cast<acc_t*>(d.c_n);
     initial.direction[k] = {static_cast<const scalar_t*>(d.h0),
                             Cell::kStates == 2 ? static_cast<const scalar_t*>(d.c0) : nullptr,
-                            static_cast<scalar_t*>(d.h_n), running_c[k], static_cast<scalar_t*>(d.c_n)};
+                            static_cast<scalar_t*>(d.h_n),
+                            workspace.masked[k],
+                            d.reverse,
+                            running_c[k],
+                            static_cast<scalar_t*>(d.c_n)};
   }
   RNNFAST_RETURN_IF_ERROR(
       launch(initial_states_kernel<scalar_t>, rows_shape(std::max(H, P), B, 1, layer.directions), stream, initial));
@@ -246,20 +297,22 @@ int run(const LayerForward& layer, const Context& context) {
   const auto kernel =
       width == 1 ? forward_step_kernel<Cell, scalar_t, 1> : forward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
   for (int64_t index = 0; index < sequence.steps; ++index) {
-    ForwardStep<scalar_t> step{H, sequence.lengths, {}};
-    Projection<scalar_t> projection{P, sequence.lengths, {}};
+    ForwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
+    Projection<scalar_t> projection{P, sequence.lengths, noise, {}};
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionForward& d = layer.direction[k];
       const Position at(sequence, d.reverse, index);
       const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
       most_rows = std::max(most_rows, rows);
+      const void* h = workspace.masked[k] != nullptr ? workspace.masked[k] : d.h_n;
       RNNFAST_RETURN_IF_ERROR(multiply(
-          context.gemm, {layer.dtype, rows, GH, P, d.h_n, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+          context.gemm, {layer.dtype, rows, GH, P, h, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
 
       ForwardDirection<scalar_t>& s = step.direction[k];
       s.rows = rows;
       s.step = at.step;
+      s.reverse = d.reverse;
       s.igates = static_cast<const scalar_t*>(d.igates) + offset * GH;
       s.hgates = workspace.hgates[k];
       s.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
@@ -272,10 +325,18 @@ int run(const LayerForward& layer, const Context& context) {
       scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
       if (projects) {
         s.hidden = workspace.hidden[k];
-        projection.direction[k] = {rows,   at.step,          workspace.projected[k], static_cast<scalar_t*>(d.h_n),
-                                   output, d.output.stride_b};
+        projection.direction[k] = {rows,
+                                   at.step,
+                                   d.reverse,
+                                   workspace.projected[k],
+                                   static_cast<scalar_t*>(d.h_n),
+                                   workspace.masked[k],
+                                   output,
+                                   d.output.stride_b,
+                                   s.entered};
       } else {
         s.h = static_cast<scalar_t*>(d.h_n);
+        s.masked = workspace.masked[k];
         s.output = output;
         s.output_stride = d.output.stride_b;
       }

@@ -26,6 +26,14 @@ __device__ __forceinline__ void from_acc(float x, __nv_bfloat16& out) { out = __
 __device__ __forceinline__ void from_acc(float x, float& out) { out = x; }
 __device__ __forceinline__ void from_acc(double x, double& out) { out = x; }
 
+// x as it will be read back.
+template <class scalar_t>
+__device__ __forceinline__ acc_type<scalar_t> rounded(acc_type<scalar_t> x) {
+  scalar_t stored;
+  from_acc(x, stored);
+  return to_acc(stored);
+}
+
 // What one load or store instruction moves; 2, 4, 8 or 16 bytes.
 template <class scalar_t, int kWidth>
 struct alignas(sizeof(scalar_t) * kWidth) Packet {

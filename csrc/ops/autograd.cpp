@@ -17,14 +17,16 @@ using torch::autograd::variable_list;
 
 using ReferenceSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     c10::string_view cell, const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset);
+    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+    const OptionalTensor& seed, at::ArrayRef<double> noise);
 
 using ReferenceBackwardSignature = BackwardResult(c10::string_view cell, const OptionalTensor& grad_output,
                                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                                   const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                                   const OptionalTensor& c0, at::TensorList weights,
                                                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                                                  const OptionalTensor& reset, OutputMask output_mask);
+                                                  const OptionalTensor& reset, OutputMask output_mask,
+                                                  const OptionalTensor& seed, at::ArrayRef<double> noise);
 
 using ReferenceJvpSignature = JvpResult(c10::string_view cell, const OptionalTensor& t_input,
                                         const OptionalTensor& t_h0, const OptionalTensor& t_c0,
@@ -73,6 +75,16 @@ bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList we
   return input.device().is_cpu() && (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
 }
 
+// Whether there is recurrent dropout or zoneout; tangents have no kernel for them.
+bool any_noise(at::ArrayRef<double> noise) {
+  return std::any_of(noise.begin(), noise.end(), [](double p) { return p > 0; });
+}
+
+const c10::TypedOperatorHandle<ReferenceBackwardSignature>& reference_backward() {
+  static const auto handle = find_operator<ReferenceBackwardSignature>("reference_backward");
+  return handle;
+}
+
 // Of tangents of the weights, all or none: an undefined one among them is zero.
 std::vector<Tensor> all_or_none(std::vector<Tensor> tangents, at::TensorList of) {
   if (std::none_of(tangents.begin(), tangents.end(), [](const Tensor& tangent) { return tangent.defined(); }))
@@ -118,10 +130,10 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
-                               const Duals* duals) {
+                               const OptionalTensor& seed, at::ArrayRef<double> noise, const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [output, h_n, c_n, c, saved] =
-        forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save);
+        forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise);
     variable_list kept = {duals ? duals->input : input,
                           duals ? duals->h0 : h0,
                           duals ? duals->c0 : c0.value_or(Tensor()),
@@ -130,12 +142,14 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
                           reset.value_or(Tensor()),
                           output,
                           c,
-                          saved};
+                          saved,
+                          seed.value_or(Tensor())};
     const at::TensorList kept_weights = duals ? duals->weights : weights;
     kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
     context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
+    if (any_noise(noise)) context->saved_data[kNoise] = noise.vec();
     return {output, h_n, c_n, c, saved};
   }
 
@@ -143,65 +157,70 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     const variable_list kept = context->get_saved_variables();
     const Tensor &input = kept[0], &h0 = kept[1], &output = kept[6], &c = kept[7], &saved = kept[8];
     const auto c0 = optional(kept[2]), batch_sizes = optional(kept[3]), lengths = optional(kept[4]),
-               reset = optional(kept[5]);
-    const at::TensorList weights = at::TensorList(kept).slice(9);
+               reset = optional(kept[5]), seed = optional(kept[9]);
+    const at::TensorList weights = at::TensorList(kept).slice(10);
+    const auto found = context->saved_data.find(kNoise);
+    const auto noise = found == context->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
 
     // Tensors count here, arguments without one do not.
     const size_t first_weight = c0 ? 3 : 2;
     const OutputMask mask = {context->needs_input_grad(0), context->needs_input_grad(1),
                              c0 && context->needs_input_grad(2),
                              context->needs_input_grad({{first_weight, first_weight + weights.size()}})};
-    auto [grad_input, grad_h0, grad_c0, grad_weights] =
-        backward_operator<kind>().call(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]),
-                                       input, h0, c0, weights, batch_sizes, lengths, reset, output, c, saved, mask);
+    auto [grad_input, grad_h0, grad_c0, grad_weights] = backward_operator<kind>().call(
+        optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), input, h0, c0, weights,
+        batch_sizes, lengths, reset, output, c, saved, mask, seed, noise);
 
     const auto wanted = [](bool is_wanted, Tensor& grad) { return is_wanted ? grad : Tensor(); };
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 5);  // batch_sizes, lengths, reset, save, duals
+    result.resize(result.size() + 7);  // batch_sizes, lengths, reset, save, seed, noise, duals
     return result;
   }
+
+ private:
+  static constexpr const char* kNoise = "noise";
 };
 
 // Forward, with a node for its backward if a gradient is wanted.
 template <CellKind kind>
 ForwardResult recorded(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                        const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                       int64_t save, const Duals* duals) {
+                       int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, const Duals* duals) {
   if (any_requires_grad(input, h0, c0, weights)) {
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
-    auto result = Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, duals);
+    auto result = Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, duals);
     return {result[0], result[1], result[2], result[3], result[4]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save);
+  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise);
 }
 
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save) {
+                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise) {
   if (any_tangent(input, h0, c0, weights)) {
-    if (!has_tangent_kernel(input, h0, weights)) {
+    if (!has_tangent_kernel(input, h0, weights) || any_noise(noise)) {
       static const auto reference = find_operator<ReferenceSignature>("reference");
       auto [output, h_n, c_n, c] =
-          reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset);
+          reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset, seed, noise);
       return {output, h_n, c_n, c, at::empty({0}, input.options())};
     }
     const Tensor x = primal(input), h = primal(h0);
     const OptionalTensor cell_state = primal(c0);
     const std::vector<Tensor> w = primal(weights);
     const Duals duals{{}, input, h0, undefined_unless(c0), weights};
-    auto [output, h_n, c_n, c, saved] =
-        recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset, static_cast<int64_t>(Save::gates), &duals);
+    auto [output, h_n, c_n, c, saved] = recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset,
+                                                       static_cast<int64_t>(Save::gates), std::nullopt, {}, &duals);
     auto [t_output, t_h_n, t_c_n, t_c] =
         jvp_operator<kind>().call(tangent(input), tangent(h0), tangent(c0), tangent(weights), x, h, cell_state, w,
                                   batch_sizes, lengths, reset, output.detach(), c.detach(), saved);
     return {dual(output, t_output), dual(h_n, t_h_n), dual(c_n, t_c_n), dual(c, t_c), saved};
   }
-  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, nullptr);
+  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, nullptr);
 }
 
 // Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
@@ -217,7 +236,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [grad_input, grad_h0, grad_c0, grad_weights] =
         backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output, c, saved, output_mask);
+                                       lengths, reset, output, c, saved, output_mask, std::nullopt, {});
     variable_list kept = {undefined_unless(grad_output),
                           undefined_unless(grad_h_n),
                           undefined_unless(grad_c_n),
@@ -290,7 +309,7 @@ BackwardResult recorded_backward(const OptionalTensor& grad_output, const Option
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                        lengths, reset, output, c, saved, output_mask);
+                                        lengths, reset, output, c, saved, output_mask, std::nullopt, {});
 }
 
 template <CellKind kind>
@@ -298,13 +317,20 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
+                        const OptionalTensor& seed, at::ArrayRef<double> noise) {
   const bool has_tangent = any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
-  if ((has_tangent || requires_grad) && !has_tangent_kernel(input, h0, weights)) {
-    static const auto reference = find_operator<ReferenceBackwardSignature>("reference_backward");
-    return reference.call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
-                          batch_sizes, lengths, reset, output_mask);
+  const bool noisy = any_noise(noise);
+  // Zoneout without a seed is its expectation, whose gradient has no kernel.
+  if (((has_tangent || requires_grad) && (!has_tangent_kernel(input, h0, weights) || noisy)) || (noisy && !seed)) {
+    return reference_backward().call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
+                                     weights, batch_sizes, lengths, reset, output_mask, seed, noise);
+  }
+  if (noisy) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                          lengths, reset, output, c, saved, output_mask, seed, noise);
   }
   if (!has_tangent)
     return recorded_backward<kind>(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,

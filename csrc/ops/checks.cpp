@@ -186,6 +186,29 @@ Save check_save(CellKind cell, int64_t save) {
   return static_cast<Save>(save);
 }
 
+Noise check_noise(const Geometry& g, const Tensor& input, const OptionalTensor& seed, at::ArrayRef<double> noise) {
+  if (seed) {
+    check_dtype(g.info, "seed", *seed, at::kLong);
+    check_shape(g.info, "seed", *seed, {"[B]", {g.batch}});
+    TORCH_CHECK(seed->device() == input.device(), "rnnfast.", g.info.name, ": seed is on ", seed->device(),
+                ", it takes the input's device, ", input.device());
+  }
+  Noise result;
+  if (noise.empty()) return result;
+  TORCH_CHECK_VALUE(noise.size() == 3, "rnnfast.", g.info.name, ": noise has ", noise.size(),
+                    " values, it takes none, or the probabilities of recurrent dropout and of zoneout of h and c");
+  for (const double p : noise)
+    TORCH_CHECK_VALUE(p >= 0 && p < 1, "rnnfast.", g.info.name, ": noise has ", p,
+                      ", it takes probabilities from 0 to below 1");
+  TORCH_CHECK_VALUE(noise[2] == 0 || g.info.states == 2, "rnnfast.", g.info.name, ": noise has ", noise[2],
+                    " for c, the cell has one state and takes 0");
+  TORCH_CHECK(seed || noise[0] == 0, "rnnfast.", g.info.name, ": seed is None, recurrent dropout takes [B] int64");
+  result.recurrent_dropout = noise[0];
+  result.zoneout_h = noise[1];
+  result.zoneout_c = noise[2];
+  return result;
+}
+
 void check_gradients(const Geometry& g, const LayerArguments& a, const OptionalTensor& grad_output,
                      const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
                      const Tensor& output, const Tensor& c, const Tensor& saved) {

@@ -43,6 +43,11 @@ void check_lengths(const Geometry& geometry, const Tensor& lengths);
 
 Save check_save(CellKind cell, int64_t save);
 
+// The probabilities of recurrent dropout and zoneout; the seeds are the caller's to enter. Throws ValueError for a
+// probability, RuntimeError for what does not go together.
+Noise check_noise(const Geometry& geometry, const Tensor& input, const OptionalTensor& seed,
+                  at::ArrayRef<double> noise);
+
 // The gradients, where they are given, have the shapes of what they are gradients of, and the states of every step,
 // which backward reads, are there.
 void check_gradients(const Geometry& geometry, const LayerArguments& arguments, const OptionalTensor& grad_output,

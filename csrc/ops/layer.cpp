@@ -82,6 +82,17 @@ LayerTensors::LayerTensors(const LayerArguments& arguments)
   for (const Tensor& weight : arguments.weights) weights.push_back(weight.contiguous());
 }
 
+NoiseTensors::NoiseTensors(const Geometry& g, const Tensor& input, const OptionalTensor& given,
+                           at::ArrayRef<double> noise)
+    : seed(contiguous_or_undefined(given)), params(check_noise(g, input, given, noise)) {
+  if (seed.defined()) params.seeds = seed.const_data_ptr<int64_t>();
+}
+
+void NoiseTensors::check_backward(const Geometry& g) const {
+  TORCH_CHECK_NOT_IMPLEMENTED(!any() || params.seeds || g.batch == 0, "rnnfast.", g.info.name,
+                              "_backward: seed is None, the expectation of zoneout has no kernel for its gradient");
+}
+
 ForwardTensors::ForwardTensors(const Geometry& g, const Tensor& like, Save save, bool gaps) {
   const bool two_states = g.info.states == 2;
   output = empty_steps(g, like, g.directions * g.output_size, gaps);

@@ -28,6 +28,17 @@ struct LayerTensors {
   Tensor reset;                          // contiguous or undefined
 };
 
+// Recurrent dropout and zoneout of a call; `params` reads the seed.
+struct NoiseTensors {
+  NoiseTensors(const Geometry& geometry, const Tensor& input, const OptionalTensor& seed, at::ArrayRef<double> noise);
+  bool any() const { return params.recurrent_dropout > 0 || params.zoneout_h > 0 || params.zoneout_c > 0; }
+  // Throws NotImplementedError for zoneout without a seed, its expectation.
+  void check_backward(const Geometry& geometry) const;
+
+  Tensor seed;  // contiguous or undefined
+  Noise params;
+};
+
 // What forward returns. Uninitialised, except that with gaps (rows shorter than T) output and c are zero.
 struct ForwardTensors {
   ForwardTensors(const Geometry& geometry, const Tensor& like, Save save, bool gaps);

@@ -11,10 +11,11 @@ namespace {
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save_) {
+                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
   const Geometry geometry = check_layer(kind, arguments);
   const Save save = check_save(kind, save_);
+  const NoiseTensors noise(geometry, input, seed, noise_);
   const LayerTensors layer(arguments);
   const HostSequence host(geometry, arguments, layer);
   ForwardTensors tensors(geometry, input, save, /*gaps=*/lengths.has_value());
@@ -24,6 +25,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   }
 
   LayerForward params = forward_params(geometry, save, layer, tensors);
+  params.noise = noise.params;
   params.sequence = host.sequence();
   const int threads = max_threads();
   const cpu::Engine& engine = cpu::engine();
@@ -37,10 +39,13 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
+                        const OptionalTensor& seed, at::ArrayRef<double> noise_) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
   const Geometry geometry = check_layer(kind, arguments);
   check_gradients(geometry, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
+  const NoiseTensors noise(geometry, input, seed, noise_);
+  noise.check_backward(geometry);
   const LayerTensors layer(arguments);
   const HostSequence host(geometry, arguments, layer);
   BackwardTensors tensors(geometry, layer, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved, output_mask,
@@ -51,6 +56,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   }
 
   LayerBackward params = backward_params(geometry, layer, tensors);
+  params.noise = noise.params;
   params.sequence = host.sequence();
   if (output_mask[0]) {
     params.grad_input = {tensors.grad_input.data_ptr(), geometry.packed ? 0 : tensors.grad_input.stride(0),

@@ -74,9 +74,9 @@ constexpr Launchers kLaunchers[plan::kEngines] = {
 // The engine of one call, and the way to run it on the current stream.
 class Engine {
  public:
-  Engine(const Geometry& g, bool tf32, bool backward)
+  Engine(const Geometry& g, bool tf32, bool backward, bool noise)
       : plan_(choose_cuda_engine({g.cell, g.dtype, tf32, g.steps, g.batch, g.hidden_size, g.projection,
-                                  static_cast<int>(g.directions), backward},
+                                  static_cast<int>(g.directions), backward, noise},
                                  cuda_device())) {}
 
   void run(LayerForward layer, const Tensor& like) const {
@@ -143,10 +143,11 @@ void project_input(const Tensor& x, const Weights& weights, Tensor igates) {
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save_) {
+                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
   const Geometry g = check_layer(kind, arguments);
   const Save save = check_save(kind, save_);
+  const NoiseTensors noise(g, input, seed, noise_);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
   const DeviceSequence sequence(g, arguments, layer);
@@ -159,9 +160,10 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   const Tensor x = layer.input.reshape({g.rows, g.input_size});
   const Tensor igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, input.options());
   LayerForward params = forward_params(g, save, layer, tensors);
+  params.noise = noise.params;
   params.sequence = sequence.sequence();
   params.tf32 = tf32_allowed();
-  const Engine engine(g, params.tf32, /*backward=*/false);
+  const Engine engine(g, params.tf32, /*backward=*/false, noise.any());
   for (int64_t d = 0; d < g.directions; ++d) {
     project_input(x, Weights(g, layer.weights.data(), d), igates[d]);
     params.direction[d].igates = igates[d].data_ptr();
@@ -202,10 +204,13 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+                        const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
+                        const OptionalTensor& seed, at::ArrayRef<double> noise_) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
   const Geometry g = check_layer(kind, arguments);
   check_gradients(g, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
+  const NoiseTensors noise(g, input, seed, noise_);
+  noise.check_backward(g);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
   const DeviceSequence sequence(g, arguments, layer);
@@ -218,9 +223,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
 
   tensors.allocate_gate_gradients(g);
   LayerBackward params = backward_params(g, layer, tensors);
+  params.noise = noise.params;
   params.sequence = sequence.sequence();
   params.tf32 = tf32_allowed();
-  const Engine engine(g, params.tf32, /*backward=*/true);
+  const Engine engine(g, params.tf32, /*backward=*/true, noise.any());
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
   const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);

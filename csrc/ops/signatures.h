@@ -35,7 +35,8 @@ using BackwardJvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 using ForwardSignature = ForwardResult(const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
                                        at::TensorList weights, const OptionalTensor& batch_sizes,
-                                       const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save);
+                                       const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
+                                       const OptionalTensor& seed, at::ArrayRef<double> noise);
 
 using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                          const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
@@ -43,7 +44,8 @@ using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, cons
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          const OptionalTensor& lengths, const OptionalTensor& reset,
                                          const Tensor& output, const Tensor& c, const Tensor& saved,
-                                         OutputMask output_mask);
+                                         OutputMask output_mask, const OptionalTensor& seed,
+                                         at::ArrayRef<double> noise);
 
 using JvpSignature = JvpResult(const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0,
                                at::TensorList t_weights, const Tensor& input, const Tensor& h0,

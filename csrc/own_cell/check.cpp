@@ -18,7 +18,10 @@ template <class Cell, class V>
   Cell::forward(igates, hgates, prev, state, saved);
   V grad_state[kStates], grad_igates[kGates], grad_hgates[kGates], grad_prev[kStates];
   Cell::backward(saved, prev, state, grad_state, grad_igates, grad_hgates, grad_prev);
-  if constexpr (kStates == 2) Cell::hidden(saved, state);
+  if constexpr (kStates == 2) {
+    Cell::hidden(saved, state);
+    Cell::candidate(saved, prev);
+  }
   if constexpr (has_tangent<Cell>) {
     V t_igates[kGates], t_hgates[kGates], t_prev[kStates], t_state[kStates], t_saved[Cell::kSaved + 1];
     Cell::tangent(saved, prev, state, t_igates, t_hgates, t_prev, t_state, t_saved);

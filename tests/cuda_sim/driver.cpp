@@ -144,12 +144,17 @@ struct Sizes {
   }
 };
 
-void move_sequence(DeviceTensors& tensors, Sequence& s) {
+template <class Layer>
+void move_sequence(DeviceTensors& tensors, Layer& layer) {
+  Sequence& s = layer.sequence;
   const void *lengths = s.lengths, *reset = s.reset;
   tensors.in(lengths, s.batch * sizeof(int64_t));
   tensors.in(reset, s.rows * sizeof(bool));
   s.lengths = static_cast<const int64_t*>(lengths);
   s.reset = static_cast<const bool*>(reset);
+  const void* seeds = layer.noise.seeds;
+  tensors.in(seeds, s.batch * sizeof(int64_t));
+  layer.noise.seeds = static_cast<const int64_t*>(seeds);
 }
 
 template <class Direction>
@@ -195,7 +200,7 @@ EXPORT int sim_forward(const LayerForward* host) {
   LayerForward layer = *host;
   DeviceTensors tensors;
   const Sizes z(layer);
-  move_sequence(tensors, layer.sequence);
+  move_sequence(tensors, layer);
   tensors.shift(shift_in_elements * z.element);
   Rows output = layer.direction[0].output, c = layer.direction[0].c;
   tensors.out(output.data, z.N * layer.directions * z.P * z.element);
@@ -222,7 +227,7 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
   DeviceTensors tensors;
   const Sizes z(layer);
   const bool recomputes = layer.direction[0].saved == nullptr;
-  move_sequence(tensors, layer.sequence);
+  move_sequence(tensors, layer);
   tensors.shift(shift_in_elements * z.element);
   Rows rows[] = {layer.direction[0].output, layer.direction[0].c, layer.direction[0].grad_output,
                  layer.direction[0].grad_c};

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_bool, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,13 @@ class DirectionForward(Structure):
     ]
 
 
+class Noise(Structure):
+    _fields_ = [
+        ("seeds", c_void_p),
+        *[(name, c_double) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")],
+    ]
+
+
 class Spread(Structure):
     _fields_ = [(name, c_int) for name in ("unit_tiles", "row_tiles", "depth_splits")]
 
@@ -75,6 +82,7 @@ class LayerForward(Structure):
         ("input", Rows),
         ("direction", DirectionForward * 2),
         ("spread", Spread),
+        ("noise", Noise),
     ]
 
 
@@ -108,6 +116,7 @@ class LayerBackward(Structure):
         ("grad_input", Rows),
         ("direction", DirectionBackward * 2),
         ("spread", Spread),
+        ("noise", Noise),
     ]
 
 
@@ -275,9 +284,12 @@ class Layer:
         batch_sizes: Tensor | None = None,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        seed: Tensor | None = None,
+        noise: Sequence[float] = (),
         tf32: bool = False,
     ) -> None:
         self.tf32 = tf32
+        self.seed, self.noise = seed, noise
         self.cell, self.input, self.h0, self.c0 = cell, input.contiguous(), h0, c0
         self.weights = list(weights)
         self.batch_sizes, self.lengths = batch_sizes, lengths
@@ -323,6 +335,7 @@ class Layer:
         struct.directions = len(self.directions)
         struct.spread = simulator.spread_of_layers
         struct.tf32 = self.tf32
+        struct.noise = Noise(_pointer(self.seed), *self.noise)
         sequence = struct.sequence
         sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
         sequence.packed = self.batch_sizes is not None

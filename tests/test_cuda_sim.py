@@ -418,6 +418,27 @@ def test_operators_take_the_engine_that_was_forced(
     assert_close([other], [planned.double()], Arithmetic(torch.float32).bound)
 
 
+def test_operators_with_noise_run_stepwise(operators: DispatchKeySet, force_engine: Callable[[str], None]) -> None:
+    noise = [0.4, 0.3, 0.2]
+    problem = Problem(Sample("lstm", hidden_size=40, directions=2, reset=True), torch.float32, noise)
+    arguments = [*problem.arguments[1:], None, None, problem.options["reset"]]
+    drawn = (problem.options["seed"], noise)
+    bound = Arithmetic(torch.float32).bound
+    output, h_n, c_n, c, saved = torch.ops.rnnfast.lstm.default.redispatch(operators, *arguments, driver.GATES, *drawn)
+    assert_close([output, h_n, c_n, c], problem.results, bound)
+    *grads, weights = torch.ops.rnnfast.lstm_backward.default.redispatch(
+        operators, *problem.grads, *arguments, output, c, saved, [True] * 4, *drawn
+    )
+    assert_close([*grads, *weights], problem.gradients(), bound)
+    with pytest.raises(NotImplementedError, match="the expectation of zoneout has no kernel for its gradient"):
+        torch.ops.rnnfast.lstm_backward.default.redispatch(
+            operators, *problem.grads, *arguments, output, c, saved, [True] * 4, None, [0.0, 0.3, 0.2]
+        )
+    force_engine("persistent_cta")
+    with pytest.raises(RuntimeError, match="cannot run this lstm: it has no recurrent dropout or zoneout"):
+        torch.ops.rnnfast.lstm.default.redispatch(operators, *arguments, driver.GATES, *drawn)
+
+
 def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:
     problem = Problem(WIDE[0], torch.float64)
     arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]

@@ -113,7 +113,9 @@ def loop(
             z = (iz + hz).sigmoid()
             new_h = (1 - z) * (inew + (ir + hr).sigmoid() * hnew).tanh() + z * h
         else:
-            new_h = getattr(torch, cell.removeprefix("rnn_"))(i + g)
+            named = cell.removeprefix("rnn_")
+            nonlinearity = torch.clone if named == "identity" else getattr(nn.functional, named)
+            new_h = nonlinearity(i + g)
         if w_hr:
             new_h = new_h @ w_hr[0].T
         h = new_h if masks.keep_h is None else torch.where(masks.keep_h[t] == 1, h, new_h)

@@ -75,6 +75,20 @@ def test_in_every_dtype(mgu: Any, dtype: torch.dtype) -> None:
         assert (mine - other).norm() <= tolerance * other.norm()
 
 
+def test_recurrent_dropout_and_zoneout(mgu: Any) -> None:
+    layer = mgu(5, 19, bidirectional=True, recurrent_dropout=0.3, zoneout=0.2, dtype=torch.float64)
+    x, lengths = torch.randn(7, 3, 5, dtype=torch.float64, requires_grad=True), torch.tensor([7, 4, 1])
+    for training in (True, False):
+        layer.train(training)
+        results = []
+        for backend in ("auto", "reference"):
+            with rnnfast.backend(backend):
+                output, h_n = layer(x, lengths=lengths, generator=torch.Generator().manual_seed(1))
+            grads = torch.autograd.grad(output.sin().sum() + h_n.cos().sum(), [x, *layer.parameters()])
+            results.append([output, h_n, *grads])
+        torch.testing.assert_close(results[0], results[1])
+
+
 def test_derivatives_without_a_formula(without_formula: Any) -> None:
     """First and second ones are kernels; the header has no tangent, so that of forward comes from dual numbers."""
     layer = without_formula(3, 4, num_layers=2, bidirectional=True, dtype=torch.float64)

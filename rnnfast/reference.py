@@ -233,7 +233,7 @@ def layer(
     input = input.flatten(0, -2)
     reset = None if reset is None else reset.reshape(-1, 1)
 
-    _check_noise(seed, noise, CELLS[cell], batch)
+    _check_noise(seed, noise, known, batch)
     widths = h0.shape[2], h0.shape[2] if c0 is None else c0.shape[2]
     wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
     masks = [Noise(*noise).masks(seed, d == 1, len(sizes), *widths, wide) for d in range(directions)]

@@ -269,7 +269,9 @@ def _layers(
     if noise:
         run = partial(run, noise=noise)
     if len(weights) == 1:
-        output, h_n, c_n, c = run(input, h0, c0, weights[0], seed=None if seeds is None else seeds[0])
+        if seeds is not None:
+            run = partial(run, seed=seeds[0])
+        output, h_n, c_n, c = run(input, h0, c0, weights[0])
         if states is not None:
             states.append((output, c))
         return output, h_n, c_n

@@ -30,6 +30,7 @@ _OWN_ATTRIBUTES = (
     "weight_dropout",
     "recurrent_dropout",
     "zoneout",
+    "num_heads",
     "forget_bias",
     "_layer_names",
 )
@@ -62,7 +63,7 @@ def to_torch(model: ModuleT) -> ModuleT:
 
     Raises:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
-            ``recurrent_dropout``, ``zoneout``, a cell of its own); nothing has been changed then.
+            ``recurrent_dropout``, ``zoneout``, ``num_heads``, a cell of its own); nothing has been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
@@ -108,9 +109,9 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     """The options of a layer or cell that torch.nn's lacks."""
     if isinstance(module, own_cell.OwnLayers):
         return [f"a cell of its own, {type(module).__name__}"]
-    names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout")
+    names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout", "num_heads")
     options = {name: getattr(module, name, None) for name in names}
-    none = (None, 0.0, (0.0, 0.0), "tanh", "relu")
+    none = (None, 0.0, (0.0, 0.0), 1, "tanh", "relu")
     return [f"{name}={value!r}" for name, value in options.items() if value not in none]
 
 

@@ -103,7 +103,7 @@ def _cuda_engine(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "steps": steps,
         "batch": batch,
-        "hidden_size": part.hidden_size,
+        "hidden_size": part.hidden_size // getattr(part, "num_heads", 1),
         "directions": 2 if getattr(part, "bidirectional", False) else 1,
         "projection": getattr(part, "proj_size", 0) > 0,
         "tf32": extension.tf32_allowed(),

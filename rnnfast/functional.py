@@ -7,7 +7,7 @@ projection's), N rows of a packed input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -37,6 +37,7 @@ class States(NamedTuple):
     c: tuple[Tensor | PackedSequence, ...]  # of each layer; empty for RNN and GRU
 
 
+LayerResult: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"  # output, h_n, c_n, c, as rnnfast.ops.layer's
 Result: TypeAlias = (
     "tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]"  # with return_states
 )
@@ -60,6 +61,7 @@ def recurrent(
     recurrent_dropout: float = 0.0,
     zoneout: float | tuple[float, float] = 0.0,
     training: bool = True,
+    num_heads: int = 1,
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Result:
@@ -92,6 +94,8 @@ def recurrent(
         zoneout: probability below 1 that a unit of h, and one of c, keeps its last value, drawn anew at every step; or
             one for each of both.
         training: whether ``zoneout`` draws; otherwise it takes the expectation.
+        num_heads: with n heads, W_hh is block-diagonal with n blocks, and ``w_hh`` is ``[G*H, H/n]``: row u of a gate
+            meets the states of u's own head, of which each has H/n neighbouring units.
         generator: what the masks of ``weight_dropout`` and the seeds of the others, one a layer and row, are drawn
             from, of the weights' device; None: torch's default.
         backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
@@ -135,7 +139,7 @@ def recurrent(
     _check_input(x, w_ih, ValueError)
 
     slots = 2 * len(weights) if bidirectional else len(weights)
-    h_shape = (slots, batch, w_hh.shape[1])
+    h_shape = (slots, batch, w_hh.shape[1] * num_heads)
     c0 = None
     form = reference.find_cell(cell)
     if form.states == 1:
@@ -161,8 +165,8 @@ def recurrent(
         weights = _drop_weights(weights, 2 if bidirectional else 1, weight_dropout, generator)
     noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
     if noise and training:
-        seeds = torch.randint(2**63 - 1, (len(weights), batch), generator=generator, device=x.device)
-        seeds = seeds if sorted_indices is None else seeds.index_select(1, sorted_indices)
+        seeds = torch.randint(2**63 - 1, (len(weights), num_heads, batch), generator=generator, device=x.device)
+        seeds = seeds if sorted_indices is None else seeds.index_select(2, sorted_indices)
     if batch_invariant:
         _check_batch_invariant(x, (dropout and len(weights) > 1) or seeds is not None, backend)
     save = 0
@@ -181,6 +185,7 @@ def recurrent(
         batch_sizes,
         lengths,
         reset,
+        num_heads,
         seeds,
         noise,
         save,
@@ -258,7 +263,8 @@ def _layers(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    seeds: Tensor | None,  # [L, B]
+    num_heads: int,
+    seeds: Tensor | None,  # [L, heads, B]
     noise: Sequence[float],
     save: int,
     states: list[tuple[Tensor, Tensor]] | None,  # takes every layer's h and c of every step
@@ -268,6 +274,10 @@ def _layers(
     run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, save=save, backend=backend)
     if noise:
         run = partial(run, noise=noise)
+    if num_heads > 1:
+        run = partial(_heads, run, num_heads)
+    elif seeds is not None:
+        seeds = seeds.squeeze(1)
     if len(weights) == 1:
         if seeds is not None:
             run = partial(run, seed=seeds[0])
@@ -289,6 +299,42 @@ def _layers(
         h_ns.append(h_n)
         c_ns.append(c_n)
     return input, torch.cat(h_ns), torch.cat(c_ns)
+
+
+def _heads(
+    run: Callable[..., LayerResult],
+    num_heads: int,
+    input: Tensor,
+    h0: Tensor,  # [D, B, H]
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    seed: Tensor | None = None,  # [heads, B]
+) -> LayerResult:
+    """One layer. A head does not see the others' states: it is a layer of its own, with its rows of the weights."""
+    directions, _, hidden_size = h0.shape
+    gates = weights[0].shape[0] // hidden_size
+    of_heads = [w.unflatten(0, (gates, num_heads, hidden_size // num_heads)).unbind(1) for w in weights]
+    h0s, c0s = (None if s is None else s.unflatten(2, (num_heads, -1)).unbind(2) for s in (h0, c0))
+    assert h0s is not None
+    results = [
+        run(
+            input,
+            h0s[head],
+            None if c0s is None else c0s[head],
+            [w[head].flatten(0, 1) for w in of_heads],
+            seed=None if seed is None else seed[head],
+        )
+        for head in range(num_heads)
+    ]
+    output, h_n, c_n, c = zip(*results, strict=True)
+
+    def joined(steps: Sequence[Tensor]) -> Tensor:
+        """Features of all heads, direction by direction."""
+        if steps[0].dim() == 1:  # not wanted
+            return steps[0]
+        return torch.stack([part.unflatten(-1, (directions, -1)) for part in steps], -2).flatten(-3)
+
+    return joined(output), torch.cat(h_n, -1), torch.cat(c_n, -1), joined(c)
 
 
 def _drop_weights(

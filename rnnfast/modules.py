@@ -24,6 +24,7 @@ _DEFAULTS = {
     "weight_dropout": 0.0,
     "recurrent_dropout": 0.0,
     "zoneout": 0.0,
+    "num_heads": 1,
     "backend": None,
 }
 
@@ -36,6 +37,7 @@ class _Layers(nn.RNNBase):
     weight_dropout: float
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
+    num_heads: int
     backend: str | None
 
     def __init__(
@@ -56,9 +58,13 @@ class _Layers(nn.RNNBase):
         weight_dropout: float,
         recurrent_dropout: float,
         zoneout: float | tuple[float, float],
+        num_heads: int,
         backend: str | None,
     ) -> None:
-        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
+        if hidden_size % num_heads or (num_heads > 1 and proj_size):
+            takes = "1 with a projection" if proj_size else f"a divisor of hidden_size = {hidden_size}"
+            raise ValueError(f"num_heads: expected {takes}, got {num_heads}")
         for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
             if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
@@ -96,8 +102,14 @@ class _Layers(nn.RNNBase):
         self.weight_dropout = float(weight_dropout)
         self.recurrent_dropout = float(recurrent_dropout)
         self.zoneout = (float(zoneout[0]), float(zoneout[1])) if isinstance(zoneout, (tuple, list)) else float(zoneout)
+        self.num_heads = num_heads
         self.backend = backend
         self._name_layers()
+        if num_heads > 1:
+            for name in self._flat_weights_names:
+                if name.startswith("weight_hh"):
+                    weight = getattr(self, name)
+                    setattr(self, name, nn.Parameter(weight.detach()[:, : hidden_size // num_heads].clone()))
 
     def forward(
         self,
@@ -159,6 +171,7 @@ class _Layers(nn.RNNBase):
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
             zoneout=self.zoneout,
             training=self.training,
+            num_heads=self.num_heads,
             generator=generator,
             backend=self.backend,
         )
@@ -203,6 +216,8 @@ class _Layers(nn.RNNBase):
         for name in ("recompute", "batch_invariant", "weight_dropout", "recurrent_dropout", "zoneout"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
+        if self.num_heads > 1:
+            text += f", num_heads={self.num_heads}"
         if getattr(self, "forget_bias", None) is not None:
             text += f", forget_bias={self.forget_bias}"
         if self.backend is not None:
@@ -263,6 +278,11 @@ class RNN(_Layers):
         zoneout: probability, in training, that a unit keeps its last h, for every step anew; in evaluation the state is
             the expectation (Krueger et al., "Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations",
             ICLR 2017). A sequence that is fed in pieces has other masks in each piece.
+        num_heads: n above 1 divides the units into n heads of hidden_size / n neighbours, each of which sees its own
+            state alone: W_hh is block-diagonal, and ``weight_hh_l0`` is ``[gates * hidden_size, hidden_size / n]``,
+            with initial values as if it were whole (Beck et al., "xLSTM: Extended Long Short-Term Memory", NeurIPS
+            2024, for the sLSTM's heads; Hafner et al., "Mastering Diverse Domains through World Models", 2023, for the
+            GRU's blocks). A layer is then n calls of the operator.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
 
     Raises:
@@ -292,6 +312,7 @@ class RNN(_Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
+        num_heads: int = 1,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -313,6 +334,7 @@ class RNN(_Layers):
             weight_dropout,
             recurrent_dropout,
             zoneout,
+            num_heads,
             backend,
         )
         self.nonlinearity = nonlinearity
@@ -330,7 +352,7 @@ class LSTM(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, num_heads, backend: as for :class:`RNN`.
         zoneout: as for :class:`RNN`, of h and of c; or two probabilities, of h and of c.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
         forget_bias: what the forget gates' bias starts from, bias_ih and bias_hh together: 1 helps to remember long
@@ -363,6 +385,7 @@ class LSTM(_Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        num_heads: int = 1,
         forget_bias: float | None = None,
         backend: str | None = None,
     ) -> None:
@@ -387,6 +410,7 @@ class LSTM(_Layers):
             weight_dropout,
             recurrent_dropout,
             zoneout,
+            num_heads,
             backend,
         )
 
@@ -414,7 +438,7 @@ class GRU(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, zoneout, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, zoneout, num_heads, backend: as for :class:`RNN`.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
@@ -440,6 +464,7 @@ class GRU(_Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
+        num_heads: int = 1,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -460,6 +485,7 @@ class GRU(_Layers):
             weight_dropout,
             recurrent_dropout,
             zoneout,
+            num_heads,
             backend,
         )
 

@@ -53,6 +53,7 @@ class OwnLayers(modules._Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        num_heads: int = 1,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -72,6 +73,7 @@ class OwnLayers(modules._Layers):
             weight_dropout,
             recurrent_dropout,
             zoneout,
+            num_heads,
             backend,
         )
         # RNNBase made the parameters of a cell with one gate.

@@ -1,4 +1,4 @@
-"""What torch.nn's layers lack inside the recurrence: dropout of W_hh, and where the forget gate's bias starts."""
+"""What torch.nn's layers lack inside the recurrence: dropout of W_hh, heads, the initial bias of the forget gate."""
 
 from __future__ import annotations
 
@@ -180,3 +180,102 @@ def test_bad_forget_bias() -> None:
         rnnfast.LSTM(2, 3, forget_bias="1")
     with pytest.raises(ValueError, match=r"forget_bias: expected None without bias, got 1\.0"):
         rnnfast.LSTM(2, 3, bias=False, forget_bias=1.0)
+
+
+# ------------------------------------------------------------------------------------------------ heads
+def without_heads(module: nn.Module) -> nn.Module:
+    """The same layers with all of each W_hh, zero but for its diagonal blocks."""
+    plain = make(type(module).__name__)
+    for key, weight in module.state_dict().items():
+        if key.startswith("weight_hh"):
+            blocks = weight.unflatten(0, (-1, module.num_heads, H // module.num_heads))
+            weight = torch.stack([torch.block_diag(*gate) for gate in blocks]).flatten(0, 1)
+        plain.state_dict()[key].copy_(weight)
+    return plain
+
+
+@each_layer
+@pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("num_heads", [2, 8])
+def test_heads_are_blocks_of_w_hh(name: str, form: str, num_heads: int) -> None:
+    """Outputs, all states and every gradient; the gradient of a block is that of the block in the whole matrix."""
+    module = make(name, num_heads=num_heads)
+    plain = without_heads(module)
+    lengths, reset = torch.tensor([4, 6, 0]), torch.rand(T, B) < 0.3
+    options: dict[str, Any] = {"reset": reset, "return_states": True}
+    input: Any = torch.randn(T, B, I, dtype=torch.float64)
+    if form == "lengths":
+        options["lengths"] = lengths
+    elif form == "packed":
+        packed = nn.utils.rnn.pack_padded_sequence(input, lengths.clamp_min(1), enforce_sorted=False)
+        input, options["reset"] = packed, torch.rand(len(packed.data)) < 0.3
+    state = torch.randn(4, B, H, dtype=torch.float64)
+    hx = (state, state + 1) if name == "LSTM" else state
+
+    def run(layers: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
+        results = flatten(layers(input, hx, **options))
+        weights = dict(layers.named_parameters())
+        loss = sum((result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum() for result in results)
+        return results, dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+    (got, grads), (expected, expected_grads) = run(module), run(plain)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for key, grad in grads.items():
+        wanted = expected_grads[key]
+        if key.startswith("weight_hh"):
+            size = H // num_heads
+            blocks = wanted.unflatten(0, (-1, num_heads, size)).unflatten(-1, (num_heads, size))
+            wanted = torch.stack([blocks[:, head, :, head] for head in range(num_heads)], 1).flatten(0, 2)
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_one_head_is_the_plain_layer() -> None:
+    torch.manual_seed(3)
+    plain = make("GRU")
+    torch.manual_seed(3)
+    module = make("GRU", num_heads=1)
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert "num_heads" not in repr(module)
+    input = torch.randn(T, B, I, dtype=torch.float64)
+    assert torch.equal(module(input)[0], plain(input)[0])
+
+
+def test_heads_start_as_torch_s_layers_of_the_whole_size() -> None:
+    module = rnnfast.LSTM(4, 100, num_heads=4)
+    assert module.weight_hh_l0.shape == (400, 25)
+    assert 0.09 < module.weight_hh_l0.abs().max() < 0.1  # 1 / sqrt(hidden_size)
+    module.reset_parameters()
+    assert 0.09 < module.weight_hh_l0.abs().max() < 0.1
+    assert "num_heads=4" in repr(module)
+
+
+def test_heads_have_masks_of_their_own() -> None:
+    """With equal weights and states in both heads, masks alone tell them apart."""
+    module = rnnfast.RNN(2, 8, num_heads=2, recurrent_dropout=0.5, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.1)
+    input = torch.ones(T, 16, 2, dtype=torch.float64)
+    first, second = module(input)[0].unflatten(-1, (2, 4)).unbind(-2)
+    assert not torch.equal(first, second)
+    first, second = module.eval()(input)[0].unflatten(-1, (2, 4)).unbind(-2)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 3}, ValueError, "num_heads: expected a divisor of hidden_size = 8, got 3"),
+        ({"num_heads": 0}, ValueError, "num_heads"),
+        ({"num_heads": 2.0}, TypeError, "num_heads"),
+        ({"num_heads": 2, "proj_size": 2}, ValueError, "num_heads: expected 1 with a projection, got 2"),
+    ],
+)
+def test_bad_heads(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rnnfast.LSTM(I, H, **options)
+
+
+def test_torch_has_no_heads() -> None:
+    with pytest.raises(ValueError, match="num_heads=2"):
+        rnnfast.to_torch(nn.Sequential(rnnfast.GRU(I, H, num_heads=2)))

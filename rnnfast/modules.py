@@ -7,6 +7,7 @@ here: the parameters are read at every forward, so whatever replaces one takes e
 
 from __future__ import annotations
 
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -389,8 +390,8 @@ class LSTM(_Layers):
         forget_bias: float | None = None,
         backend: str | None = None,
     ) -> None:
-        if forget_bias is not None and (not isinstance(forget_bias, Real) or not bias):
-            takes = "a number or None" if bias else "None without bias"
+        if forget_bias is not None and (not isinstance(forget_bias, Real) or not isfinite(forget_bias) or not bias):
+            takes = "a finite number or None" if bias else "None without bias"
             raise ValueError(f"forget_bias: expected {takes}, got {forget_bias!r}")
         self.forget_bias = forget_bias  # before the parameters, whose initial values it changes
         super().__init__(

@@ -176,8 +176,9 @@ def test_forget_bias() -> None:
 
 
 def test_bad_forget_bias() -> None:
-    with pytest.raises(ValueError, match="forget_bias: expected a number or None, got '1'"):
-        rnnfast.LSTM(2, 3, forget_bias="1")
+    for bad in ("1", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"forget_bias: expected a finite number or None, got {bad!r}"):
+            rnnfast.LSTM(2, 3, forget_bias=bad)
     with pytest.raises(ValueError, match=r"forget_bias: expected None without bias, got 1\.0"):
         rnnfast.LSTM(2, 3, bias=False, forget_bias=1.0)
 

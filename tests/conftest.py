@@ -45,8 +45,11 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
     cudnn_tf32 = torch.backends.cudnn.allow_tf32
+    instruction_set = None if ops.extension is None else ops.extension.instruction_set()
     torch.backends.cudnn.allow_tf32 = False  # torch.nn's float32 layers on CUDA are compared with, at full precision
     yield
+    if instruction_set is not None:
+        ops.extension.set_instruction_set(instruction_set)
     torch.backends.cudnn.allow_tf32 = cudnn_tf32
     torch.set_float32_matmul_precision(precision)
     torch.set_default_dtype(dtype)

@@ -35,6 +35,24 @@ def find_operator(cell: str, suffix: str = "") -> Any:
 
 
 # ------------------------------------------------------------------------------- the formula behind what has no kernel
+def reference_layer(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer by the reference formula, with an operator's arguments."""
+    return reference.layer(
+        cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset, seed=seed, noise=noise
+    )
+
+
 class _Formula:
     """The layer by the reference formula, a function of its floating tensors: input, h0, c0 if there is one, weights.
 
@@ -48,22 +66,16 @@ class _Formula:
         h0: Tensor,
         c0: Tensor | None,
         weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        seed: Tensor | None = None,
-        noise: Sequence[float] = (),
+        *others: Any,
     ) -> None:
-        self.layer = partial(
-            reference.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, seed=seed, noise=noise
-        )
+        self.cell, self.others = cell, others
         self.tensors = _present(input, h0, c0, *weights)
         self.has_c0 = c0 is not None
         self.results = 4 if self.has_c0 else 2
 
     def __call__(self, input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         c0, weights = (rest[0], rest[1:]) if self.has_c0 else (None, rest)
-        return self.layer(input, h0, c0, weights)[: self.results]
+        return reference_layer(self.cell, input, h0, c0, weights, *self.others)[: self.results]
 
     def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """The gradients of the floating tensors, from those of the results, absent ones zero, and the tensors."""
@@ -551,10 +563,8 @@ def _by_formula(
     """An operator with noise, of which the kernels of transforms know nothing."""
     if unpack is _unpack_backward:  # but for what forward kept
         return reference_backward(cell, *arguments[:11], arguments[14], *noise)
-    input, h0, c0, weights, *sequence, _ = arguments
-    batch_sizes, lengths, reset = sequence
-    options: dict[str, Any] = {"lengths": lengths, "reset": reset, "seed": noise[0], "noise": noise[1]}
-    return *reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, **options), input.new_empty(0)
+    *layer, _ = arguments  # but for what forward is to keep
+    return *reference_layer(cell, *layer, *noise), arguments[0].new_empty(0)
 
 
 def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:

@@ -240,23 +240,6 @@ def _fake_backward_jvp(*arguments: Any) -> tuple[Any, ...]:
     return *t_results, *_fake_layer_backward(*(*grads, *layer, output, c, saved, output_mask))
 
 
-# The layer by the formula, as an operator: for forward-mode derivatives without a kernel.
-def _reference(
-    cell: str,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    seed: Tensor | None = None,
-    noise: Sequence[float] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options: dict[str, Tensor | None] = {"lengths": lengths, "reset": reset, "seed": seed}
-    return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, noise=noise, **options)
-
-
 # ------------------------------------------------------------------------------------ CUDA tensors in a CPU build
 def _refuse_cuda(reason: str, *_arguments: object) -> NoReturn:
     raise RuntimeError(f"expected CPU tensors, got CUDA ones: {reason}")
@@ -275,7 +258,7 @@ def _register_formulas(namespace: str, qualify: Callable[[str], str]) -> None:
 
     _libraries[namespace] = torch.library.Library(namespace, "IMPL")
     for name, formula in (
-        ("reference", _reference),
+        ("reference", derivatives.reference_layer),
         ("reference_backward", derivatives.reference_backward),
         ("reference_jvp", derivatives.reference_jvp),
         ("reference_backward_jvp", derivatives.reference_backward_jvp),

@@ -1,4 +1,9 @@
-"""Recurrent dropout and zoneout: the masks themselves, and what layers make of them."""
+"""Recurrent dropout and zoneout: the masks themselves, and what layers make of them.
+
+All is float64, and where tolerances stand the two sides add the same terms in another order: over a few hundred
+products that is some 1e-14 of a result, more of a gradient that passes through all steps. A wrong bit of a mask is
+1e-2 and more.
+"""
 
 from __future__ import annotations
 
@@ -127,11 +132,8 @@ def loop(
 
 
 @each_backend
-@pytest.mark.parametrize("proj_size", [0, 3])
-@each_cell
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in reference.CELLS), ("lstm", 3)])
 def test_against_a_loop_with_the_masks(cell: str, proj_size: int, backend: str, device: str) -> None:
-    if proj_size and cell != "lstm":
-        return
     sample = Sample(cell, steps=7, proj_size=proj_size)
     for noise in noises(cell):
         results = []
@@ -182,20 +184,16 @@ def test_masks_do_not_depend_on_who_draws(cell: str) -> None:
     one = Sample(
         cell, steps=9, batch=4, input_size=40, hidden_size=96, directions=2, form="lengths", row_lengths=(9, 2, 9, 5)
     )
-    in_use = ops.extension.instruction_set()
-    try:
-        for sample in (one, Sample(cell, steps=9, batch=1, input_size=200, hidden_size=320, directions=2)):
-            for noise in noises(cell):
-                results = []
-                for name in ops.extension.instruction_sets():
-                    ops.extension.set_instruction_set(name)
-                    for threads in (1, 2, 4):
-                        torch.set_num_threads(threads)
-                        results.append(run(ops.layer, sample, "cpu", noise))
-                    assert all(torch.equal(a, b) for r in results[-2:] for a, b in zip(r, results[-3], strict=True))
-                torch.testing.assert_close(results, results[:1] * len(results), rtol=1e-9, atol=1e-10)
-    finally:
-        ops.extension.set_instruction_set(in_use)
+    for sample in (one, Sample(cell, steps=9, batch=1, input_size=200, hidden_size=320, directions=2)):
+        for noise in noises(cell):
+            results = []
+            for name in ops.extension.instruction_sets():
+                ops.extension.set_instruction_set(name)
+                for threads in (1, 2, 4):
+                    torch.set_num_threads(threads)
+                    results.append(run(ops.layer, sample, "cpu", noise))
+                assert all(torch.equal(a, b) for r in results[-2:] for a, b in zip(r, results[-3], strict=True))
+            torch.testing.assert_close(results, results[:1] * len(results), rtol=1e-9, atol=1e-10)
 
 
 @each_option

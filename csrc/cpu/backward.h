@@ -417,8 +417,7 @@ class Backward {
         V grad = V::load(shared_.grad_h + slot * ld_p_ + unit);
         if (d_.grad_output.data) grad = grad + load(at<const S>(d_.grad_output, s_, t, slot) + unit, n);
         if (kNoise && keep_h_.on()) {
-          V kept;
-          divide_gradient(V::load(keep_h_.row(slot) + unit), grad, kept);
+          const V kept = divide_gradient(V::load(keep_h_.row(slot) + unit), grad);
           kept.store(shared_.grad_h + slot * ld_p_ + unit);
         }
         store(to + unit, grad, n);
@@ -455,14 +454,14 @@ class Backward {
           grad[0] = V::load(carried_h);
           if (grad_output) grad[0] = grad[0] + load(grad_output + u, n);
         }
-        if (kNoise && keep_h) divide_gradient(V::load(keep_h + u), grad[0], kept[0]);
+        if (kNoise && keep_h) kept[0] = divide_gradient(V::load(keep_h + u), grad[0]);
         if constexpr (Cell::kStates > 1) {
           state[1] = load(c + u, n);
           if (prev_c) prev[1] = load(prev_c + u, n);
           grad[1] = V::load(carried_c);
           if (grad_cell) grad[1] = grad[1] + load(grad_cell + u, n);
           if (kNoise && keep_c) {
-            divide_gradient(V::load(keep_c + u), grad[1], kept[1]);
+            kept[1] = divide_gradient(V::load(keep_c + u), grad[1]);
             state[1] = Cell::candidate(values, prev);
           }
           if (shared_.outputs) store(shared_.hidden + row * H + u, Cell::hidden(values, state), n);
@@ -481,12 +480,6 @@ class Backward {
         if (!shared_.outputs) grad_prev[0].store(carried_h);
         if (Cell::kStates > 1) (zero ? V(Acc(0)) : grad_prev[1]).store(carried_c);
       }
-  }
-
-  // The gradient of k old + (1 - k) new: `grad` becomes that of new, `kept` is that of old.
-  static RNNFAST_INLINE void divide_gradient(V k, V& grad, V& kept) {
-    kept = k * grad;
-    grad = grad - kept;
   }
 
   void finish() {

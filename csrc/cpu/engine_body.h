@@ -7,6 +7,7 @@
 // The equations come after the target pragma: a function compiled for another instruction set is never inlined.
 #include "../cell/cells.h"
 #include "../cell/dual.h"
+#include "../cell/zoneout.h"
 #include "../philox.h"
 //
 #include "simd.h"

@@ -136,10 +136,4 @@ class Zoneout {
   Acc* buffer_ = nullptr;
 };
 
-// k old + (1 - k) new
-template <class Acc>
-RNNFAST_INLINE Vec<Acc> zoned(Vec<Acc> k, Vec<Acc> old, Vec<Acc> fresh) {
-  return k * old + (Vec<Acc>(Acc(1)) - k) * fresh;
-}
-
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -2,6 +2,7 @@
 // Must not know: cells, tensors.
 #pragma once
 
+#include "cell/zoneout.h"
 #include "params.h"
 #include "philox.h"
 #include "storage.cuh"
@@ -48,19 +49,5 @@ struct DeviceNoise {
     return (word < 2 ? (word == 0 ? words[0] : words[1]) : (word == 2 ? words[2] : words[3])) < threshold;
   }
 };
-
-// k old + (1 - k) new
-template <class acc_t>
-__device__ __forceinline__ acc_t zoned(acc_t k, acc_t old, acc_t fresh) {
-  return k * old + (acc_t(1) - k) * fresh;
-}
-
-// The gradient of k old + (1 - k) new: `grad` becomes that of new, and that of old is returned.
-template <class acc_t>
-__device__ __forceinline__ acc_t divide_gradient(acc_t k, acc_t& grad) {
-  const acc_t kept = k * grad;
-  grad -= kept;
-  return kept;
-}
 
 }  // namespace rnnfast::cuda

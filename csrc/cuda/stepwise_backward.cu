@@ -189,8 +189,7 @@ struct Projected {
 };
 
 // grad_h = carried + grad_output, and the carried gradient starts again from zero, or with zoneout from the part of the
-// last state. One thread an element; nothing to
-// synchronise.
+// last state. One thread an element; nothing to synchronise.
 template <class scalar_t>
 __global__ void __launch_bounds__(kThreads) grad_projected_kernel(const __grid_constant__ Projected<scalar_t> args) {
   const ProjectedDirection<scalar_t>& d = args.direction[blockIdx.z];

@@ -32,7 +32,7 @@ SHAPES = {
     "b16_t100_h16": Shape("b16_t100_h16", 100, 16, 16, 16, "so small that every instruction beside the product counts"),
 }
 DEFAULT = ("b32_t100_h128", "b32_t50_h64", "b32_t100_h256", "rl_small", "b16_t100_h16")
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "weight dropout": {"weight_dropout": 0.2},
     "recurrent dropout": {"recurrent_dropout": 0.2},
     "zoneout": {"zoneout": 0.1},

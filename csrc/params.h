@@ -275,11 +275,14 @@ struct Context {
 
 // What backward leaves for the weight gradients, which are matrix products over all steps:
 //   grad_w_hh = grad_hgates^T h_prev    grad_w_hr = grad_h^T hidden
+// where of a cell with two products the gates of the second have gated for h_prev.
 struct BackwardProducts {
   void* h_prev = nullptr;  // compact [N, P]: the state each step read; the initial one at first, zero behind a reset
   // With a projection only.
   void* grad_h = nullptr;  // compact [N, P]: gradient of the projected state
   void* hidden = nullptr;  // compact [N, H]: the state before it was projected
+  // Of a cell with two products only.
+  void* gated = nullptr;  // compact [N, H]: what the second product read
 };
 
 // One GEMM and one pointwise kernel a step: any GPU, any size, any dtype. What the structs above leave open:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m rnnfast", description="Print what is installed and in use, and test every cell in seconds."
     ).parse_args(arguments)
     print(show_config())
-    print(f"\n{'device':<8}{'cell':<14}{'forward':>10}{'backward':>10}")
+    print(f"\n{'device':<8}{'cell':<18}{'forward':>10}{'backward':>10}")
     torch.set_float32_matmul_precision("highest")
     failed = False
     for device in ["cpu", "cuda"] if torch.cuda.is_available() and not ops.missing_kernels("cuda") else ["cpu"]:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             forward, backward = errors(cell, device)
             passed = forward <= TOLERANCE and backward <= TOLERANCE
             failed |= not passed
-            print(f"{device:<8}{cell:<14}{forward:>10.1e}{backward:>10.1e}  {'ok' if passed else 'FAILED'}")
+            print(f"{device:<8}{cell:<18}{forward:>10.1e}{backward:>10.1e}  {'ok' if passed else 'FAILED'}")
     return int(failed)
 
 

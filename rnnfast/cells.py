@@ -113,10 +113,34 @@ class GRUCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype, backend: as for :class:`RNNCell`.
+        reset_after: as for :class:`rnnfast.GRU`.
     """
 
+    reset_after: bool = True
     _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
+        self.reset_after = reset_after
+
+    @property
+    def cell(self) -> str:
+        """The name of its equations in :mod:`rnnfast.reference`."""
+        return "gru" if self.reset_after else "gru_reset_before"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the next hidden state, as :meth:`RNNCell.forward` does."""
-        return functional.step("gru", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
+        return functional.step(self.cell, input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")

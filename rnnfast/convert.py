@@ -32,6 +32,7 @@ _OWN_ATTRIBUTES = (
     "zoneout",
     "num_heads",
     "forget_bias",
+    "reset_after",
     "_layer_names",
 )
 
@@ -63,7 +64,8 @@ def to_torch(model: ModuleT) -> ModuleT:
 
     Raises:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
-            ``recurrent_dropout``, ``zoneout``, ``num_heads``, a cell of its own); nothing has been changed then.
+            ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``reset_after=False``, a cell of its own); nothing has
+            been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
@@ -112,7 +114,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout", "num_heads")
     options = {name: getattr(module, name, None) for name in names}
     none = (None, 0.0, (0.0, 0.0), 1, "tanh", "relu")
-    return [f"{name}={value!r}" for name, value in options.items() if value not in none]
+    lone = [f"{name}={value!r}" for name, value in options.items() if value not in none]
+    return lone if getattr(module, "reset_after", True) else [*lone, "reset_after=False"]
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

@@ -266,6 +266,8 @@ def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | No
     directions = h0.size(1 if in_dims[8] == 0 else 0)
     if input.device.type != "cpu" or call.weights // directions % 2:  # a projection
         return False
+    if reference.find_cell(call.cell).two_products:
+        return False
     return _only_vmap() and not _requires_grad((*grads, input, h0, c0, *weights))
 
 

@@ -129,4 +129,4 @@ def _cell_name(part: modules._Layers | cells._Cell) -> str:
         return part.mode.lower()
     if isinstance(part, cells.RNNCell):
         return f"rnn_{part.nonlinearity}"
-    return "lstm" if isinstance(part, cells.LSTMCell) else "gru"
+    return part.cell if isinstance(part, cells.GRUCell) else "lstm"

@@ -192,7 +192,7 @@ def recurrent(
         states,
         backend,
     )
-    if cell == "gru":
+    if cell.startswith("gru"):
         output, h_n = _as_state(output, h0), _as_state(h_n, h0)
         states = None if states is None else [(_as_state(h, h0), c) for h, c in states]
 
@@ -244,7 +244,7 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
         h0, c0 = _cell_state("hx", hx, shape, batched, x), None
 
     _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, backend=backend)
-    if cell in ("lstm", "gru"):
+    if not cell.startswith("rnn_"):
         h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
     h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
     if not batched:

@@ -82,8 +82,8 @@ class _Layers(nn.RNNBase):
             )
         _check_bools(recompute=recompute, batch_invariant=batch_invariant)
         functional.check_choice("backend", backend, functional.BACKENDS)
-        # Of an Elman network RNNBase knows two nonlinearities; the parameters of all are the same.
-        known_mode = mode if mode in ("LSTM", "GRU", "RNN_RELU") else "RNN_TANH"
+        # Of an Elman network RNNBase knows two nonlinearities, of a GRU one form; the parameters of all are the same.
+        known_mode = "GRU" if mode.startswith("GRU") else mode if mode in ("LSTM", "RNN_RELU") else "RNN_TANH"
         super().__init__(
             known_mode,
             input_size,
@@ -219,6 +219,8 @@ class _Layers(nn.RNNBase):
                 text += f", {name}={getattr(self, name)}"
         if self.num_heads > 1:
             text += f", num_heads={self.num_heads}"
+        if not getattr(self, "reset_after", True):
+            text += ", reset_after=False"
         if getattr(self, "forget_bias", None) is not None:
             text += f", forget_bias={self.forget_bias}"
         if self.backend is not None:
@@ -437,14 +439,23 @@ class GRU(_Layers):
     Takes torch.nn.GRU's place: same arguments, parameters, gate order (r, z, n), initial values and results. The
     equations and their sources are in :mod:`rnnfast.reference`.
 
+    With ``reset_after=False`` the reset gate stands before the matrix product, as it was first described:
+
+    .. math::
+        n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r h_{t-1}) + b_{hn})
+
     Args:
+        reset_after: whether r multiplies what W_hn makes of h, as in torch.nn and cuDNN, or h itself (Cho et al.,
+            "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation", EMNLP
+            2014). The parameters are the same, but their values mean another layer. Recurrent dropout is where h meets
+            W_hh, in both products with one mask.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
             batch_invariant, weight_dropout, recurrent_dropout, zoneout, num_heads, backend: as for :class:`RNN`.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
             proj_size, an unknown backend.
-        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
+        TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or reset_after is no bool.
     """
 
     def __init__(
@@ -466,11 +477,13 @@ class GRU(_Layers):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         num_heads: int = 1,
+        reset_after: bool = True,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
+        _check_bools(reset_after=reset_after)
         super().__init__(
-            "GRU",
+            "GRU" if reset_after else "GRU_RESET_BEFORE",
             input_size,
             hidden_size,
             num_layers,
@@ -489,6 +502,10 @@ class GRU(_Layers):
             num_heads,
             backend,
         )
+
+    @property
+    def reset_after(self) -> bool:
+        return self.mode == "GRU"
 
 
 def _check_sizes(**sizes: int) -> None:

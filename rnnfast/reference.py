@@ -12,6 +12,7 @@ G gates of the cell, N rows over all steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from torch.nn.functional import leaky_relu, linear, pad
 # A step maps (igates [B, G*H], hgates [B, G*H], *state) to the new state: (h,) or (h, c), each [B, H].
 # igates = W_ih x + b_ih, hgates = W_hh h + b_hh.
 Step = Callable[..., tuple[Tensor, ...]]
+# The hgates of an operand, of some of the gates: what a cell takes that has a second product behind the first.
+HiddenGates = Callable[[Tensor, slice], Tensor]
 
 
 def elman_step(nonlinearity: Callable[[Tensor], Tensor]) -> Step:
@@ -55,12 +58,26 @@ def gru_step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
     return (n + z * (h - n),)
 
 
+def gru_reset_before_step(igates: Tensor, hgates: HiddenGates, h: Tensor, operand: Tensor) -> tuple[Tensor]:
+    """r, z = sigmoid(i + W_h h + b_h); n = tanh(i_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h = n + z (h - n).
+
+    Cho et al., as above, with the reset gate where they have it. Recurrent dropout is in both products, with one mask:
+    ``operand`` is h behind it.
+    """
+    i_r, i_z, i_n = igates.chunk(3, -1)
+    h_r, h_z = hgates(operand, slice(0, 2)).chunk(2, -1)
+    r, z = (i_r + h_r).sigmoid(), (i_z + h_z).sigmoid()
+    n = (i_n + hgates(r * operand, slice(2, 3))).tanh()
+    return (n + z * (h - n),)
+
+
 class Cell(NamedTuple):
     """What a layer needs to know of its cell."""
 
     gates: int  # G
     states: int  # 1: h; 2: h and c
     step: Step
+    two_products: bool = False  # the step takes hgates as a function and, behind the state, what of h the products read
 
 
 CELLS: dict[str, Cell] = {
@@ -71,6 +88,7 @@ CELLS: dict[str, Cell] = {
     "rnn_leaky_relu": Cell(1, 1, elman_step(leaky_relu)),
     "lstm": Cell(4, 2, lstm_step),
     "gru": Cell(3, 1, gru_step),
+    "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True),
 }
 
 # Those of other people, by namespace and name of their operators: "namespace::name".
@@ -297,7 +315,10 @@ def _direction(
         operand = entering[0]
         if masks.dropout is not None:
             operand = (operand * masks.dropout[:size]).to(dtype).to(wide)
-        h, *c = cell.step(igates[t], linear(operand, w_hh, b_hh), *entering)
+        if cell.two_products:
+            h, *c = cell.step(igates[t], partial(_hidden_gates, cell, w_hh, b_hh), *entering, operand)
+        else:
+            h, *c = cell.step(igates[t], linear(operand, w_hh, b_hh), *entering)
         if w_hr is not None:
             h = linear(h, w_hr)
         h, *c = (_zoned(keep, t, old, new) for keep, old, new in zip(masks[1:], entering, (h, *c), strict=False))
@@ -315,6 +336,12 @@ def _direction(
     nothing = tuple(tensor[:0] for tensor in state)  # the result where T = 0, and what gives cat the shape
     every = tuple(torch.cat(rows).to(dtype) for rows in zip(nothing, *in_order, strict=True))
     return every, tuple(tensor.to(dtype) for tensor in state)
+
+
+def _hidden_gates(cell: Cell, w_hh: Tensor, b_hh: Tensor | None, operand: Tensor, gates: slice) -> Tensor:
+    size = w_hh.shape[0] // cell.gates
+    rows = slice(gates.start * size, gates.stop * size)
+    return linear(operand, w_hh[rows], None if b_hh is None else b_hh[rows])
 
 
 def _zoned(keep: Tensor | None, step: int, old: Tensor, new: Tensor) -> Tensor:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "rnn_identity": 1, "rnn_leaky_relu": 1, "lstm": 4, "gru": 3}
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "rnn_identity": 1, "rnn_leaky_relu": 1, "lstm": 4}
+GATES |= {"gru": 3, "gru_reset_before": 3}
 CELLS = tuple(GATES)
-STEPWISE_CELLS = ("rnn_identity", "rnn_leaky_relu")  # without kernels of the persistent CUDA engines
+# Without kernels of the persistent CUDA engines.
+STEPWISE_CELLS = ("rnn_identity", "rnn_leaky_relu", "gru_reset_before")
 PERSISTENT_CELLS = tuple(cell for cell in CELLS if cell not in STEPWISE_CELLS)
+# With kernels of tangents, and of the gradients of groups of rows.
+TANGENT_CELLS = tuple(cell for cell in CELLS if cell != "gru_reset_before")
 
 
 @dataclass(frozen=True)

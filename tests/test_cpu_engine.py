@@ -15,7 +15,7 @@ from torch import Tensor
 import rnnfast
 from rnnfast import _extension, ops, reference
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "rnn_identity": 1, "rnn_leaky_relu": 1, "lstm": 4, "gru": 3}
+GATES = {cell: form.gates for cell, form in reference.CELLS.items()}
 SETS = _extension.extension.instruction_sets() if _extension.extension else []
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -113,6 +113,10 @@ def loop(
             into, forget, new, out = (i + g).chunk(4, 1)
             new_c = forget.sigmoid() * c + into.sigmoid() * new.tanh()
             new_h = out.sigmoid() * new_c.tanh()
+        elif cell == "gru_reset_before":
+            (ir, iz, inew), (hr, hz, _) = i.chunk(3, 1), g.chunk(3, 1)
+            z, w_hn, b_hn = (iz + hz).sigmoid(), w_hh.chunk(3)[2], b_hh.chunk(3)[2]
+            new_h = (1 - z) * (inew + ((ir + hr).sigmoid() * masked) @ w_hn.T + b_hn).tanh() + z * h
         elif cell == "gru":
             (ir, iz, inew), (hr, hz, hnew) = i.chunk(3, 1), g.chunk(3, 1)
             z = (iz + hz).sigmoid()

@@ -149,6 +149,8 @@ class Values:
             options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
         if c.cell.startswith("rnn"):
             options["nonlinearity"] = c.cell.removeprefix("rnn_")
+        if c.cell.startswith("gru"):
+            options["reset_after"] = c.cell == "gru"
         module: nn.Module = getattr(rnnfast, c.cell.split("_")[0].upper())(
             c.input_size,
             c.hidden_size,

@@ -11,6 +11,15 @@ from torch import Tensor
 
 from rnnfast import reference
 
+
+def gru_reset_before(x: Tensor, h: Tensor, w: Tensor, u: Tensor, a: Tensor | None = None, b: Tensor | None = None):
+    """As Cho et al. have it, gate by gate; torch has no such cell."""
+    (w_r, w_z, w_n), (u_r, u_z, u_n) = w.chunk(3), u.chunk(3)
+    a_r, a_z, a_n, b_r, b_z, b_n = (0,) * 6 if a is None else (*a.chunk(3), *b.chunk(3))
+    r, z = torch.sigmoid(x @ w_r.T + a_r + h @ u_r.T + b_r), torch.sigmoid(x @ w_z.T + a_z + h @ u_z.T + b_z)
+    return (1 - z) * torch.tanh(x @ w_n.T + a_n + (r * h) @ u_n.T + b_n) + z * h
+
+
 TORCH_CELLS: dict[str, Callable[..., Tensor]] = {
     "rnn_tanh": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
@@ -18,6 +27,7 @@ TORCH_CELLS: dict[str, Callable[..., Tensor]] = {
     "rnn_leaky_relu": lambda x, h, w, u, a=0, b=0: torch.nn.functional.leaky_relu(x @ w.T + a + h @ u.T + b, 0.01),
     "rnn_sigmoid": lambda x, h, w, u, a=0, b=0: torch.sigmoid(x @ w.T + a + h @ u.T + b),
     "gru": torch.gru_cell,
+    "gru_reset_before": gru_reset_before,
 }
 
 
@@ -45,7 +55,7 @@ def by_definition(
         return (t, row) if batch_sizes is None else (starts[t] + row,)
 
     per_direction = len(weights) // directions
-    hidden = weights[1].size(0) // (4 if cell == "lstm" else 3 if cell == "gru" else 1)
+    hidden = weights[1].size(0) // reference.CELLS[cell].gates
     output = {}
     cells = {}
     last_h, last_c = [], []

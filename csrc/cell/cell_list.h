@@ -18,9 +18,10 @@
   X(lstm, ::rnnfast::LstmCell)                             \
   X(gru, ::rnnfast::GruCell)
 // Cells that run step by step on CUDA.
-#define RNNFAST_FOR_EACH_STEPWISE_CELL(X)                    \
-  X(rnn_identity, ::rnnfast::ElmanCell<::rnnfast::Identity>) \
-  X(rnn_leaky_relu, ::rnnfast::ElmanCell<::rnnfast::LeakyRelu>)
+#define RNNFAST_FOR_EACH_STEPWISE_CELL(X)                       \
+  X(rnn_identity, ::rnnfast::ElmanCell<::rnnfast::Identity>)    \
+  X(rnn_leaky_relu, ::rnnfast::ElmanCell<::rnnfast::LeakyRelu>) \
+  X(gru_reset_before, ::rnnfast::GruResetBeforeCell)
 
 #endif
 

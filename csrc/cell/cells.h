@@ -12,6 +12,7 @@ using OwnCell = RNNFAST_OWN_TYPE;
 #else
 #include "elman.h"
 #include "gru.h"
+#include "gru_reset_before.h"
 #include "lstm.h"
 #endif
 
@@ -29,22 +30,41 @@ constexpr bool find_tangent(...) {
 template <class Cell>
 inline constexpr bool has_tangent = find_tangent<Cell>(nullptr);
 
+// How many gates take W_hh h. Those of a cell that says kFirstGates are followed by others, which take a product of
+// what these make of h.
+template <class Cell>
+constexpr int find_first_gates(decltype(&Cell::kFirstGates)) {
+  return Cell::kFirstGates;
+}
+template <class Cell>
+constexpr int find_first_gates(...) {
+  return Cell::kGates;
+}
+template <class Cell>
+inline constexpr int first_gates = find_first_gates<Cell>(nullptr);
+template <class Cell>
+inline constexpr bool has_two_products = first_gates<Cell> < Cell::kGates;
+
 // What an engine-independent layer needs to know of a cell.
 struct CellInfo {
   const char* name;
   int gates;         // rows of W_ih are gates * H
+  int first_gates;   // those that take W_hh h: all, unless the cell has two products
   int states;        // 1: h; 2: h and c
   int saved;         // values per unit and step that backward wants, beside the states
   bool split_gates;  // grad_igates and grad_hgates differ
   bool tangent;      // has a tangent of its own
   bool persistent;   // has kernels of the persistent CUDA engines
+
+  bool two_products() const { return first_gates < gates; }
 };
 
 inline CellInfo cell_info(CellKind kind) {
   switch (kind) {
-#define RNNFAST_CELL_INFO(name, Type, persistent) \
-  case CellKind::name:                            \
-    return {#name, Type::kGates, Type::kStates, Type::kSaved, Type::kSplitGates, has_tangent<Type>, persistent};
+#define RNNFAST_CELL_INFO(name, Type, persistent)                              \
+  case CellKind::name:                                                         \
+    return {#name,        Type::kGates,      first_gates<Type>, Type::kStates, \
+            Type::kSaved, Type::kSplitGates, has_tangent<Type>, persistent};
 #define RNNFAST_PERSISTENT_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, true)
 #define RNNFAST_STEPWISE_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, false)
     RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_PERSISTENT_INFO)
@@ -53,7 +73,7 @@ inline CellInfo cell_info(CellKind kind) {
 #undef RNNFAST_PERSISTENT_INFO
 #undef RNNFAST_CELL_INFO
   }
-  return {"", 0, 0, 0, false, false, false};
+  return {"", 0, 0, 0, 0, false, false, false};
 }
 
 }  // namespace rnnfast

@@ -5,6 +5,7 @@
 // its gates, and one product with W_hh carries them to the step before. Then, over all steps at once: the gradient of
 // the input, and the weight gradients. Where forward kept no gates they are computed again, for a window of steps at a
 // time right before the loop reads them: every h is known, so that is two products, and the window stays in the cache.
+// A cell with two products a step goes back through the second between the cell and the first.
 //
 // Included once per instruction set, after layer.h.
 
@@ -18,20 +19,25 @@ class Backward {
   using V = Vec<Acc>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
+  static constexpr int kFirst = first_gates<Cell>;
   static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
   static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
 
   // What a direction's loop leaves, and what it needs.
   struct Shared {
-    Unit* w_hh;                        // [G*H, P] in column panels; null: in place
-    Unit* w_hr;                        // [P, H] in column panels; null: in place or no projection
-    Acc* grad_h;                       // [B, ld_p] carried from step to step
-    Acc* grad_c;                       // [B, ld_h]
-    Acc* grad_hidden;                  // [B, ld_h] gradient of the state before the projection
-    Operand* igates;                   // [N, ld_g] gradients of the input half of the gates
-    Operand* hgates;                   // [N, ld_g] and of the hidden half
-    Operand* outputs;                  // [N, ld_o] gradients of the projected state
-    S* hidden;                         // [N, H] the state before the projection
+    Unit* w_hh;        // [G*H, P] in column panels; null: in place
+    Unit* w_hr;        // [P, H] in column panels; null: in place or no projection
+    Acc* grad_h;       // [B, ld_p] carried from step to step
+    Acc* grad_c;       // [B, ld_h]
+    Acc* grad_hidden;  // [B, ld_h] gradient of the state before the projection
+    Operand* igates;   // [N, ld_g] gradients of the input half of the gates
+    Operand* hgates;   // [N, ld_g] and of the hidden half
+    Operand* outputs;  // [N, ld_o] gradients of the projected state
+    S* hidden;         // [N, H] the state before the projection
+    // Of a cell with two products only; w_hh and forward_hh have the first gates then.
+    Unit *w_second, *forward_second;
+    Acc* bias_second;
+    S* gated;                          // [N, P] what the second product read
     S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
     Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
@@ -42,7 +48,8 @@ class Backward {
   struct Own {
     Unit* panels;           // of WeightGradient
     Acc* grad_input;        // [kRowsAtOnce, columns of one block]
-    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing
+    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all
+    Unit* gated;            // [kRowsAtOnce, units of P]
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
     S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
     Acc *keep_h, *keep_c;   // of Zoneout
@@ -125,7 +132,11 @@ class Backward {
   static int64_t window_rows(const LayerBackward& l) {
     return std::min(l.sequence.rows, std::max(kWindowRows, l.sequence.batch));
   }
-  static UnitBlocks gate_blocks(const LayerBackward& l) { return unit_blocks<S>(G, l.hidden_size, Member{}); }
+  static UnitBlocks gate_blocks(const LayerBackward& l, int gates = G) {
+    UnitBlocks blocks = unit_blocks<S>(kFirst, l.hidden_size, Member{});
+    blocks.gates = gates;
+    return blocks;
+  }
 
   static void carve(const LayerBackward& l, int threads, Carver& carver, Shared* shared, Own* own, int rank = 0) {
     const int64_t N = l.sequence.rows, B = l.sequence.batch, H = l.hidden_size, P = l.output_size, I = l.input_size;
@@ -141,7 +152,7 @@ class Backward {
     };
     for (int d = 0; d < l.directions; ++d) {
       Shared s{};
-      s.w_hh = columns(N, gates, P);
+      s.w_hh = columns(N, kFirst * H, P);
       s.grad_h = carver.take<Acc>(B * ld_acc(P));
       if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
       const DirectionBackward& direction = l.direction[d];
@@ -150,6 +161,10 @@ class Backward {
       s.hgates = !Cell::kSplitGates      ? s.igates
                  : direction.grad_hgates ? static_cast<Operand*>(direction.grad_hgates)
                                          : carver.take<Operand>(N * ld_gates(l));
+      if constexpr (has_two_products<Cell>) {
+        s.w_second = columns(N, gates - kFirst * H, P);
+        s.gated = carver.take<S>(N * P);
+      }
       if (projects(l)) {
         s.w_hr = columns(N, P, H);
         s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
@@ -163,11 +178,18 @@ class Backward {
         s.sums_hh = sums(gates, P);
       }
       if (recomputes(l)) {
-        const UnitBlocks blocks = gate_blocks(l);
-        if (!GateMatrix<S>::in_place(N, I)) s.forward_ih = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, I));
-        if (!GateMatrix<S>::in_place(N, P)) s.forward_hh = carver.take<Unit>(GateMatrix<S>::packed_units(blocks, P));
+        const UnitBlocks blocks = gate_blocks(l), first = gate_blocks(l, kFirst), second = gate_blocks(l, G - kFirst);
+        const auto panels = [&](const UnitBlocks& of, int64_t k) {
+          return GateMatrix<S>::in_place(N, k) ? nullptr : carver.take<Unit>(GateMatrix<S>::packed_units(of, k));
+        };
+        s.forward_ih = panels(blocks, I);
+        s.forward_hh = panels(first, P);
         s.bias_ih = carver.take<Acc>(blocks.columns());
-        s.bias_hh = carver.take<Acc>(blocks.columns());
+        s.bias_hh = carver.take<Acc>(first.columns());
+        if constexpr (has_two_products<Cell>) {
+          s.forward_second = panels(second, P);
+          s.bias_second = carver.take<Acc>(second.columns());
+        }
         if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
       }
       if (l.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
@@ -178,7 +200,9 @@ class Backward {
       o.panels = carver.take<Unit>(WeightGradient<S>::panel_units(std::max(I, std::max(H, P))));
       o.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
       if (recomputes(l)) {
-        o.igates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
+        o.igates = carver.take<Acc>(kRowsAtOnce *
+                                    (has_two_products<Cell> ? gate_blocks(l).columns() : kMaxBlockVectors * kLanes));
+        if constexpr (has_two_products<Cell>) o.gated = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
         o.hgates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
         o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
         o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
@@ -204,12 +228,16 @@ class Backward {
         own_(own),
         outputs_(column_blocks(l_.output_size, member.divide, member.size)),
         hidden_(column_blocks(l_.hidden_size, member.divide, member.size)),
-        w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), G * l_.hidden_size, shared_.w_hh),
+        w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), kFirst * l_.hidden_size, shared_.w_hh),
+        w_second_(outputs_, behind_first(d_.weights.w_hh, l_.output_size), (G - kFirst) * l_.hidden_size,
+                  shared_.w_second),
         w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
         w_ih_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih),
                     l_.input_size, shared_.forward_ih, shared_.bias_ih),
-        w_hh_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh),
-                    l_.output_size, shared_.forward_hh, shared_.bias_hh),
+        w_hh_again_(gate_blocks(l_, kFirst), static_cast<const S*>(d_.weights.w_hh),
+                    static_cast<const S*>(d_.weights.b_hh), l_.output_size, shared_.forward_hh, shared_.bias_hh),
+        w_second_again_(gate_blocks(l_, G - kFirst), behind_first(d_.weights.w_hh, l_.output_size),
+                        behind_first(d_.weights.b_hh, 1), l_.output_size, shared_.forward_second, shared_.bias_second),
         saved_(static_cast<const S*>(direction.saved)),
         window_(member.divide == Divide::units ? shared.saved : own.saved),
         rows_(row_share(s_, member)),
@@ -234,6 +262,11 @@ class Backward {
     finish();
   }
 
+  // The rows of a weight that belong to the second product.
+  const S* behind_first(const void* weight, int64_t width) const {
+    return weight ? static_cast<const S*>(weight) + kFirst * l_.hidden_size * width : nullptr;
+  }
+
   int64_t time(int64_t s) const { return d_.reverse ? s_.steps - 1 - s : s; }
   int64_t living(int64_t s) const {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
@@ -252,7 +285,10 @@ class Backward {
 
   void prepare() {
     const Share outputs(outputs_.count(), m_.rank, m_.size);
-    for (int64_t b = outputs.begin; b < outputs.end; ++b) w_hh_.prepare(b);
+    for (int64_t b = outputs.begin; b < outputs.end; ++b) {
+      w_hh_.prepare(b);
+      if constexpr (has_two_products<Cell>) w_second_.prepare(b);
+    }
     if (shared_.outputs) {
       const Share hidden(hidden_.count(), m_.rank, m_.size);
       for (int64_t b = hidden.begin; b < hidden.end; ++b) w_hr_.prepare(b);
@@ -262,6 +298,7 @@ class Backward {
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         w_ih_again_.prepare(b);
         w_hh_again_.prepare(b);
+        if constexpr (has_two_products<Cell>) w_second_again_.prepare(b);
       }
     }
     const Share rows(s_.batch, m_.rank, m_.size);
@@ -324,13 +361,15 @@ class Backward {
         h[row] = in_place ? reinterpret_cast<const Unit*>(prev_h[row]) : copy;
         prev_c[row] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
       }
+      S* saved_rows = window_ + first * saved_width();
+      if constexpr (has_two_products<Cell>) return recompute_two_products(x, h, count, saved_rows);
       const UnitBlocks blocks = gate_blocks(l_);
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes, size = blocks.size(b);
         w_ih_again_.multiply(b, x, count, own_.igates, columns);
         w_hh_again_.multiply(b, h, count, own_.hgates, columns);
         for (int64_t row = 0; row < count; ++row) {
-          S* saved = window_ + (first + row) * Cell::kSaved * l_.hidden_size + blocks.first(b);
+          S* saved = saved_rows + row * saved_width() + blocks.first(b);
           for (int64_t u = 0; u < size; u += kLanes) {
             const int64_t n = std::min<int64_t>(kLanes, size - u), unit = blocks.first(b) + u;
             V ig[G], hg[G], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2], values[Cell::kSaved + 1];
@@ -348,6 +387,45 @@ class Backward {
     });
     m_.wait_step();
     return begin;
+  }
+
+  // The same for a cell with two products, for the rows x and h.
+  void recompute_two_products(const Unit* const* x, const Unit* const* h, int64_t count, S* saved_rows) {
+    const UnitBlocks blocks = gate_blocks(l_);
+    const Unit* gated_rows[kRowsAtOnce];
+    for (int64_t row = 0; row < count; ++row) gated_rows[row] = own_.gated + row * units_of<S>(l_.output_size);
+    zero_units<S>(own_.gated, count * units_of<S>(l_.output_size) * Product<S>::kPair);
+    for (const bool second : {false, true})
+      for (int64_t b = 0; b < blocks.count(); ++b) {
+        const int64_t columns = blocks.vectors(b) * kLanes, size = blocks.size(b);
+        Acc* igates = own_.igates + blocks.column(b) * kRowsAtOnce;
+        if (second) {
+          w_second_again_.multiply(b, gated_rows, count, own_.hgates, columns);
+        } else {
+          w_ih_again_.multiply(b, x, count, igates, columns);
+          w_hh_again_.multiply(b, h, count, own_.hgates, columns);
+        }
+        for (int64_t row = 0; row < count; ++row)
+          for (int64_t u = 0; u < size; u += kLanes) {
+            const int64_t n = std::min<int64_t>(kLanes, size - u), unit = blocks.first(b) + u;
+            const auto gate = [&](const Acc* gates, int g) { return V::load(gates + row * columns + g * size + u); };
+            V ig[G], hg[G], values[Cell::kSaved];
+            for (int g = 0; g < G; ++g) ig[g] = gate(igates, g);
+            if (second) {
+              V prev[1] = {V(Acc(0))}, state[1];  // which finish makes, and nobody reads
+              for (int g = 0; g < kFirst; ++g) values[g] = V(Acc(0));
+              for (int g = kFirst; g < G; ++g) hg[g - kFirst] = gate(own_.hgates, g - kFirst);
+              Cell::finish(ig, hg, prev, state, values);
+            } else {
+              for (int g = 0; g < kFirst; ++g) hg[g] = gate(own_.hgates, g);
+              const V gated = Cell::gate(ig, hg, load(reinterpret_cast<const Operand*>(h[row]) + unit, n), values);
+              store_operand<S>(reinterpret_cast<Operand*>(own_.gated + row * units_of<S>(l_.output_size)) + unit, gated,
+                               n);
+            }
+            for (int k = second ? kFirst : 0; k < (second ? Cell::kSaved : kFirst); ++k)
+              store(saved_rows + row * saved_width() + k * l_.hidden_size + unit, values[k], n);
+          }
+      }
   }
 
   // Whether there is recurrent dropout or zoneout.
@@ -376,6 +454,10 @@ class Backward {
     const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
     for (int64_t i = 0; i < count; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
     m_.wait_step();
+    if constexpr (has_two_products<Cell>) {
+      second_product<kNoise>(t, count, saved);
+      m_.wait_step();
+    }
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
       for_chunks(0, count, chunk_rows(outputs_.vectors(b)), [&](int64_t i, int64_t n) {
         for (int64_t r = 0; r < n; ++r)
@@ -393,6 +475,42 @@ class Backward {
       });
     }
   }
+  // Of a cell with two products: back through the second, and through the gate of what it read.
+  template <bool kNoise>
+  void second_product(int64_t t, int64_t count, const S* saved) {
+    const int64_t H = l_.hidden_size, row = s_.offset(t) + rows_.begin;
+    const Unit* operands[kTileRows];
+    for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
+      const int64_t columns = outputs_.vectors(b) * kLanes;
+      for_chunks(0, count, chunk_rows(outputs_.vectors(b)), [&](int64_t i, int64_t n) {
+        for (int64_t r = 0; r < n; ++r)
+          operands[r] = reinterpret_cast<const Unit*>(shared_.hgates + (row + i + r) * ld_g_ + kFirst * H);
+        w_second_.multiply(b, operands, n, nullptr, own_.grad_input, columns);
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t slot = rows_.begin + i + r;
+          const S* prev = previous_h(t, slot);
+          for (int64_t u = 0; u < outputs_.size(b); u += kLanes) {
+            const int64_t lanes = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
+            V values[Cell::kSaved], grad_gate, operand(Acc(0)), factor(Acc(1));
+            for (int k = 0; k < Cell::kSaved; ++k)
+              values[k] = load(saved + (i + r) * saved_width() + k * H + unit, lanes);
+            if (prev) operand = load(prev + unit, lanes);
+            if (kNoise && shared_.mask) {
+              factor = V::load(mask(slot) + unit);
+              operand = operand * factor;
+            }
+            const V grad = V::load(own_.grad_input + r * columns + u);
+            const V grad_operand = Cell::backward_gate(values, operand, grad, grad_gate);
+            store(shared_.hgates + (row + i + r) * ld_g_ + unit, grad_gate, lanes);
+            store(shared_.gated + (row + i + r) * l_.output_size + unit, Cell::gated(values, operand), lanes);
+            Acc* carried = shared_.grad_h + slot * ld_p_ + unit;
+            (V::load(carried) + (kNoise ? factor * grad_operand : grad_operand)).store(carried);
+          }
+        }
+      });
+    }
+  }
+
   // grad = carried + m (gates W_hh) for the n rows from `slot` on and the columns of block b.
   void multiply_masked(int64_t b, const Unit* const* gates, int64_t slot, int64_t n, const Acc* carried,
                        Acc* grad) const {
@@ -553,8 +671,9 @@ class Backward {
           },
           own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
     }
+    const int64_t first_end = kFirst * l.hidden_size;
     WeightGradient<S>::run(
-        shared.hgates, ld_gates(l), m.begin, m.end, l.output_size, s.rows,
+        shared.hgates, ld_gates(l), m.begin, std::min(m.end, first_end), l.output_size, s.rows,
         [&](int64_t first, int64_t count, const S** rows) {
           for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) {
             rows[i] = self.previous_h(t, slot);
@@ -568,6 +687,14 @@ class Backward {
           });
         },
         own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    if constexpr (has_two_products<Cell>) {
+      WeightGradient<S>::run(
+          shared.hgates, ld_gates(l), std::max(m.begin, first_end), m.end, l.output_size, s.rows,
+          [&](int64_t first, int64_t count, const S** rows) {
+            for (int64_t i = 0; i < count; ++i) rows[i] = shared.gated + (first + i) * l.output_size;
+          },
+          own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    }
     if (shared.outputs) {
       const Share p = slice(l.output_size);
       WeightGradient<S>::run(
@@ -596,11 +723,11 @@ class Backward {
   const Shared& shared_;
   const Own& own_;
   const UnitBlocks outputs_, hidden_;
-  const ColumnMatrix<S> w_hh_, w_hr_;
-  const GateMatrix<S> w_ih_again_, w_hh_again_;  // for recomputing
-  const S* const saved_;                         // [N, S*H] what forward kept; null: recompute
-  S* const window_;                              // what was recomputed last
-  int64_t window_end_ = 0;                       // how much of it the loop has still to read, in rows
+  const ColumnMatrix<S> w_hh_, w_second_, w_hr_;
+  const GateMatrix<S> w_ih_again_, w_hh_again_, w_second_again_;  // for recomputing
+  const S* const saved_;                                          // [N, S*H] what forward kept; null: recompute
+  S* const window_;                                               // what was recomputed last
+  int64_t window_end_ = 0;                                        // how much of it the loop has still to read, in rows
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
   Zoneout<Acc> keep_h_, keep_c_;

@@ -72,13 +72,16 @@ void backward(const LayerBackward& layer, void* workspace, int threads) {
   });
 }
 
-// Tangents are float32 or float64.
+// Tangents are float32 or float64. A cell with two products has no kernels for them, and the operators say so.
 template <class F>
 auto with_wide_types(CellKind cell, Dtype dtype, const F& f) {
   switch (cell) {
-#define RNNFAST_CASE(name, Type) \
-  case CellKind::name:           \
-    return dtype == Dtype::f64 ? f(static_cast<Type*>(nullptr), double()) : f(static_cast<Type*>(nullptr), float());
+#define RNNFAST_CASE(name, Type)                                                                                       \
+  case CellKind::name:                                                                                                 \
+    if constexpr (!has_two_products<Type>) {                                                                           \
+      return dtype == Dtype::f64 ? f(static_cast<Type*>(nullptr), double()) : f(static_cast<Type*>(nullptr), float()); \
+    }                                                                                                                  \
+    break;
     RNNFAST_FOR_EACH_CELL(RNNFAST_CASE)
 #undef RNNFAST_CASE
   }

@@ -3,7 +3,8 @@
 //
 // For each direction: a block of steps is projected at once (igates = x W_ih^T + b_ih for as many rows as stay in the
 // second-level cache), then the steps run one by one. A step is, per block of hidden units and chunk of rows, one
-// register tile (hgates = h W_hh^T + b_hh) and the cell on its result while that lies in the first-level cache.
+// register tile (hgates = h W_hh^T + b_hh) and the cell on its result while that lies in the first-level cache. A cell
+// with two products goes through the blocks twice: the second time its operand is what the first gates left.
 //
 // Included once per instruction set, after layer.h.
 
@@ -18,6 +19,7 @@ class Forward {
   using V = Vec<Acc>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
+  static constexpr int kFirst = first_gates<Cell>;
   static constexpr int kAbreast = 2;  // rows that go through the cell side by side
 
   // What the threads of one direction share.
@@ -27,6 +29,10 @@ class Forward {
     Unit* h[2];                        // [B, ld_h] before and after a step, in turn
     Acc* c;                            // [B, ld_c]
     Unit* hidden;                      // [B, ld_hidden] before the projection w_hr
+    // Of a cell with two products only; w_hh has the first gates then.
+    Unit* w_second;
+    Acc* bias_second;
+    Unit* gated;  // [B, ld_h] what the second product reads
     // With recurrent dropout only; h has the masked state then.
     Unit* unmasked;  // [B, ld_h]
     Acc* mask;       // [B, ld_draw(P)]
@@ -37,6 +43,7 @@ class Forward {
     Operand* next_h;   // [P] the state after it
     Acc* c;            // [H] the cell state, updated in place
     Operand* hidden;   // [H] the state before the projection; null without one
+    Operand* gated;    // [H] what the second product reads
     S* output;         // [P]
     S* c_output;       // [H] or null
     S* saved;          // [S*H] or null
@@ -90,8 +97,11 @@ class Forward {
     const bool split = l.directions == 2 && plan.threads > 1;
     return Member{0, split ? (plan.threads + 1) / 2 : plan.threads, plan.divide, nullptr};
   }
-  static UnitBlocks hidden_blocks(const LayerForward& l, const Member& m) {
-    return unit_blocks<S>(G, l.hidden_size, m);
+  // The tile of the first product has the width that fits.
+  static UnitBlocks hidden_blocks(const LayerForward& l, const Member& m, int gates = G) {
+    UnitBlocks blocks = unit_blocks<S>(kFirst, l.hidden_size, m);
+    blocks.gates = gates;
+    return blocks;
   }
   static UnitBlocks output_blocks(const LayerForward& l, const Member& m) {
     return unit_blocks<S>(1, l.output_size, m);
@@ -113,9 +123,15 @@ class Forward {
     };
     Shared s{};
     s.w_ih = weights(hidden, l.input_size);
-    s.w_hh = weights(hidden, l.output_size);
+    s.w_hh = weights(hidden_blocks(l, m, kFirst), l.output_size);
     s.bias_ih = carver.take<Acc>(hidden.columns());
     s.bias_hh = carver.take<Acc>(hidden.columns());
+    if constexpr (has_two_products<Cell>) {
+      const UnitBlocks second = hidden_blocks(l, m, G - kFirst);
+      s.w_second = weights(second, l.output_size);
+      s.bias_second = carver.take<Acc>(second.columns());
+      s.gated = carver.take<Unit>(batch * ld_units(l.output_size));
+    }
     for (Unit*& h : s.h) h = carver.take<Unit>(batch * ld_units(l.output_size));
     s.c = carver.take<Acc>(Cell::kStates > 1 ? batch * ld_acc(l.hidden_size) : 0);
     if (projects(l)) {
@@ -157,8 +173,12 @@ class Forward {
         shared_(carve_shared(layer, member, carver)),
         w_ih_(hidden_, static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih), l_.input_size,
               shared_.w_ih, shared_.bias_ih),
-        w_hh_(hidden_, static_cast<const S*>(d_.weights.w_hh), static_cast<const S*>(d_.weights.b_hh), l_.output_size,
-              shared_.w_hh, shared_.bias_hh),
+        w_hh_(hidden_blocks(layer, member, kFirst), static_cast<const S*>(d_.weights.w_hh),
+              static_cast<const S*>(d_.weights.b_hh), l_.output_size, shared_.w_hh, shared_.bias_hh),
+        w_second_(hidden_blocks(layer, member, G - kFirst),
+                  static_cast<const S*>(d_.weights.w_hh) + kFirst * l_.hidden_size * l_.output_size,
+                  d_.weights.b_hh ? static_cast<const S*>(d_.weights.b_hh) + kFirst * l_.hidden_size : nullptr,
+                  l_.output_size, shared_.w_second, shared_.bias_second),
         w_hr_(output_, static_cast<const S*>(d_.weights.w_hr), nullptr, l_.hidden_size, shared_.w_hr, shared_.bias_hr),
         rows_(row_share(s_, member)),
         blocks_(block_share(hidden_.count(), member)),
@@ -209,6 +229,7 @@ class Forward {
     for (int64_t b = hidden.begin; b < hidden.end; ++b) {
       w_ih_.prepare(b);
       w_hh_.prepare(b);
+      if constexpr (has_two_products<Cell>) w_second_.prepare(b);
     }
     if (shared_.hidden) {
       const Share output(output_.count(), m_.rank, m_.size);
@@ -228,6 +249,7 @@ class Forward {
       }
       Acc* c = shared_.c + j * ld_c_;
       if (shared_.hidden) zero_units<S>(shared_.hidden + j * ld_hidden_, l_.hidden_size);
+      if constexpr (has_two_products<Cell>) zero_units<S>(shared_.gated + j * ld_h_, l_.hidden_size);
       if (Cell::kStates > 1)
         for (int64_t u = 0; u < l_.hidden_size; u += kLanes)
           load(static_cast<const S*>(d_.c0) + b * l_.hidden_size + u, l_.hidden_size - u).store(c + u);
@@ -269,6 +291,7 @@ class Forward {
       keep_c_.reach(time(s));
     }
     for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row<kNoise>(s, rows_.begin + i);
+    if constexpr (has_two_products<Cell>) return two_products<kNoise>(count, igates_row);
     alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
     const Unit* h[kTileRows];
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
@@ -301,6 +324,101 @@ class Forward {
     m_.wait_step();
   }
 
+  // The step of a cell with two products. What the first gates save takes the place of their igates.
+  template <bool kNoise>
+  void two_products(int64_t count, int64_t igates_row) {
+    each_tile(
+        w_hh_, [](const StepRow& row) { return row.h; }, count, igates_row,
+        [this](auto abreast, const Tile& tile) { gate<abreast>(tile); });
+    m_.wait_step();
+    each_tile(
+        w_second_, [](const StepRow& row) { return row.gated; }, count, igates_row,
+        [this](auto abreast, const Tile& tile) { finish_cell<kNoise, abreast>(tile); });
+    m_.wait_step();
+  }
+
+  // A vector of units of rows abreast.
+  struct Tile {
+    const StepRow* rows;
+    int64_t unit, n;    // n units from `unit` on
+    int64_t stride;     // from gate to gate
+    int64_t columns;    // from row to row
+    Acc* igates;        // of all gates
+    const Acc* hgates;  // of those whose product this is
+  };
+
+  // One of two products over the thread's rows and units: f(how many rows abreast, tile).
+  template <class Source, class F>
+  void each_tile(const GateMatrix<S>& weights, const Source& operand, int64_t count, int64_t igates_row, const F& f) {
+    alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
+    const Unit* operands[kTileRows];
+    for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
+      const int64_t columns = hidden_.vectors(b) * kLanes, size = hidden_.size(b);
+      Acc* igates = this->igates(b) + igates_row * columns;
+      for_chunks(0, count, weights.row_chunk(b), [&](int64_t i, int64_t n) {
+        for (int64_t r = 0; r < n; ++r) operands[r] = reinterpret_cast<const Unit*>(operand(own_.rows[i + r]));
+        weights.multiply(b, operands, n, hgates, columns);
+        for (int64_t u = 0; u < size; u += kLanes) {
+          const auto tile = [&](int64_t r) {
+            return Tile{own_.rows + i + r,
+                        hidden_.first(b) + u,
+                        std::min<int64_t>(kLanes, size - u),
+                        size,
+                        columns,
+                        igates + (i + r) * columns + u,
+                        hgates + r * columns + u};
+          };
+          int64_t r = 0;
+          for (; r + kAbreast <= n; r += kAbreast) f(std::integral_constant<int, kAbreast>(), tile(r));
+          for (; r < n; ++r) f(std::integral_constant<int, 1>(), tile(r));
+        }
+      });
+    }
+  }
+
+  template <int N>
+  inline __attribute__((always_inline)) void gate(const Tile& at) const {
+    using W = Batch<Acc, N>;
+    W ig[kFirst], hg[kFirst], saved[Cell::kSaved];
+    for (int g = 0; g < kFirst; ++g) {
+      ig[g] = W::map([&](int r) { return V::load(at.igates + r * at.columns + g * at.stride); });
+      hg[g] = W::map([&](int r) { return V::load(at.hgates + r * at.columns + g * at.stride); });
+    }
+    const W operand = W::map([&](int r) { return load(at.rows[r].h + at.unit, at.n); });
+    const W gated = Cell::gate(ig, hg, operand, saved);
+    for (int r = 0; r < N; ++r) {
+      const StepRow& row = at.rows[r];
+      store_operand<S>(row.gated + at.unit, gated.part[r], at.n);
+      for (int g = 0; g < kFirst; ++g) {
+        store(at.igates + r * at.columns + g * at.stride, saved[g].part[r], at.n);
+        if (row.saved) store(row.saved + g * l_.hidden_size + at.unit, saved[g].part[r], at.n);
+      }
+    }
+  }
+
+  template <bool kNoise, int N>
+  inline __attribute__((always_inline)) void finish_cell(const Tile& at) const {
+    using W = Batch<Acc, N>;
+    W ig[G], hg[G], prev[1], state[1], saved[Cell::kSaved];
+    for (int g = 0; g < G; ++g) {
+      ig[g] = W::map([&](int r) { return V::load(at.igates + r * at.columns + g * at.stride); });
+      if (g < kFirst) {
+        saved[g] = ig[g];
+      } else {
+        hg[g - kFirst] = W::map([&](int r) { return V::load(at.hgates + r * at.columns + (g - kFirst) * at.stride); });
+      }
+    }
+    prev[0] = W::map([&](int r) { return load((kNoise ? at.rows[r].prev_h : at.rows[r].h) + at.unit, at.n); });
+    Cell::finish(ig, hg, prev, state, saved);
+    for (int r = 0; r < N; ++r) {
+      const StepRow& row = at.rows[r];
+      if (row.saved)
+        for (int k = kFirst; k < Cell::kSaved; ++k)
+          store(row.saved + k * l_.hidden_size + at.unit, saved[k].part[r], at.n);
+      write_h<kNoise>(row, at.unit, at.n, state[0].part[r]);
+    }
+  }
+
   template <bool kNoise>
   StepRow step_row(int64_t s, int64_t slot) const {
     const int64_t t = time(s);
@@ -309,6 +427,7 @@ class Forward {
     row.next_h = reinterpret_cast<Operand*>(h_row(s + 1, slot));
     row.c = shared_.c + slot * ld_c_;
     row.hidden = shared_.hidden ? reinterpret_cast<Operand*>(shared_.hidden + slot * ld_hidden_) : nullptr;
+    if constexpr (has_two_products<Cell>) row.gated = reinterpret_cast<Operand*>(shared_.gated + slot * ld_h_);
     row.output = at<S>(d_.output, s_, t, slot);
     row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
     row.saved = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * l_.hidden_size : nullptr;
@@ -402,7 +521,7 @@ class Forward {
   const Sequence& s_;
   const UnitBlocks hidden_, output_;
   const Shared shared_;
-  const GateMatrix<S> w_ih_, w_hh_, w_hr_;
+  const GateMatrix<S> w_ih_, w_hh_, w_second_, w_hr_;
   Own own_{};
   const Share rows_, blocks_, output_share_;
   const int64_t ld_h_, ld_c_, ld_hidden_;

@@ -1,6 +1,7 @@
 #include "backward_preparation.cuh"
 
 #include "device_noise.cuh"
+#include "two_products.cuh"
 
 namespace rnnfast::cuda {
 namespace {
@@ -133,8 +134,20 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   for (args.first_row = 0; args.first_row < layer.sequence.rows; args.first_row += chunk) {
     args.rows = std::min(chunk, layer.sequence.rows - args.first_row);
     const scalar_t* h_prev = static_cast<const scalar_t*>(products.h_prev) + args.first_row * P;
-    RNNFAST_RETURN_IF_ERROR(
-        multiply(context.gemm, {layer.dtype, args.rows, GH, P, h_prev, P, d.weights.w_hh, P, true, hgates, GH, false}));
+    RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, args.rows, first_gates<Cell> * H, P, h_prev, P,
+                                                    d.weights.w_hh, P, true, hgates, GH, false}));
+    if constexpr (has_two_products<Cell>) {
+      Gate<scalar_t> gate{H, nullptr, {}};
+      gate.direction[0] = {args.rows,
+                           args.igates + args.first_row * GH,
+                           static_cast<acc_type<scalar_t>*>(hgates),
+                           args.b_hh,
+                           h_prev,
+                           static_cast<scalar_t*>(products.gated) + args.first_row * P,
+                           {}};
+      const void* const w_hh[] = {d.weights.w_hh};
+      RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, 1, context)));
+    }
     RNNFAST_RETURN_IF_ERROR(launch(recompute_kernel<Cell, scalar_t>, rows_shape(H, args.rows, 1, 1),
                                    static_cast<cudaStream_t>(context.stream), args));
   }
@@ -164,7 +177,9 @@ BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& 
   if (!recomputes(layer)) return;
   chunk_ = recomputed_rows(layer);
   hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
-  for (int k = 0; k < layer.directions && info.saved != info.gates; ++k) {
+  // Of a cell with two products the gradients of the gates are there before its gate is read.
+  const bool in_place = info.saved == info.gates && !info.two_products();
+  for (int k = 0; k < layer.directions && !in_place; ++k) {
     saved_[k] = workspace.take<char>(layer.sequence.rows * info.saved * H * element);
   }
 }

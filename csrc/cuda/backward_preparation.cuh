@@ -26,7 +26,7 @@ class BackwardPreparation {
   int64_t* offsets_ = nullptr;  // [T + 1]: packed
   int64_t chunk_ = 0;           // rows whose gates are recomputed at a time
   void* hgates_ = nullptr;      // [chunk, G*H] in the accumulation type
-  void* saved_[2] = {};         // compact [N, S*H], where grad_igates has another shape
+  void* saved_[2] = {};         // compact [N, S*H], where they cannot lie in grad_igates
 };
 
 }  // namespace rnnfast::cuda

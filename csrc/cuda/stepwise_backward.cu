@@ -6,11 +6,13 @@
 //     grad_h += grad_hgates W_hh                                    the caller's GEMM
 //     grad_h += m (grad_hgates W_hh)                                with recurrent dropout: a GEMM and a kernel
 //
+// Of a cell with two products a step, two_products.cuh stands between the kernel and the last GEMM.
 // The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
 // before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
 // Must not know: equations (csrc/cell has them), tensors.
 #include "backward_preparation.cuh"
 #include "stepwise.cuh"
+#include "two_products.cuh"
 
 namespace rnnfast::cuda::stepwise {
 namespace {
@@ -289,6 +291,7 @@ struct BackwardWorkspace {
   acc_t* grad_c[2] = {};       // [B, H]: cells with two states
   acc_t* grad_hidden[2] = {};  // [B, H]: with a projection
   acc_t* product[2] = {};      // [B, P]: with recurrent dropout
+  acc_t* grad_gated[2] = {};   // [B, H]: of a cell with two products
   BackwardPreparation preparation;
   size_t bytes = 0;
 
@@ -300,6 +303,7 @@ struct BackwardWorkspace {
       if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
       if (layer.noise.recurrent_dropout > 0) product[k] = workspace.take<acc_t>(B * P);
+      if (info.two_products()) grad_gated[k] = workspace.take<acc_t>(B * H);
     }
     bytes = workspace.bytes();
   }
@@ -327,7 +331,7 @@ template <class Cell, class scalar_t>
 int run(LayerBackward layer, const BackwardProducts (&products)[2], const Context& context) {
   const Sequence& sequence = layer.sequence;
   const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;
+  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H, first = first_gates<Cell> * H;
   const bool projects = layer.direction[0].weights.w_hr != nullptr;
   const auto stream = static_cast<cudaStream_t>(context.stream);
   if (B == 0) return 0;
@@ -357,6 +361,7 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
     BackwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
     Projected<scalar_t> projected{P, sequence.lengths, noise, {}};
     Masked<scalar_t> masked{P, noise, {}};
+    [[maybe_unused]] GateBackward<scalar_t> gate{H, sequence.lengths, noise, {}};
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionBackward& d = layer.direction[k];
@@ -398,6 +403,17 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
         s.grad_output_stride = d.grad_output.stride_b;
         s.grad_h = workspace.grad_h[k];
       }
+      if constexpr (has_two_products<Cell>) {
+        gate.direction[k] = {rows,
+                             at.step,
+                             d.reverse,
+                             s.saved,
+                             static_cast<const scalar_t*>(products[k].h_prev) + offset * P,
+                             workspace.grad_gated[k],
+                             s.grad_igates,
+                             static_cast<scalar_t*>(products[k].gated) + offset * P,
+                             s.grad_h};
+      }
     }
 
     if (most_rows == 0) continue;
@@ -412,12 +428,15 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
       }
     }
     RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    if constexpr (has_two_products<Cell>) {
+      RNNFAST_RETURN_IF_ERROR((second_product_backward<Cell, scalar_t>(layer, gate, workspace.grad_gated, context)));
+    }
     for (int k = 0; k < layer.directions; ++k) {
       const BackwardDirection<scalar_t>& s = step.direction[k];
       const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
       acc_type<scalar_t>* product = workspace.product[k];
       RNNFAST_RETURN_IF_ERROR(
-          multiply(context.gemm, {layer.dtype, s.rows, P, GH, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
+          multiply(context.gemm, {layer.dtype, s.rows, P, first, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
                                   false, product != nullptr ? product : workspace.grad_h[k], P, product == nullptr}));
       masked.direction[k] = {s.rows, s.reverse, product, workspace.grad_h[k]};
     }

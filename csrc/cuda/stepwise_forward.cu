@@ -4,10 +4,12 @@
 //     h, c = cell(igates, hgates + b_hh, h, c)                 forward_step_kernel
 //     h = hidden W_hr^T                                        with a projection: a GEMM and store_projection_kernel
 //
+// Of a cell with two products a step, two_products.cuh stands between the first GEMM and the kernel.
 // The kernel that has h applies zoneout to it; with recurrent dropout it also leaves m h for the next step's GEMM.
 // h_n and the workspace's c hold the running states, so that a row that has ended, or not begun, keeps its own.
 // Must not know: equations (csrc/cell has them), tensors.
 #include "stepwise.cuh"
+#include "two_products.cuh"
 
 namespace rnnfast::cuda::stepwise {
 namespace {
@@ -231,6 +233,7 @@ struct ForwardWorkspace {
   scalar_t* hidden[2] = {};  // [B, H]: with a projection
   acc_t* projected[2] = {};  // [B, P]: with a projection
   scalar_t* masked[2] = {};  // [B, P]: with recurrent dropout
+  scalar_t* gated[2] = {};   // [B, H]: of a cell with two products
   size_t bytes = 0;
 
   ForwardWorkspace(const LayerForward& layer, void* base) {
@@ -245,6 +248,7 @@ struct ForwardWorkspace {
         projected[k] = workspace.take<acc_t>(B * P);
       }
       if (layer.noise.recurrent_dropout > 0) masked[k] = workspace.take<scalar_t>(B * P);
+      if (info.two_products()) gated[k] = workspace.take<scalar_t>(B * H);
     }
     bytes = workspace.bytes();
   }
@@ -270,7 +274,7 @@ int run(const LayerForward& layer, const Context& context) {
   using acc_t = acc_type<scalar_t>;
   const Sequence& sequence = layer.sequence;
   const int64_t B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H;
+  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H, first = first_gates<Cell> * H;
   const bool projects = layer.direction[0].weights.w_hr != nullptr;
   const auto stream = static_cast<cudaStream_t>(context.stream);
   if (B == 0) return 0;
@@ -299,6 +303,7 @@ int run(const LayerForward& layer, const Context& context) {
   for (int64_t index = 0; index < sequence.steps; ++index) {
     ForwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
     Projection<scalar_t> projection{P, sequence.lengths, noise, {}};
+    [[maybe_unused]] Gate<scalar_t> gate{H, sequence.lengths, {}};
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionForward& d = layer.direction[k];
@@ -307,7 +312,7 @@ int run(const LayerForward& layer, const Context& context) {
       most_rows = std::max(most_rows, rows);
       const void* h = workspace.masked[k] != nullptr ? workspace.masked[k] : d.h_n;
       RNNFAST_RETURN_IF_ERROR(multiply(
-          context.gemm, {layer.dtype, rows, GH, P, h, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
+          context.gemm, {layer.dtype, rows, first, P, h, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
 
       ForwardDirection<scalar_t>& s = step.direction[k];
       s.rows = rows;
@@ -322,6 +327,8 @@ int run(const LayerForward& layer, const Context& context) {
       s.c_output_stride = d.c.stride_b;
       s.saved = advance(static_cast<scalar_t*>(d.saved), offset * SH);
       s.entered = border_into(sequence, d.reverse, at);
+      gate.direction[k] = {
+          rows, s.igates, workspace.hgates[k], s.b_hh, static_cast<const scalar_t*>(h), workspace.gated[k], s.entered};
       scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
       if (projects) {
         s.hidden = workspace.hidden[k];
@@ -342,6 +349,10 @@ int run(const LayerForward& layer, const Context& context) {
       }
     }
     if (most_rows == 0) continue;
+    if constexpr (has_two_products<Cell>) {
+      const void* const w_hh[] = {layer.direction[0].weights.w_hh, layer.direction[1].weights.w_hh};
+      RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, layer.directions, context)));
+    }
     RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
 
     if (!projects) continue;

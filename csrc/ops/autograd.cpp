@@ -71,8 +71,10 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 // Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
+template <CellKind kind>
 bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList weights) {
-  return input.device().is_cpu() && (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
+  return !cell_info(kind).two_products() && input.device().is_cpu() &&
+         (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
 }
 
 // Whether there is recurrent dropout or zoneout; tangents have no kernel for them.
@@ -203,7 +205,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
                       int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise) {
   if (any_tangent(input, h0, c0, weights)) {
-    if (!has_tangent_kernel(input, h0, weights) || any_noise(noise)) {
+    if (!has_tangent_kernel<kind>(input, h0, weights) || any_noise(noise)) {
       static const auto reference = find_operator<ReferenceSignature>("reference");
       auto [output, h_n, c_n, c] =
           reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset, seed, noise);
@@ -323,7 +325,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const bool noisy = any_noise(noise);
   // Zoneout without a seed is its expectation, whose gradient has no kernel.
-  if (((has_tangent || requires_grad) && (!has_tangent_kernel(input, h0, weights) || noisy)) || (noisy && !seed)) {
+  if (((has_tangent || requires_grad) && (!has_tangent_kernel<kind>(input, h0, weights) || noisy)) ||
+      (noisy && !seed)) {
     return reference_backward().call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
                                      weights, batch_sizes, lengths, reset, output_mask, seed, noise);
   }
@@ -380,7 +383,7 @@ JvpResult jvp(c10::DispatchKeySet keys, const OptionalTensor& t_input, const Opt
               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
               const Tensor& saved) {
-  if (!has_tangent_kernel(input, h0, weights) ||
+  if (!has_tangent_kernel<kind>(input, h0, weights) ||
       any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights) ||
       any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
     static const auto reference = find_operator<ReferenceJvpSignature>("reference_jvp");
@@ -407,7 +410,7 @@ BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t
     return any(t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output, grad_h_n,
                grad_c_n, grad_c, input, h0, c0, weights);
   };
-  if (!has_tangent_kernel(input, h0, weights) ||
+  if (!has_tangent_kernel<kind>(input, h0, weights) ||
       holds([](const auto&... tensors) { return any_requires_grad(tensors...) || any_tangent(tensors...); })) {
     static const auto reference = find_operator<ReferenceBackwardJvpSignature>("reference_backward_jvp");
     return reference.call(cell_info(kind).name, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0,

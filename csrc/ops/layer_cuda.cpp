@@ -174,7 +174,8 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
 
 // The gradients that are sums over all rows: of the input and of the weights.
 void reduce_gradients(const Geometry& g, const LayerTensors& layer, const DeviceSequence& sequence,
-                      const Tensor& h_prev, const Tensor& grad_h, const Tensor& hidden, BackwardTensors& tensors) {
+                      const Tensor& h_prev, const Tensor& gated, const Tensor& grad_h, const Tensor& hidden,
+                      BackwardTensors& tensors) {
   Tensor x = layer.input.reshape({g.rows, g.input_size});
   if (tensors.mask[3] && sequence.lengths().defined()) {  // past a length the input may be anything, NaN too
     const Tensor step = at::arange(g.steps, sequence.lengths().options()).unsqueeze(1);
@@ -190,7 +191,13 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Device
     if (!tensors.mask[3]) continue;
     Weights grads(g, tensors.grad_weights.data(), d);
     at::mm_out(grads.w_ih, grad_igates.t(), x);
-    at::mm_out(grads.w_hh, grad_hgates.t(), h_prev[d]);
+    const int64_t first = g.info.first_gates * g.hidden_size, others = g.info.gates * g.hidden_size - first;
+    const auto grad_w_hh = [&](int64_t start, int64_t length, const Tensor& operand) {
+      Tensor grad = grads.w_hh.narrow(0, start, length);
+      at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
+    };
+    grad_w_hh(0, first, h_prev[d]);
+    if (g.info.two_products()) grad_w_hh(first, others, gated[d]);
     if (g.biases) {
       at::sum_out(grads.b_ih, grad_igates, 0);
       g.info.split_gates ? at::sum_out(grads.b_hh, grad_hgates, 0) : grads.b_hh.copy_(grads.b_ih);
@@ -229,12 +236,14 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Engine engine(g, params.tf32, /*backward=*/true, noise.any());
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
+  const Tensor gated = rows_of(g.info.two_products() ? g.hidden_size : 0);
   const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
   cuda::BackwardProducts products[2];
   const bool recompute = saved.numel() == 0 && g.info.saved > 0;
   const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
   for (int64_t d = 0; d < g.directions; ++d) {
     products[d].h_prev = h_prev[d].data_ptr();
+    if (g.info.two_products()) products[d].gated = gated[d].data_ptr();
     if (g.projection) {
       products[d].grad_h = grad_h[d].data_ptr();
       products[d].hidden = hidden[d].data_ptr();
@@ -242,7 +251,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     if (recompute) project_input(x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
   }
   engine.run(params, products, input);
-  reduce_gradients(g, layer, sequence, h_prev, grad_h, hidden, tensors);
+  reduce_gradients(g, layer, sequence, h_prev, gated, grad_h, hidden, tensors);
   return tensors.result();
 }
 

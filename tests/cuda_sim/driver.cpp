@@ -247,6 +247,7 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
     tensors.out(products[k].h_prev, z.N * z.P * z.element);
     tensors.out(products[k].grad_h, z.N * z.P * z.element);
     tensors.out(products[k].hidden, z.N * z.H * z.element);
+    tensors.out(products[k].gated, z.N * z.H * z.element);
     Rows* const of_direction[] = {&d.output, &d.c, &d.grad_output, &d.grad_c};
     for (int i = 0; i < 4; ++i) {
       of_direction[i]->data = rows[i].data ? static_cast<char*>(rows[i].data) + k * features[i] * z.element : nullptr;
@@ -277,4 +278,5 @@ EXPORT int sim_cell(const char* name) {
   return -1;
 }
 EXPORT int sim_saved_values(int cell) { return cell_info(static_cast<CellKind>(cell)).saved; }
+EXPORT int sim_first_gates(int cell) { return cell_info(static_cast<CellKind>(cell)).first_gates; }
 EXPORT int sim_splits_gates(int cell) { return cell_info(static_cast<CellKind>(cell)).split_gates; }

@@ -121,7 +121,7 @@ class LayerBackward(Structure):
 
 
 class Products(Structure):
-    _fields_ = [("h_prev", c_void_p), ("grad_h", c_void_p), ("hidden", c_void_p)]
+    _fields_ = [(name, c_void_p) for name in ("h_prev", "grad_h", "hidden", "gated")]
 
 
 class Saved(NamedTuple):
@@ -232,10 +232,11 @@ class Simulator:
         if not saved.values:
             grad_igates = layer.igates()
         grad_hgates = [torch.empty_like(g) if splits else g for g in grad_igates]
-        h_prev, grad_h, hidden = (
+        h_prev, grad_h, hidden, gated = (
             [layer.empty(layer.rows, size) for _ in layer.directions]
-            for size in (layer.output_size, layer.output_size, layer.hidden_size)
+            for size in (layer.output_size, layer.output_size, layer.hidden_size, layer.hidden_size)
         )
+        first = self.library.sim_first_gates(layer.cell_number(self)) * layer.hidden_size
 
         struct, products = LayerBackward(), (Products * 2)()
         layer.fill(self, struct)
@@ -250,6 +251,8 @@ class Simulator:
             direction.grad_igates = _pointer(grad_igates[d])
             direction.grad_hgates = _pointer(grad_hgates[d]) if splits else None
             products[d].h_prev = _pointer(h_prev[d])
+            if first < layer.gates_size:
+                products[d].gated = _pointer(gated[d])
             if layer.projects:
                 products[d].grad_h, products[d].hidden = _pointer(grad_h[d]), _pointer(hidden[d])
         self._check(self.library.sim_backward(struct, products))
@@ -262,7 +265,8 @@ class Simulator:
             x = x.masked_fill(past.reshape(-1, 1), 0)
         for d in layer.directions:
             grad_input += (grad_igates[d] @ layer.weights_of(d)[0]).view_as(layer.input)
-            grad_weights += [grad_igates[d].T @ x, grad_hgates[d].T @ h_prev[d]]
+            w_hh = [grad_hgates[d][:, :first].T @ h_prev[d], grad_hgates[d][:, first:].T @ gated[d]]
+            grad_weights += [grad_igates[d].T @ x, w_hh[0] if first == layer.gates_size else torch.cat(w_hh)]
             if layer.has_bias:
                 grad_weights += [grad_igates[d].sum(0), grad_hgates[d].sum(0)]
             if layer.projects:

@@ -130,6 +130,7 @@ class GRUCell(_Cell):
         reset_after: bool = True,
         backend: str | None = None,
     ) -> None:
+        functional.check_choice("reset_after", reset_after, (True, False))
         super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
         self.reset_after = reset_after
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -186,7 +188,8 @@ def test_bad_forget_bias() -> None:
 # ------------------------------------------------------------------------------------------------ heads
 def without_heads(module: nn.Module) -> nn.Module:
     """The same layers with all of each W_hh, zero but for its diagonal blocks."""
-    plain = make(type(module).__name__)
+    options = {} if getattr(module, "reset_after", True) else {"reset_after": False}
+    plain = make(type(module).__name__, **options)
     for key, weight in module.state_dict().items():
         if key.startswith("weight_hh"):
             blocks = weight.unflatten(0, (-1, module.num_heads, H // module.num_heads))
@@ -280,3 +283,94 @@ def test_bad_heads(options: dict[str, Any], error: type[Exception], message: str
 def test_torch_has_no_heads() -> None:
     with pytest.raises(ValueError, match="num_heads=2"):
         rnnfast.to_torch(nn.Sequential(rnnfast.GRU(I, H, num_heads=2)))
+
+
+def test_heads_of_a_gru_with_the_reset_gate_before_the_product() -> None:
+    module = make("GRU", num_heads=2, reset_after=False)
+    input = torch.randn(T, B, I, dtype=torch.float64)
+    torch.testing.assert_close(module(input)[0], without_heads(module)(input)[0], rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ reset_after
+def step_by_hand(module: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+    """The first layer's step of a GRU with the reset gate before the product, from its parameters."""
+    w, u, a, b = (parameter.chunk(3) for parameter in list(module.parameters())[:4])
+    r, z = (torch.sigmoid(x @ w[g].T + a[g] + h @ u[g].T + b[g]) for g in range(2))
+    return (1 - z) * torch.tanh(x @ w[2].T + a[2] + (r * h) @ u[2].T + b[2]) + z * h
+
+
+def test_reset_before_the_product(device: str) -> None:
+    """Outputs and gradients of the parameters equal the loop's; the parameters themselves are torch.nn.GRU's."""
+    torch.manual_seed(0)
+    theirs = nn.GRU(I, H, dtype=torch.float64)
+    torch.manual_seed(0)
+    module = rnnfast.GRU(I, H, dtype=torch.float64, reset_after=False)
+    torch.testing.assert_close(module.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    module = module.to(device)
+    input = torch.randn(T, B, I, device=device, dtype=torch.float64)
+    output, h_n = module(input)
+    h, steps = input.new_zeros(B, H), []
+    for x in input:
+        h = step_by_hand(module, x, h)
+        steps.append(h)
+    expected = torch.stack(steps)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(h_n[0], h, rtol=1e-12, atol=1e-12)
+    got, wanted = (torch.autograd.grad(o.square().sum(), list(module.parameters())) for o in (output, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(output, theirs.to(device)(input)[0])
+
+
+def test_a_cell_with_the_reset_gate_before_the_product(device: str) -> None:
+    cell = rnnfast.GRUCell(I, H, reset_after=False, dtype=torch.float64, device=device)
+    x, h = torch.randn(B, I, dtype=torch.float64, device=device), torch.randn(B, H, dtype=torch.float64, device=device)
+    torch.testing.assert_close(cell(x, h), step_by_hand(cell, x, h), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cell(x[0], h[0]), cell(x, h)[0])
+    assert "reset_after=False" in repr(cell)
+    with pytest.raises(ValueError, match="reset_after=False"):
+        rnnfast.to_torch(cell)
+
+
+def test_torch_has_no_reset_gate_before_the_product() -> None:
+    module = nn.Sequential(make("GRU", reset_after=False))
+    assert "reset_after=False" in repr(module)
+    assert "reset_after" not in repr(make("GRU"))
+    with pytest.raises(ValueError, match=r"model: expected layers that torch.nn has, got 0 with reset_after=False"):
+        rnnfast.to_torch(module)
+    assert copy.deepcopy(module)[0].reset_after is False
+    assert pickle.loads(pickle.dumps(module))[0].reset_after is False
+    assert rnnfast.convert(nn.GRU(I, H)).reset_after
+    assert type(rnnfast.to_torch(make("GRU"))) is nn.GRU
+    with pytest.raises(TypeError, match="reset_after: expected a bool, got 'before'"):
+        rnnfast.GRU(I, H, reset_after="before")
+    with pytest.raises(ValueError, match="reset_after: expected one of True, False, got 'before'"):
+        rnnfast.GRUCell(I, H, reset_after="before")
+
+
+def test_derivatives_with_the_reset_gate_before_the_product(device: str) -> None:
+    """Second and forward-mode ones, samples apart and batched: what has no kernel of its own equals the formula."""
+    module = rnnfast.GRU(2, 3, reset_after=False, dtype=torch.float64, device=device)
+    parameters = dict(module.named_parameters())
+    input = torch.randn(4, 2, 2, dtype=torch.float64, device=device)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,))[0].sin().sum()
+
+    def derivatives() -> list[Any]:
+        samples = input.unbind(1)
+        results: list[Any] = [
+            torch.func.hessian(loss, 1)(parameters, input),
+            torch.func.jvp(loss, (parameters, input), (parameters, input)),
+            torch.vmap(torch.func.grad(loss), (None, 1))(parameters, input.unsqueeze(2)),
+            [torch.func.grad(loss)(parameters, x.unsqueeze(1)) for x in samples],
+        ]
+        leaf = input.clone().requires_grad_()
+        output = module(leaf)[0]
+        directions = torch.eye(output.numel(), dtype=torch.float64, device=device).view(-1, *output.shape)
+        inputs = (leaf, *parameters.values())
+        results.append(torch.autograd.grad(output, inputs, directions, is_grads_batched=True))
+        return results
+
+    got = derivatives()
+    module.backend = "reference"
+    torch.testing.assert_close(got, derivatives(), rtol=1e-10, atol=1e-10)

@@ -42,6 +42,8 @@ WIDE = [
     Sample("lstm", steps=2, batch=5, hidden_size=8, directions=2, reset=True),
     Sample("lstm", steps=2, batch=5, hidden_size=8, proj_size=4, directions=2, form="lengths"),
     Sample("gru", steps=2, batch=5, hidden_size=8, directions=2, form="packed", reset=True),
+    Sample("gru_reset_before", steps=3, batch=5, hidden_size=8, directions=2, form="lengths", reset=True),
+    Sample("gru_reset_before", steps=2, batch=2, hidden_size=132, form="packed", reset=True),
     Sample("rnn_tanh", steps=2, batch=9, hidden_size=12, directions=2, form="lengths", reset=True),
     Sample("gru", steps=2, batch=2, hidden_size=516),
     Sample("lstm", steps=1, batch=150, input_size=2, hidden_size=4),

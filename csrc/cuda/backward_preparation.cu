@@ -137,14 +137,13 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
     RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, args.rows, first_gates<Cell> * H, P, h_prev, P,
                                                     d.weights.w_hh, P, true, hgates, GH, false}));
     if constexpr (has_two_products<Cell>) {
-      Gate<scalar_t> gate{H, nullptr, {}};
+      Gate<scalar_t> gate{H, {}};
       gate.direction[0] = {args.rows,
                            args.igates + args.first_row * GH,
                            static_cast<acc_type<scalar_t>*>(hgates),
                            args.b_hh,
                            h_prev,
-                           static_cast<scalar_t*>(products.gated) + args.first_row * P,
-                           {}};
+                           static_cast<scalar_t*>(products.gated) + args.first_row * P};
       const void* const w_hh[] = {d.weights.w_hh};
       RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, 1, context)));
     }

@@ -303,7 +303,7 @@ int run(const LayerForward& layer, const Context& context) {
   for (int64_t index = 0; index < sequence.steps; ++index) {
     ForwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
     Projection<scalar_t> projection{P, sequence.lengths, noise, {}};
-    [[maybe_unused]] Gate<scalar_t> gate{H, sequence.lengths, {}};
+    [[maybe_unused]] Gate<scalar_t> gate{H, {}};
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionForward& d = layer.direction[k];
@@ -328,7 +328,7 @@ int run(const LayerForward& layer, const Context& context) {
       s.saved = advance(static_cast<scalar_t*>(d.saved), offset * SH);
       s.entered = border_into(sequence, d.reverse, at);
       gate.direction[k] = {
-          rows, s.igates, workspace.hgates[k], s.b_hh, static_cast<const scalar_t*>(h), workspace.gated[k], s.entered};
+          rows, s.igates, workspace.hgates[k], s.b_hh, static_cast<const scalar_t*>(h), workspace.gated[k]};
       scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
       if (projects) {
         s.hidden = workspace.hidden[k];

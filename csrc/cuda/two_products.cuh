@@ -24,18 +24,16 @@ struct GateDirection {
   const scalar_t* b_hh = nullptr;     // [G*H] or null
   const scalar_t* operand = nullptr;  // [rows, H] what the first product read
   scalar_t* gated = nullptr;          // [rows, H] what the second reads
-  stepwise::Border entered;
 };
 
 template <class scalar_t>
 struct Gate {
   int64_t hidden_size = 0;
-  const int64_t* lengths = nullptr;
   GateDirection<scalar_t> direction[2];
 };
 
-// Equations: Cell::gate; behind a reset its operand is zero. Mapping: a thread an element. What it makes of a row that
-// does not live, nobody reads but the GEMM, row by row. Nothing to synchronise.
+// Equations: Cell::gate. Mapping: a thread an element. What it makes of a row that does not live, or behind a reset,
+// where hgates are zero, the GEMM alone reads, row by row. Nothing to synchronise.
 template <class Cell, class scalar_t>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ Gate<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
@@ -52,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ 
       hgates[g] = d.hgates[at];
       if (d.b_hh != nullptr) hgates[g] += to_acc(d.b_hh[g * H + unit]);
     }
-    const acc_t operand = d.entered.cuts(args.lengths, row) ? acc_t(0) : to_acc(d.operand[row * H + unit]);
+    const acc_t operand = to_acc(d.operand[row * H + unit]);
     from_acc(Cell::gate(igates, hgates, operand, saved), d.gated[row * H + unit]);
   }
 }

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recurrent dropout": {"recurrent_dropout": 0.2},
     "zoneout": {"zoneout": 0.1},
     "both of these": {"recurrent_dropout": 0.2, "zoneout": 0.1},
+    "layer norm": {"layer_norm": True},
 }
 OF_ONE_CELL: dict[str, dict[str, dict[str, Any]]] = {"gru": {"reset gate before": {"reset_after": False}}}
 NAMES = [*VARIANTS, *(name for variants in OF_ONE_CELL.values() for name in variants)]

@@ -3,7 +3,8 @@
 // Must not know: torch, CUDA headers, equations.
 //
 // Sizes: T steps, B rows of the batch, I input features, H hidden units, P outputs a direction (H, or proj_size),
-// D directions (1 or 2), G = gates of the cell, S = saved values of the cell, N rows over all steps.
+// D directions (1 or 2), G = gates of the cell, S = saved values of the cell, or with layer normalisation 2 G: W_ih x,
+// then W_hh h, for all units. N rows over all steps.
 #pragma once
 
 #include <cstddef>
@@ -74,6 +75,11 @@ struct DirectionWeights {
   const void* b_ih = nullptr;  // [G*H] or null
   const void* b_hh = nullptr;  // [G*H] or null
   const void* w_hr = nullptr;  // [P, H] or null: LSTM with a projection
+  // With layer normalisation (cell/layer_norm.h), and the last two for cells with two states.
+  const void* norm_ih = nullptr;      // [G*H]
+  const void* norm_hh = nullptr;      // [G*H]
+  const void* norm_c = nullptr;       // [H]
+  const void* norm_bias_c = nullptr;  // [H]
 };
 
 // What changes at random inside the recurrence, drawn by philox.h for each row from its seed. h~ and c~ are what the
@@ -115,8 +121,9 @@ struct LayerForward {
   Sequence sequence;
   Rows input;  // rows of I; data is only read
   DirectionForward direction[2];
-  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
-  Noise noise;          // the CPU engine and stepwise
+  cuda::Spread spread;      // persistent_cluster and persistent_grid: as planned
+  Noise noise;              // the CPU engine and stepwise
+  bool layer_norm = false;  // the CPU engine: the two halves of the gates are normalised, and c where h reads it
 };
 
 struct DirectionBackward {
@@ -137,17 +144,21 @@ struct DirectionBackward {
   void* grad_h0 = nullptr;  // [B, P]
   void* grad_c0 = nullptr;  // [B, H]
 
-  // The loop's product. For a cell without split gates grad_hgates equals grad_igates. CPU engine: null, or float32 and
-  // float64 without weight gradients.
+  // The loop's product. For a cell without split gates grad_hgates equals grad_igates, unless they are normalised. CPU
+  // engine: null, or float32 and float64 without weight gradients.
   void* grad_igates = nullptr;  // compact [N, G*H]
   void* grad_hgates = nullptr;  // compact [N, G*H]
 
   // CPU engine only: the weight gradients, in the layer's dtype; null: not wanted.
-  void* grad_w_ih = nullptr;  // [G*H, I]
-  void* grad_w_hh = nullptr;  // [G*H, P]
-  void* grad_b_ih = nullptr;  // [G*H]
-  void* grad_b_hh = nullptr;  // [G*H]
-  void* grad_w_hr = nullptr;  // [P, H]
+  void* grad_w_ih = nullptr;         // [G*H, I]
+  void* grad_w_hh = nullptr;         // [G*H, P]
+  void* grad_b_ih = nullptr;         // [G*H]
+  void* grad_b_hh = nullptr;         // [G*H]
+  void* grad_w_hr = nullptr;         // [P, H]
+  void* grad_norm_ih = nullptr;      // [G*H]
+  void* grad_norm_hh = nullptr;      // [G*H]
+  void* grad_norm_c = nullptr;       // [H]
+  void* grad_norm_bias_c = nullptr;  // [H]
 };
 
 struct LayerBackward {
@@ -160,8 +171,9 @@ struct LayerBackward {
   Rows input;
   Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
   DirectionBackward direction[2];
-  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
-  Noise noise;          // the CPU engine and stepwise
+  cuda::Spread spread;      // persistent_cluster and persistent_grid: as planned
+  Noise noise;              // the CPU engine and stepwise
+  bool layer_norm = false;  // the CPU engine: the two halves of the gates are normalised, and c where h reads it
 };
 
 // ---------------------------------------------------------------------------------------------------- tangents

@@ -38,6 +38,7 @@ std::string against_persistence(const Problem& problem, const Device& device) {
   if (problem.projection) return "it has no projections (proj_size)";
   if (!cell_info(problem.cell).persistent) return "it has no kernels for this cell";
   if (problem.noise) return "it has no recurrent dropout or zoneout";
+  if (problem.layer_norm) return "it has no layer normalisation";
   if (problem.steps >= kMost || problem.batch >= kMost) return "it counts steps and rows in 32 bits";
   return "";
 }

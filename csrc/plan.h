@@ -34,6 +34,7 @@ struct Problem {
   int directions = 1;
   bool backward = false;
   bool noise = false;  // recurrent dropout or zoneout
+  bool layer_norm = false;
 };
 
 // How an engine divides a layer; stepwise does not.

@@ -31,6 +31,7 @@ _OWN_ATTRIBUTES = (
     "recurrent_dropout",
     "zoneout",
     "num_heads",
+    "layer_norm",
     "forget_bias",
     "reset_after",
     "_layer_names",
@@ -64,8 +65,8 @@ def to_torch(model: ModuleT) -> ModuleT:
 
     Raises:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
-            ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``reset_after=False``, a cell of its own); nothing has
-            been changed then.
+            ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``layer_norm``, ``reset_after=False``, a cell of its
+            own); nothing has been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
@@ -115,6 +116,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     options = {name: getattr(module, name, None) for name in names}
     none = (None, 0.0, (0.0, 0.0), 1, "tanh", "relu")
     lone = [f"{name}={value!r}" for name, value in options.items() if value not in none]
+    # Where True would be the 1 that stands for no option above.
+    lone += ["layer_norm=True"] if getattr(module, "layer_norm", False) else []
     return lone if getattr(module, "reset_after", True) else [*lone, "reset_after=False"]
 
 

@@ -46,11 +46,11 @@ def reference_layer(
     reset: Tensor | None,
     seed: Tensor | None = None,
     noise: Sequence[float] = (),
+    layer_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer by the reference formula, with an operator's arguments."""
-    return reference.layer(
-        cell, input, h0, c0, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset, seed=seed, noise=noise
-    )
+    options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset}
+    return reference.layer(cell, input, h0, c0, weights, seed=seed, noise=noise, layer_norm=layer_norm, **options)
 
 
 class _Formula:
@@ -127,8 +127,8 @@ def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor,
 
 # Each takes the arguments of the operator of its name, in their order, but for what forward kept.
 def reference_backward(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads, layer, output_mask, noise = arguments[:4], arguments[4:11], arguments[11], arguments[12:]
-    formula = _Formula(cell, *layer, *noise)
+    grads, layer, output_mask, variants = arguments[:4], arguments[4:11], arguments[11], arguments[12:]
+    formula = _Formula(cell, *layer, *variants)
     return formula.masked(formula.backward(*grads[: formula.results], *formula.tensors), output_mask)
 
 
@@ -553,25 +553,26 @@ def _with_list(results: Sequence[Tensor], single: int | None) -> tuple[Any, ...]
     return tuple(results) if single is None else (*results[:single], list(results[single:]))
 
 
-def _without_noise(own: int, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The first ``own`` arguments of an operator; then seed and noise, nothing where there is no noise."""
-    noise = arguments[own:]  # of what has its default the dispatcher drops the last
-    return arguments[:own], noise if len(noise) == 2 and any(noise[1]) else ()
+def _without_variants(own: int, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The first ``own`` arguments of an operator; then seed, noise and layer_norm, or nothing where they are off."""
+    variants = arguments[own:]  # of what has its default the dispatcher drops the last
+    varied = any(any(variant) if isinstance(variant, (list, tuple)) else variant for variant in variants[1:])
+    return arguments[:own], variants if varied else ()
 
 
 def _by_formula(
-    unpack: Callable[..., _Unpacked], cell: str, arguments: Sequence[Any], noise: Sequence[Any]
+    unpack: Callable[..., _Unpacked], cell: str, arguments: Sequence[Any], variants: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """An operator with noise, of which the kernels of transforms know nothing."""
+    """An operator with noise or layer normalisation, of which the kernels of transforms know nothing."""
     if unpack is _unpack_backward:  # but for what forward kept
-        return reference_backward(cell, *arguments[:11], arguments[14], *noise)
+        return reference_backward(cell, *arguments[:11], arguments[14], *variants)
     *layer, _ = arguments  # but for what forward is to keep
-    return *reference_layer(cell, *layer, *noise), arguments[0].new_empty(0)
+    return *reference_layer(cell, *layer, *variants), arguments[0].new_empty(0)
 
 
 def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:
     """The operator where a transform of torch.func is active."""
-    arguments, noise = _without_noise(own, arguments)
+    arguments, variants = _without_variants(own, arguments)
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     autocast_dtype = reference.autocast_dtype(first)
     if autocast_dtype is not None:
@@ -579,9 +580,9 @@ def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *argumen
         if unpack is _unpack_forward:
             arguments = tuple(_cast(argument, autocast_dtype) for argument in arguments)
         with torch.autocast(first.device.type, enabled=False):
-            return _transformed(unpack, own, cell, *arguments, *noise)
-    if noise:
-        return _by_formula(unpack, cell, arguments, noise)
+            return _transformed(unpack, own, cell, *arguments, *variants)
+    if variants:
+        return _by_formula(unpack, cell, arguments, variants)
     function, call, tensors, single = unpack(cell, *arguments)
     return _with_list(function.apply(call, *tensors), single)
 
@@ -594,9 +595,11 @@ def _cast(argument: Any, dtype: torch.dtype) -> Any:
 
 def _vectorized(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:
     """The operator inside the vmap of autograd itself, which is_grads_batched and vectorize=True use."""
-    arguments, noise = _without_noise(own, arguments)
-    if noise:
-        raise NotImplementedError(f"rnnfast.{cell}: batched gradients with recurrent dropout or zoneout")
+    arguments, variants = _without_variants(own, arguments)
+    if variants:
+        raise NotImplementedError(
+            f"rnnfast.{cell}: batched gradients with recurrent dropout, zoneout or layer normalisation"
+        )
     function, call, tensors, single = unpack(cell, *arguments)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -618,7 +621,7 @@ def _vectorized(unpack: Callable[..., _Unpacked], own: int, cell: str, *argument
 
 def register(library: Any, cell: str) -> None:
     _, name = names(cell)
-    for suffix, unpack, own in (  # own: arguments before seed and noise
+    for suffix, unpack, own in (  # own: arguments before seed, noise and layer_norm
         ("", _unpack_forward, 8),
         ("_backward", _unpack_backward, 15),
         ("_grouped_backward", _unpack_backward, 16),

@@ -108,6 +108,7 @@ def _cuda_engine(
         "projection": getattr(part, "proj_size", 0) > 0,
         "tf32": extension.tf32_allowed(),
         "noise": isinstance(part, modules._Layers) and part._noisy(),
+        "layer_norm": getattr(part, "layer_norm", False),
         "device": extension.cuda_device(-1 if index is None else index),
     }
     forward, backward = (extension.plan(**problem, backward=backward) for backward in (False, True))

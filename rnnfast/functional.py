@@ -62,6 +62,7 @@ def recurrent(
     zoneout: float | tuple[float, float] = 0.0,
     training: bool = True,
     num_heads: int = 1,
+    layer_norm: bool = False,
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Result:
@@ -96,6 +97,8 @@ def recurrent(
         training: whether ``zoneout`` draws; otherwise it takes the expectation.
         num_heads: with n heads, W_hh is block-diagonal with n blocks, and ``w_hh`` is ``[G*H, H/n]``: row u of a gate
             meets the states of u's own head, of which each has H/n neighbouring units.
+        layer_norm: whether the gates are normalised, and c where h reads it, see :func:`rnnfast.reference.layer`; the
+            weights end with the norms then. Not with several heads.
         generator: what the masks of ``weight_dropout`` and the seeds of the others, one a layer and row, are drawn
             from, of the weights' device; None: torch's default.
         backend: None, ``"auto"`` or ``"reference"``, see :func:`rnnfast.ops.layer`.
@@ -106,10 +109,12 @@ def recurrent(
     Raises:
         ValueError: input has the wrong rank or another dtype than the weights; lengths come with a PackedSequence;
             batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
-            recurrent dropout or zoneout.
+            recurrent dropout or zoneout; layer_norm comes with heads, or for a cell that has none.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
         TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
     """
+    if layer_norm and num_heads > 1:
+        raise ValueError(f"layer_norm: expected False with num_heads = {num_heads}, got True")
     w_ih, w_hh = weights[0][:2]
     batch_sizes = sorted_indices = unsorted_indices = None
     batched = True
@@ -188,6 +193,7 @@ def recurrent(
         num_heads,
         seeds,
         noise,
+        layer_norm,
         save,
         states,
         backend,
@@ -266,6 +272,7 @@ def _layers(
     num_heads: int,
     seeds: Tensor | None,  # [L, heads, B]
     noise: Sequence[float],
+    layer_norm: bool,
     save: int,
     states: list[tuple[Tensor, Tensor]] | None,  # takes every layer's h and c of every step
     backend: str | None,
@@ -274,6 +281,8 @@ def _layers(
     run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, save=save, backend=backend)
     if noise:
         run = partial(run, noise=noise)
+    if layer_norm:
+        run = partial(run, layer_norm=True)
     if num_heads > 1:
         run = partial(_heads, run, num_heads)
     elif seeds is not None:

@@ -7,7 +7,7 @@ here: the parameters are read at every forward, so whatever replaces one takes e
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, sqrt
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +26,7 @@ _DEFAULTS = {
     "recurrent_dropout": 0.0,
     "zoneout": 0.0,
     "num_heads": 1,
+    "layer_norm": False,
     "backend": None,
 }
 
@@ -39,6 +40,7 @@ class _Layers(nn.RNNBase):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     num_heads: int
+    layer_norm: bool
     backend: str | None
 
     def __init__(
@@ -60,6 +62,7 @@ class _Layers(nn.RNNBase):
         recurrent_dropout: float,
         zoneout: float | tuple[float, float],
         num_heads: int,
+        layer_norm: bool,
         backend: str | None,
     ) -> None:
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
@@ -80,7 +83,10 @@ class _Layers(nn.RNNBase):
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
-        _check_bools(recompute=recompute, batch_invariant=batch_invariant)
+        _check_bools(recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm)
+        if layer_norm and (num_heads > 1 or not reference.find_cell(mode.lower()).layer_norm):
+            other = f"num_heads = {num_heads}" if num_heads > 1 else f"the cell {mode.lower()}"
+            raise ValueError(f"layer_norm: expected False with {other}, got True")
         functional.check_choice("backend", backend, functional.BACKENDS)
         # Of an Elman network RNNBase knows two nonlinearities, of a GRU one form; the parameters of all are the same.
         known_mode = "GRU" if mode.startswith("GRU") else mode if mode in ("LSTM", "RNN_RELU") else "RNN_TANH"
@@ -104,8 +110,11 @@ class _Layers(nn.RNNBase):
         self.recurrent_dropout = float(recurrent_dropout)
         self.zoneout = (float(zoneout[0]), float(zoneout[1])) if isinstance(zoneout, (tuple, list)) else float(zoneout)
         self.num_heads = num_heads
+        self.layer_norm = layer_norm
         self.backend = backend
         self._name_layers()
+        if layer_norm:
+            self._make_norms()
         if num_heads > 1:
             for name in self._flat_weights_names:
                 if name.startswith("weight_hh"):
@@ -173,6 +182,7 @@ class _Layers(nn.RNNBase):
             zoneout=self.zoneout,
             training=self.training,
             num_heads=self.num_heads,
+            layer_norm=self.layer_norm,
             generator=generator,
             backend=self.backend,
         )
@@ -195,6 +205,8 @@ class _Layers(nn.RNNBase):
             names += ["bias_ih", "bias_hh"]
         if self.proj_size:
             names += ["weight_hr"]
+        if self.layer_norm:
+            names += self._norms
         suffixes = ["", "_reverse"] if self.bidirectional else [""]
         self._all_weights = [
             [f"{name}_l{layer}{suffix}" for name in names] for layer in range(self.num_layers) for suffix in suffixes
@@ -206,6 +218,28 @@ class _Layers(nn.RNNBase):
             for layer in range(self.num_layers)
         ]
 
+    @property
+    def _norms(self) -> list[str]:
+        """The parameters of layer normalisation, but for the layer's number."""
+        of_c = ["norm_weight_c", "norm_bias_c"] if self.mode == "LSTM" else []
+        return ["norm_weight_ih", "norm_weight_hh", *of_c]
+
+    def _make_norms(self) -> None:
+        w_ih: Tensor = self._parameters["weight_ih_l0"]  # type: ignore[assignment]
+        for name in self._flat_weights_names:
+            if name.startswith("norm"):
+                units = self.hidden_size if "_c_" in name else w_ih.shape[0]
+                self.register_parameter(name, nn.Parameter(w_ih.new_full((units,), _initial_norm(name))))
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as torch.nn does; norms start from 1, or 0 as a bias, and are not drawn."""
+        bound = 1 / sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm"):
+                nn.init.constant_(parameter, _initial_norm(name))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
     def flatten_parameters(self) -> None:
         """Do nothing: the parameters are used where they are."""
 
@@ -214,7 +248,7 @@ class _Layers(nn.RNNBase):
         nonlinearity = getattr(self, "nonlinearity", "tanh")
         if nonlinearity not in ("tanh", "relu"):  # which are not shown by torch.nn
             text += f", nonlinearity={nonlinearity}"
-        for name in ("recompute", "batch_invariant", "weight_dropout", "recurrent_dropout", "zoneout"):
+        for name in ("recompute", "batch_invariant", "weight_dropout", "recurrent_dropout", "zoneout", "layer_norm"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         if self.num_heads > 1:
@@ -286,12 +320,19 @@ class RNN(_Layers):
             with initial values as if it were whole (Beck et al., "xLSTM: Extended Long Short-Term Memory", NeurIPS
             2024, for the sLSTM's heads; Hafner et al., "Mastering Diverse Domains through World Models", 2023, for the
             GRU's blocks). A layer is then n calls of the operator.
+        layer_norm: whether both halves of the gates are normalised over all gates of a row, before b_ih and b_hh are
+            added: :math:`W_{ih} x_t` becomes :math:`w_{ih} \odot \mathrm{LN}(W_{ih} x_t)`, and :math:`W_{hh} h_{t-1}`
+            likewise, with :math:`\mathrm{LN}(x) = (x - \mathrm{mean}) / \sqrt{\mathrm{variance} + 10^{-5}}`. An LSTM
+            normalises c too where h reads it, :math:`h_t = o \tanh(w_c \odot \mathrm{LN}(c_t) + b_c)`, while c goes on
+            as it is (Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450, 2016). Parameters behind all
+            others: ``norm_weight_ih_l0`` and ``norm_weight_hh_l0 [gates * hidden_size]``, of an LSTM also
+            ``norm_weight_c_l0`` and ``norm_bias_c_l0 [hidden_size]``, initially 1 and 0. Not with num_heads.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), an
-            unknown nonlinearity or backend, a proj_size.
-        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
+            unknown nonlinearity or backend, a proj_size, layer_norm with num_heads.
+        TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or layer_norm is no bool.
     """
 
     nonlinearity: str
@@ -316,6 +357,7 @@ class RNN(_Layers):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         num_heads: int = 1,
+        layer_norm: bool = False,
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
@@ -338,6 +380,7 @@ class RNN(_Layers):
             recurrent_dropout,
             zoneout,
             num_heads,
+            layer_norm,
             backend,
         )
         self.nonlinearity = nonlinearity
@@ -355,7 +398,7 @@ class LSTM(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, num_heads, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, num_heads, layer_norm, backend: as for :class:`RNN`.
         zoneout: as for :class:`RNN`, of h and of c; or two probabilities, of h and of c.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
         forget_bias: what the forget gates' bias starts from, bias_ih and bias_hh together: 1 helps to remember long
@@ -365,7 +408,7 @@ class LSTM(_Layers):
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), proj_size
             outside 0 .. hidden_size - 1, an unknown backend, a forget_bias that is no number or has no bias to go to.
-        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
+        TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or layer_norm is no bool.
     """
 
     forget_bias: float | None = None
@@ -389,6 +432,7 @@ class LSTM(_Layers):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         num_heads: int = 1,
+        layer_norm: bool = False,
         forget_bias: float | None = None,
         backend: str | None = None,
     ) -> None:
@@ -414,6 +458,7 @@ class LSTM(_Layers):
             recurrent_dropout,
             zoneout,
             num_heads,
+            layer_norm,
             backend,
         )
 
@@ -450,12 +495,14 @@ class GRU(_Layers):
             2014). The parameters are the same, but their values mean another layer. Recurrent dropout is where h meets
             W_hh, in both products with one mask.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, zoneout, num_heads, backend: as for :class:`RNN`.
+            batch_invariant, weight_dropout, recurrent_dropout, zoneout, num_heads, layer_norm, backend: as for
+            :class:`RNN`.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
-            proj_size, an unknown backend.
-        TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or reset_after is no bool.
+            proj_size, an unknown backend, layer_norm with num_heads or with ``reset_after=False``.
+        TypeError: a size is no int; bias, batch_first, recompute, batch_invariant, layer_norm or reset_after is no
+            bool.
     """
 
     def __init__(
@@ -477,6 +524,7 @@ class GRU(_Layers):
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
         num_heads: int = 1,
+        layer_norm: bool = False,
         reset_after: bool = True,
         backend: str | None = None,
     ) -> None:
@@ -500,12 +548,17 @@ class GRU(_Layers):
             recurrent_dropout,
             zoneout,
             num_heads,
+            layer_norm,
             backend,
         )
 
     @property
     def reset_after(self) -> bool:
         return self.mode == "GRU"
+
+
+def _initial_norm(name: str) -> float:
+    return 0.0 if name.startswith("norm_bias") else 1.0
 
 
 def _check_sizes(**sizes: int) -> None:

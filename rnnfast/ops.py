@@ -46,6 +46,7 @@ def layer(
     save: int = 0,
     seed: Tensor | None = None,
     noise: Sequence[float] = (),
+    layer_norm: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one layer, in one or two directions, over a whole sequence.
@@ -60,23 +61,26 @@ def layer(
 
     The operators run in first and second derivatives, forward-mode ones, and the transforms of ``torch.func``. What has
     no kernel takes the reference formula: third derivatives, and on CUDA, with a projection, of a cell with two
-    products a step or with noise second and forward-mode ones, with noise all of ``torch.func``, and the gradient of
-    zoneout's expectation.
+    products a step, with noise or layer_norm second and forward-mode ones, with noise or layer_norm all of
+    ``torch.func``, and the gradient of zoneout's expectation.
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
-            fit, noise that is no probability below 1, another ``save`` or ``backend``.
+            fit, noise that is no probability below 1, layer_norm for a cell that has none, another ``save`` or
+            ``backend``.
         RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without; a
             tensor of another dtype than the input; lengths outside [0, T] (on the CPU; elsewhere they are clamped, for
             a check would wait for the device).
+        NotImplementedError: layer_norm on CUDA.
     """
     if backend is None:
         backend = _choice.backend
     else:
         _check_backend(backend)
     if backend == "reference" or extension is None:
-        options: dict[str, Tensor | None] = {"lengths": lengths, "reset": reset, "seed": seed}
-        return reference.layer(cell, input, h0, c0, weights, batch_sizes=batch_sizes, noise=noise, **options)
+        return derivatives.reference_layer(
+            cell, input, h0, c0, weights, batch_sizes, lengths, reset, seed, noise, layer_norm
+        )
     # torch.ops costs microseconds more than the direct way, but tracers and overrides see only what goes through it.
     if torch.compiler.is_compiling() or has_torch_function(
         (input, h0, c0, *weights, batch_sizes, lengths, reset, seed)
@@ -84,7 +88,9 @@ def layer(
         operator = derivatives.find_operator(cell)
     else:
         operator = _direct[cell]
-    output, h_n, c_n, c, _ = operator(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise)
+    output, h_n, c_n, c, _ = operator(
+        input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm
+    )
     return output, h_n, c_n, c
 
 
@@ -168,6 +174,7 @@ def _check_devices(
 
 
 def _fake_layer(
+    gates: int,  # of the cell
     saved_values: int,  # of the cell, per unit and step
     input: Tensor,
     h0: Tensor,
@@ -179,6 +186,7 @@ def _fake_layer(
     save: int,
     seed: Tensor | None = None,
     noise: Sequence[float] = (),
+    layer_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, (h0, c0, *weights, reset, seed), batch_sizes, lengths)
     directions, _, output_size = h0.shape
@@ -187,6 +195,7 @@ def _fake_layer(
     output = input.new_empty(*shape, directions * output_size)
     c_n = input.new_empty(0 if c0 is None else c0.shape)
     c = input.new_empty((*shape, directions * hidden_size) if save and c0 is not None else 0)
+    saved_values = 2 * gates if layer_norm else saved_values
     saved = input.new_empty((directions, prod(shape), saved_values * hidden_size) if save == 2 and saved_values else 0)
     return output, input.new_empty(h0.shape), c_n, c, saved
 
@@ -209,6 +218,7 @@ def _fake_layer_backward(
     output_mask: Sequence[bool],
     seed: Tensor | None = None,
     noise: Sequence[float] = (),
+    layer_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     grads = (grad_output, grad_h_n, grad_c_n, grad_c)
     _check_devices(input, (h0, c0, *weights, reset, output, c, saved, seed, *grads), batch_sizes, lengths)
@@ -272,7 +282,7 @@ def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
     namespace, name = derivatives.names(cell)
     library = _libraries[namespace]
     for suffix, fake in (
-        ("", partial(_fake_layer, saved_values)),
+        ("", partial(_fake_layer, reference.find_cell(cell).gates, saved_values)),
         ("_backward", _fake_layer_backward),
         ("_grouped_backward", _fake_grouped_backward),
         ("_jvp", _fake_jvp),

@@ -74,6 +74,7 @@ class OwnLayers(modules._Layers):
             recurrent_dropout,
             zoneout,
             num_heads,
+            False,
             backend,
         )
         # RNNBase made the parameters of a cell with one gate.
@@ -143,7 +144,7 @@ def compile_cell(
             _load(folder, library, header, instruction_set)
             complete.touch()
         gates, states, saved = _sizes(product)
-        ops.register_own_cell(cell, saved, reference.Cell(gates, states, _no_formula))
+        ops.register_own_cell(cell, saved, reference.Cell(gates, states, _no_formula, layer_norm=False))
     form = reference.OWN_CELLS[cell]
     if step is not None:
         reference.OWN_CELLS[cell] = form._replace(step=step)

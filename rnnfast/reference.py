@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import leaky_relu, linear, pad
 
 # A step maps (igates [B, G*H], hgates [B, G*H], *state) to the new state: (h,) or (h, c), each [B, H].
-# igates = W_ih x + b_ih, hgates = W_hh h + b_hh.
+# igates = W_ih x + b_ih, hgates = W_hh h + b_hh. Normalised, with two states it also gets what makes of c what h reads.
 Step = Callable[..., tuple[Tensor, ...]]
 # The hgates of an operand, of some of the gates: what a cell takes that has a second product behind the first.
 HiddenGates = Callable[[Tensor, slice], Tensor]
@@ -35,15 +36,17 @@ def elman_step(nonlinearity: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def lstm_step(igates: Tensor, hgates: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """i, f, o = sigmoid, g = tanh of the four sums; c' = f c + i g; h' = o tanh(c').
+def lstm_step(
+    igates: Tensor, hgates: Tensor, h: Tensor, c: Tensor, read: Callable[[Tensor], Tensor] = lambda c: c
+) -> tuple[Tensor, Tensor]:
+    """i, f, o = sigmoid, g = tanh of the four sums; c' = f c + i g; h' = o tanh(c'), which may read c' normalised.
 
     Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 9 (1997), with the forget gate of Gers,
     Schmidhuber and Cummins, "Learning to Forget", Neural Computation 12 (2000).
     """
     i, f, g, o = (igates + hgates).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return o.sigmoid() * read(c).tanh(), c
 
 
 def gru_step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
@@ -78,6 +81,7 @@ class Cell(NamedTuple):
     states: int  # 1: h; 2: h and c
     step: Step
     two_products: bool = False  # the step takes hgates as a function and, behind the state, what of h the products read
+    layer_norm: bool = True  # whether its gates, and c, can be normalised
 
 
 CELLS: dict[str, Cell] = {
@@ -88,8 +92,22 @@ CELLS: dict[str, Cell] = {
     "rnn_leaky_relu": Cell(1, 1, elman_step(leaky_relu)),
     "lstm": Cell(4, 2, lstm_step),
     "gru": Cell(3, 1, gru_step),
-    "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True),
+    "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True, layer_norm=False),
 }
+
+# Layer normalisation, over the whole vector of a row's gates, with shifts that are absent without bias:
+#
+#   igates = norm_ih LN(W_ih x) + b_ih      hgates = norm_hh LN(W_hh h) + b_hh      LN(x) = (x - mean) / sqrt(var + eps)
+#
+# and of an LSTM's c where h reads it: h' = o tanh(norm_c LN(c') + norm_bias_c), while c' itself goes on as it is.
+# Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450 (2016).
+NORM_EPSILON = 1e-5
+
+
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``weight LN(x) + bias``."""
+    return functional.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
+
 
 # Those of other people, by namespace and name of their operators: "namespace::name".
 OWN_CELLS: dict[str, Cell] = {}
@@ -187,6 +205,7 @@ def layer(
     reset: Tensor | None = None,
     seed: Tensor | None = None,
     noise: Sequence[float] = (),
+    layer_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one layer, in one or two directions, over a whole sequence.
 
@@ -195,7 +214,8 @@ def layer(
         input: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``.
         h0, c0: ``[D, B, P]`` and ``[D, B, H]``; ``c0`` is None for a cell with one state. D comes from here.
         weights: for each direction ``w_ih [G*H, I]``, ``w_hh [G*H, P]``, then ``b_ih`` and ``b_hh [G*H]`` (both or
-            neither), then ``w_hr [P, H]`` with a projection.
+            neither), then ``w_hr [P, H]`` with a projection, then with ``layer_norm`` ``norm_ih`` and ``norm_hh [G*H]``
+            and, for a cell with two states, ``norm_c`` and ``norm_bias_c [H]``.
         batch_sizes: ``[T]`` int64 on the CPU, decreasing: the input is packed as in ``PackedSequence``. Rows beyond
             ``batch_sizes[0]`` have no steps.
         lengths: ``[B]`` int64: row b of a padded input has ``lengths[b]`` steps. What the input holds past them,
@@ -205,6 +225,7 @@ def layer(
         seed: ``[B]`` int64 on the input's device: what the masks of ``noise`` are drawn from, those of a row from its
             own number alone. None: zoneout takes its expectation.
         noise: the values of :class:`Noise`, or nothing. The state behind a reset is what zoneout may keep: zero.
+        layer_norm: whether the gates, and c where h reads it, are normalised as beside :data:`NORM_EPSILON`.
 
     Returns:
         ``(output, h_n, c_n, c)``. ``output`` is ``[T, B, D*P]`` or ``[N, D*P]``, zero past a row's length; ``h_n`` and
@@ -214,7 +235,8 @@ def layer(
     All floating tensors share one dtype. For the 16-bit ones sums, nonlinearities and the cell state are float32, and
     h is rounded at every step. Under autocast the layer runs in autocast's dtype.
 
-    Raises ValueError for another cell, batch_sizes that do not fit or noise that is no probability below 1,
+    Raises ValueError for another cell, batch_sizes that do not fit, noise that is no probability below 1 or
+    layer_norm for a cell that has none,
     RuntimeError for a tensor of another dtype than the input or recurrent dropout without a seed, and for another shape
     what the operations of torch raise.
     """
@@ -230,7 +252,7 @@ def layer(
                 "reset": reset,
                 "seed": seed,
             }
-            return layer(cell, input, h0, c0, rest, noise=noise, **options)
+            return layer(cell, input, h0, c0, rest, noise=noise, layer_norm=layer_norm, **options)
 
     for tensor in (h0, *weights) if c0 is None else (h0, c0, *weights):
         if tensor.dtype != input.dtype:
@@ -256,6 +278,9 @@ def layer(
     wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
     masks = [Noise(*noise).masks(seed, d == 1, len(sizes), *widths, wide) for d in range(directions)]
 
+    if layer_norm and not known.layer_norm:
+        raise ValueError(f"layer_norm: expected False with {cell}, got True")
+    norms = 2 * known.states if layer_norm else 0
     per_direction = len(weights) // directions
     results = [
         _direction(
@@ -263,7 +288,8 @@ def layer(
             input,
             sizes,
             tuple(state[d] for state in states),
-            weights[d * per_direction : (d + 1) * per_direction],
+            weights[d * per_direction : (d + 1) * per_direction - norms],
+            weights[(d + 1) * per_direction - norms : (d + 1) * per_direction],
             alive,
             reset,
             masks[d],
@@ -284,6 +310,7 @@ def _direction(
     sizes: Sequence[int],  # [T] living rows of each step
     initial: tuple[Tensor, ...],  # h [B, P] and perhaps c [B, H]
     weights: Sequence[Tensor],
+    norms: Sequence[Tensor],  # none without layer normalisation
     alive: Tensor | None,  # [N, 1] bool
     reset: Tensor | None,  # [N, 1] bool
     masks: Masks,
@@ -297,7 +324,13 @@ def _direction(
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     w_hr = weights[-1] if len(weights) % 2 else None
 
-    igates = linear(input.to(wide), w_ih, b_ih).split(sizes)
+    norm_ih, norm_hh, *norm_c = (norm.to(wide) for norm in norms) if norms else (None, None)
+
+    def gates(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        return linear(x, weight, bias) if norm is None else normalised(linear(x, weight), norm, bias)
+
+    step = partial(cell.step, read=lambda c: normalised(c, *norm_c)) if norm_c else cell.step
+    igates = gates(input.to(wide), w_ih, b_ih, norm_ih).split(sizes)
     alive_at = None if alive is None else alive.split(sizes)
     reset_at = None if reset is None else reset.split(sizes)
 
@@ -318,7 +351,7 @@ def _direction(
         if cell.two_products:
             h, *c = cell.step(igates[t], partial(_hidden_gates, cell, w_hh, b_hh), *entering, operand)
         else:
-            h, *c = cell.step(igates[t], linear(operand, w_hh, b_hh), *entering)
+            h, *c = step(igates[t], gates(operand, w_hh, b_hh, norm_hh), *entering)
         if w_hr is not None:
             h = linear(h, w_hr)
         h, *c = (_zoned(keep, t, old, new) for keep, old, new in zip(masks[1:], entering, (h, *c), strict=False))

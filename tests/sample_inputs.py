@@ -39,6 +39,7 @@ class Sample:
     row_lengths: tuple[int, ...] | None = None  # packed: decreasing; None: some that end at 0 steps
     reset: bool = False
     batch_first: bool = False  # input and reset are transposed views
+    layer_norm: bool = False
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ class Sample:
 
     def arguments(
         self, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", seed: int = 0, grad: bool = False
-    ) -> tuple[list[Any], dict[str, Tensor | None]]:
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of `layer`; the floating tensors require gradients if `grad`."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -85,6 +86,9 @@ class Sample:
             weights += [weight(gates, self.input_size), weight(gates, out)]
             weights += [weight(gates), weight(gates)] if self.bias else []
             weights += [weight(out, self.hidden_size)] if self.proj_size else []
+            if self.layer_norm:
+                weights += [weight(gates), weight(gates)]
+                weights += [weight(self.hidden_size), weight(self.hidden_size)] if self.cell == "lstm" else []
 
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         batch_sizes = None
@@ -105,11 +109,13 @@ class Sample:
             reset = reset.to(device)
         h0 = random(self.directions, self.batch, out)
         c0 = random(self.directions, self.batch, self.hidden_size) if self.cell == "lstm" else None
-        options = {
+        options: dict[str, Any] = {
             "batch_sizes": batch_sizes,
             "lengths": lengths.to(device) if self.form == "lengths" else None,
             "reset": reset,
         }
+        if self.layer_norm:
+            options["layer_norm"] = True
         return [self.cell, input, h0, c0, weights], options
 
 

@@ -367,7 +367,7 @@ def test_batched_gradients_are_refused() -> None:
     arguments, _ = Sample("gru").arguments(grad=True)
     output = ops.layer(*arguments, seed=seeds(3), noise=(0.5, 0.0, 0.0))[0]
     directions = torch.eye(output.numel(), dtype=torch.float64).view(-1, *output.shape)
-    with pytest.raises(NotImplementedError, match="batched gradients with recurrent dropout or zoneout"):
+    with pytest.raises(NotImplementedError, match="batched gradients with recurrent dropout, zoneout or layer"):
         torch.autograd.grad(output, arguments[1], directions, is_grads_batched=True)
 
 

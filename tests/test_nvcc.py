@@ -190,7 +190,14 @@ def test_the_plan_knows_the_largest_layers() -> None:
         ):
             units = most_units(name, arithmetic, "true" if dtype == "float16" and name != "ElmanCell" else "false")
             for hidden_size, fits in ((units, True), (units + 1, False)):
-                options = {"directions": 1, "projection": False, "backward": True, "noise": False, "device": device}
+                options = {
+                    "directions": 1,
+                    "projection": False,
+                    "backward": True,
+                    "noise": False,
+                    "layer_norm": False,
+                    "device": device,
+                }
                 made = plan(cell, dtype, 5, 5, hidden_size, tf32=tf32, **options)
                 assert ("persistent_cta" not in made["against"]) == fits, (cell, dtype, tf32, hidden_size)
 

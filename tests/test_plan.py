@@ -37,6 +37,7 @@ def plan(cell: str = "lstm", **changes: Any) -> dict[str, Any]:
         "tf32": False,
         "backward": False,
         "noise": False,
+        "layer_norm": False,
         "device": HOPPER,
     }
     assert ops.extension is not None
@@ -121,6 +122,7 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
         ({"dtype": "float64"}, "it has no float64"),
         ({"projection": True}, "it has no projections (proj_size)"),
         ({"noise": True}, "it has no recurrent dropout or zoneout"),
+        ({"layer_norm": True}, "it has no layer normalisation"),
         ({"batch": 2**31}, "it counts steps and rows in 32 bits"),
         *(({"cell": cell}, "it has no kernels for this cell") for cell in STEPWISE_CELLS),
     ],

@@ -51,6 +51,7 @@ class Configuration:
     zoneout_h: float
     zoneout_c: float
     training: bool
+    layer_norm: bool
 
     @property
     def noise(self) -> tuple[float, float, float]:
@@ -96,13 +97,14 @@ class Configuration:
             zoneout_h=random.choice([0.0, 0.0, 0.0, 0.1, 0.5]),
             zoneout_c=random.choice([0.0, 0.1, 0.5]) if cell == "lstm" and coin() else 0.0,
             training=random.random() < 0.8,
+            layer_norm=random.random() < 0.25,
         )
         if dtype != "float64" and configuration.zoneout_h:  # which stops up to half of the units
             return replace(configuration, hidden_size=max(hidden_size, 26))
         return configuration
 
     def __str__(self) -> str:
-        switches = ("bidirectional", "bias", "batch_first", "hx", "reset", "recompute", "return_states")
+        switches = ("bidirectional", "bias", "batch_first", "hx", "reset", "recompute", "return_states", "layer_norm")
         sizes = f"T{self.steps} B{self.batch} I{self.input_size} H{self.hidden_size} P{self.proj_size} L{self.layers}"
         words = [str(self.number), self.cell, self.dtype, self.form, sizes]
         words += [name for name in switches if getattr(self, name)]
@@ -147,6 +149,8 @@ class Values:
         options: dict[str, Any] = {"zoneout": c.zoneout_h}
         if c.cell == "lstm":
             options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
+        if c.layer_norm and device == "cpu" and reference.CELLS[c.cell].layer_norm:
+            options["layer_norm"] = True
         if c.cell.startswith("rnn"):
             options["nonlinearity"] = c.cell.removeprefix("rnn_")
         if c.cell.startswith("gru"):
@@ -215,10 +219,11 @@ def from_module(values: Values) -> list[Tensor]:
 
 
 def from_reference(values: Values) -> list[Tensor]:
-    c, x, weights = values.configuration, values.input, list(values.module.parameters())
+    c, x, weights = values.configuration, values.input, [w for group in values.module.all_weights for w in group]
     h0, c0 = (values.h0, values.c0) if c.hx else (torch.zeros_like(values.h0), torch.zeros_like(values.c0))
     each = len(weights) // c.layers
     options: dict[str, Any] = {"lengths": values.lengths.to(x.device), "reset": values.reset, "noise": c.noise}
+    options["layer_norm"] = values.module.layer_norm
     seeds: Any = [None] * c.layers
     if c.training and any(c.noise):  # as the module draws them
         generator = torch.Generator(x.device).manual_seed(c.number)

@@ -194,7 +194,7 @@ def test_mixed_dtypes_are_refused() -> None:
 
 def test_another_cell_is_refused() -> None:
     x = torch.zeros(2, 1, 3)
-    with pytest.raises(ValueError, match=r"cell: expected one of rnn_tanh, .*gru, got 'peephole'"):
+    with pytest.raises(ValueError, match=r"cell: expected one of rnn_tanh, .*gru_reset_before, got 'peephole'"):
         reference.layer("peephole", x, x[:1], None, [])
 
 

@@ -45,6 +45,24 @@ inline constexpr int first_gates = find_first_gates<Cell>(nullptr);
 template <class Cell>
 inline constexpr bool has_two_products = first_gates<Cell> < Cell::kGates;
 
+// Whether a layer of the cell can normalise its gates; with two states, whether backward is in two parts, between which
+// stands the normalised c. Cells from outside the package have it not: they compile while somebody waits.
+template <class Cell>
+constexpr bool find_hidden_gradient(decltype(&Cell::template hidden_backward<float>)*) {
+  return true;
+}
+template <class Cell>
+constexpr bool find_hidden_gradient(...) {
+  return false;
+}
+template <class Cell>
+inline constexpr bool takes_layer_norm =
+#ifdef RNNFAST_OWN_CELL
+    false;
+#else
+    !has_two_products<Cell> && (Cell::kStates == 1 || find_hidden_gradient<Cell>(nullptr));
+#endif
+
 // What an engine-independent layer needs to know of a cell.
 struct CellInfo {
   const char* name;
@@ -55,16 +73,24 @@ struct CellInfo {
   bool split_gates;  // grad_igates and grad_hgates differ
   bool tangent;      // has a tangent of its own
   bool persistent;   // has kernels of the persistent CUDA engines
+  bool layer_norm;   // its gates can be normalised
 
   bool two_products() const { return first_gates < gates; }
 };
 
 inline CellInfo cell_info(CellKind kind) {
   switch (kind) {
-#define RNNFAST_CELL_INFO(name, Type, persistent)                              \
-  case CellKind::name:                                                         \
-    return {#name,        Type::kGates,      first_gates<Type>, Type::kStates, \
-            Type::kSaved, Type::kSplitGates, has_tangent<Type>, persistent};
+#define RNNFAST_CELL_INFO(name, Type, persistent) \
+  case CellKind::name:                            \
+    return {#name,                                \
+            Type::kGates,                         \
+            first_gates<Type>,                    \
+            Type::kStates,                        \
+            Type::kSaved,                         \
+            Type::kSplitGates,                    \
+            has_tangent<Type>,                    \
+            persistent,                           \
+            takes_layer_norm<Type>};
 #define RNNFAST_PERSISTENT_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, true)
 #define RNNFAST_STEPWISE_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, false)
     RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_PERSISTENT_INFO)
@@ -73,7 +99,7 @@ inline CellInfo cell_info(CellKind kind) {
 #undef RNNFAST_PERSISTENT_INFO
 #undef RNNFAST_CELL_INFO
   }
-  return {"", 0, 0, 0, 0, false, false, false};
+  return {"", 0, 0, 0, 0, false, false, false, false};
 }
 
 }  // namespace rnnfast

@@ -45,13 +45,27 @@ struct LstmCell {
   template <class V>
   static RNNFAST_HOST_DEVICE void backward(const V* saved, const V* prev, const V* state, const V* grad_state,
                                            V* grad_igates, V* grad_hgates, V* grad_prev) {
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = tanh(state[1]);
-    const V grad_c = grad_state[1] + grad_state[0] * o * Tanh::derivative(tanh_c);
+    V grad_o;
+    const V grad_c = grad_state[1] + hidden_backward(saved, state, grad_state[0], grad_o);
+    candidate_backward(saved, prev, grad_c, grad_o, grad_igates, grad_hgates, grad_prev);
+  }
+
+  // Its two parts, of h' = o tanh(c') and of c' = f c + i g. A layer that normalises c between them wants them apart.
+  // The first returns the gradient of c', and leaves in grad_o that of a_o for the second.
+  template <class V>
+  static RNNFAST_HOST_DEVICE V hidden_backward(const V* saved, const V* state, const V& grad_h, V& grad_o) {
+    const V o = saved[3], tanh_c = tanh(state[1]);
+    grad_o = grad_h * tanh_c * Sigmoid::derivative(o);
+    return grad_h * o * Tanh::derivative(tanh_c);
+  }
+  template <class V>
+  static RNNFAST_HOST_DEVICE void candidate_backward(const V* saved, const V* prev, const V& grad_c, const V& grad_o,
+                                                     V* grad_igates, V* grad_hgates, V* grad_prev) {
+    const V i = saved[0], f = saved[1], g = saved[2];
     grad_igates[0] = grad_c * g * Sigmoid::derivative(i);
     grad_igates[1] = grad_c * prev[1] * Sigmoid::derivative(f);
     grad_igates[2] = grad_c * i * Tanh::derivative(g);
-    grad_igates[3] = grad_state[0] * tanh_c * Sigmoid::derivative(o);
+    grad_igates[3] = grad_o;
     for (int k = 0; k < kGates; ++k) grad_hgates[k] = grad_igates[k];
     grad_prev[0] = V(0);
     grad_prev[1] = grad_c * f;

@@ -44,6 +44,7 @@ class Backward {
     Unit *forward_ih, *forward_hh;     // panels for recomputing
     Acc *bias_ih, *bias_hh;
     Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
+    Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
   };
   struct Own {
     Unit* panels;           // of WeightGradient
@@ -54,6 +55,9 @@ class Backward {
     S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
     Acc *keep_h, *keep_c;   // of Zoneout
     S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
+    // With layer normalisation only.
+    Acc* values;  // [S+3, ld_h] of one row: what the cell kept, h' or c', and two gradients on the way to c
+    Acc* grads;   // [2, G, ld_h] gradients of the gates before the norms' weights
   };
 
  public:
@@ -93,7 +97,7 @@ class Backward {
  private:
   static Plan plan_of(const LayerBackward& l, int threads) {
     return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
-                     threads);
+                     l.layer_norm, threads);
   }
   static int team_size(const LayerBackward& l, int threads) {
     const double cycles =
@@ -101,7 +105,10 @@ class Backward {
     return cycles < 1e5 ? 1 : threads;
   }
   static bool projects(const LayerBackward& l) { return l.direction[0].weights.w_hr != nullptr; }
-  static bool recomputes(const LayerBackward& l) { return Cell::kSaved > 0 && !l.direction[0].saved; }
+  static bool recomputes(const LayerBackward& l) { return saved_width(l) > 0 && !l.direction[0].saved; }
+  static int64_t saved_width(const LayerBackward& l) { return (l.layer_norm ? 2 * G : Cell::kSaved) * l.hidden_size; }
+  static constexpr int kNormLines =
+      4 * G + (Cell::kStates > 1 ? 2 : 0);  // of NormSums: norms, biases; norm and bias of c
 
   // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.
   static UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
@@ -158,9 +165,9 @@ class Backward {
       const DirectionBackward& direction = l.direction[d];
       s.igates =
           direction.grad_igates ? static_cast<Operand*>(direction.grad_igates) : carver.take<Operand>(N * ld_gates(l));
-      s.hgates = !Cell::kSplitGates      ? s.igates
-                 : direction.grad_hgates ? static_cast<Operand*>(direction.grad_hgates)
-                                         : carver.take<Operand>(N * ld_gates(l));
+      s.hgates = !Cell::kSplitGates && !l.layer_norm ? s.igates
+                 : direction.grad_hgates             ? static_cast<Operand*>(direction.grad_hgates)
+                                                     : carver.take<Operand>(N * ld_gates(l));
       if constexpr (has_two_products<Cell>) {
         s.w_second = columns(N, gates - kFirst * H, P);
         s.gated = carver.take<S>(N * P);
@@ -190,9 +197,11 @@ class Backward {
           s.forward_second = panels(second, P);
           s.bias_second = carver.take<Acc>(second.columns());
         }
-        if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
+        if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * saved_width(l));
       }
       if (l.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
+      if (l.layer_norm && direction.grad_w_hh)
+        s.sums = carver.take<Acc>(threads * NormSums<Acc>::elements(kNormLines, ld_acc(H)));
       if (shared) shared[d] = s;
     }
     for (int r = 0; r < threads; ++r) {
@@ -206,7 +215,7 @@ class Backward {
         o.hgates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
         o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
         o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
-        if (divide == Divide::rows) o.saved = carver.take<S>(window_rows(l) * Cell::kSaved * H);
+        if (divide == Divide::rows) o.saved = carver.take<S>(window_rows(l) * saved_width(l));
       }
       const auto keep = [&](double p, int64_t units) {
         return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(l.noise, p, B, units)) : nullptr;
@@ -214,6 +223,10 @@ class Backward {
       o.keep_h = keep(l.noise.zoneout_h, P);
       o.keep_c = keep(l.noise.zoneout_c, H);
       if (l.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
+      if (l.layer_norm) {
+        o.values = carver.take<Acc>((Cell::kSaved + 3) * ld_acc(H));
+        o.grads = carver.take<Acc>(2 * G * ld_acc(H));
+      }
       if (own && r == rank) *own = o;
     }
   }
@@ -232,10 +245,10 @@ class Backward {
         w_second_(outputs_, behind_first(d_.weights.w_hh, l_.output_size), (G - kFirst) * l_.hidden_size,
                   shared_.w_second),
         w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
-        w_ih_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih),
+        w_ih_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih),
                     l_.input_size, shared_.forward_ih, shared_.bias_ih),
-        w_hh_again_(gate_blocks(l_, kFirst), static_cast<const S*>(d_.weights.w_hh),
-                    static_cast<const S*>(d_.weights.b_hh), l_.output_size, shared_.forward_hh, shared_.bias_hh),
+        w_hh_again_(gate_blocks(l_, kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
+                    l_.output_size, shared_.forward_hh, shared_.bias_hh),
         w_second_again_(gate_blocks(l_, G - kFirst), behind_first(d_.weights.w_hh, l_.output_size),
                         behind_first(d_.weights.b_hh, 1), l_.output_size, shared_.forward_second, shared_.bias_second),
         saved_(static_cast<const S*>(direction.saved)),
@@ -249,17 +262,26 @@ class Backward {
         keep_h_(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
                 outputs_.first(output_share_.begin), end_of(outputs_, output_share_), l_.output_size, own_.keep_h),
         keep_c_(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
-                hidden_.first(hidden_share_.begin), end_of(hidden_, hidden_share_), l_.hidden_size, own_.keep_c) {}
+                hidden_.first(hidden_share_.begin), end_of(hidden_, hidden_share_), l_.hidden_size, own_.keep_c),
+        sums_(norm_sums(member.rank)) {}
+  // Normalised gates get their bias behind the product.
+  const S* product_bias(const void* bias) const { return l_.layer_norm ? nullptr : static_cast<const S*>(bias); }
+  NormSums<Acc> norm_sums(int rank) const {
+    return {kNormLines, ld_h_,
+            shared_.sums ? shared_.sums + rank * NormSums<Acc>::elements(kNormLines, ld_h_) : nullptr};
+  }
 
   void run() {
     prepare();
+    if (sums_.wanted()) sums_.clear();
     m_.wait();
     for (int64_t s = s_.steps - 1; s >= 0;) {
       const int64_t begin = recomputes(l_) ? recompute(s) : 0;
-      for (; s >= begin; --s) noisy() ? step<true>(s) : step<false>(s);
+      for (; s >= begin; --s) varied() ? step<true>(s) : step<false>(s);
     }
     m_.wait_step();
     finish();
+    if (sums_.wanted()) add_norm_sums();
   }
 
   // The rows of a weight that belong to the second product.
@@ -376,7 +398,11 @@ class Backward {
             for (int g = 0; g < G; ++g) {
               ig[g] = V::load(own_.igates + row * columns + g * size + u);
               hg[g] = V::load(own_.hgates + row * columns + g * size + u);
+              if (!l_.layer_norm) continue;
+              store(saved + g * l_.hidden_size + u, ig[g], n);
+              store(saved + (G + g) * l_.hidden_size + u, hg[g], n);
             }
+            if (l_.layer_norm) continue;  // which runs the cell behind the norms
             if (Cell::kStates == 1 && prev_h[row]) prev[0] = load(prev_h[row] + unit, n);
             if (Cell::kStates > 1 && prev_c[row]) prev[1] = load(prev_c[row] + unit, n);
             Cell::forward(ig, hg, prev, state, values);
@@ -428,8 +454,14 @@ class Backward {
       }
   }
 
-  // Whether there is recurrent dropout or zoneout.
-  bool noisy() const { return shared_.mask || keep_h_.on() || keep_c_.on(); }
+  // Whether there is recurrent dropout, zoneout or layer normalisation: kNoise.
+  bool varied() const { return shared_.mask || keep_h_.on() || keep_c_.on() || l_.layer_norm; }
+
+  // norm_layer.h
+  void normalised_cell(int64_t t, int64_t slot, const S* products);
+  void add_norm_sums();
+
+  int64_t saved_width() const { return saved_width(l_); }
 
   template <bool kNoise>
   void step(int64_t s) {
@@ -452,7 +484,10 @@ class Backward {
     }
     // Windows are filled in the order of steps and read from their end.
     const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
-    for (int64_t i = 0; i < count; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
+    const bool normalised = kNoise && l_.layer_norm;
+    if constexpr (kNoise && takes_layer_norm<Cell>)
+      for (int64_t i = 0; i < count && normalised; ++i) normalised_cell(t, rows_.begin + i, saved + i * saved_width());
+    for (int64_t i = 0; i < count && !normalised; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
     m_.wait_step();
     if constexpr (has_two_products<Cell>) {
       second_product<kNoise>(t, count, saved);
@@ -541,8 +576,6 @@ class Backward {
         store(to + unit, grad, n);
       }
   }
-
-  int64_t saved_width() const { return Cell::kSaved * l_.hidden_size; }
 
   template <bool kNoise>
   void cell(int64_t t, int64_t slot, const S* saved) {
@@ -704,7 +737,7 @@ class Backward {
           },
           own.panels, shared.sums_hr, static_cast<S*>(d.grad_w_hr));
     }
-    if (d.grad_b_ih) {
+    if (d.grad_b_ih && !l.layer_norm) {
       WeightGradient<S>::column_sums(shared.igates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_ih));
       if (Cell::kSplitGates) {
         WeightGradient<S>::column_sums(shared.hgates, ld_gates(l), m.begin, m.end, s.rows,
@@ -731,6 +764,7 @@ class Backward {
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
   Zoneout<Acc> keep_h_, keep_c_;
+  NormSums<Acc> sums_;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

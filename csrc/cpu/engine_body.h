@@ -1,5 +1,5 @@
-// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, noise.h, forward.h, backward.h
-// and tangent.h, compiled for it, and the choice of cell and dtype.
+// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, noise.h, norm.h, forward.h,
+// backward.h, norm_layer.h and tangent.h, compiled for it, and the choice of cell and dtype.
 //
 // Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
 // defined.
@@ -7,6 +7,7 @@
 // The equations come after the target pragma: a function compiled for another instruction set is never inlined.
 #include "../cell/cells.h"
 #include "../cell/dual.h"
+#include "../cell/layer_norm.h"
 #include "../cell/zoneout.h"
 #include "../philox.h"
 //
@@ -17,9 +18,12 @@
 #include "layer.h"
 //
 #include "noise.h"
+#include "norm.h"
 //
 #include "backward.h"
 #include "forward.h"
+//
+#include "norm_layer.h"
 #include "tangent.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {

@@ -36,6 +36,7 @@ class Forward {
     // With recurrent dropout only; h has the masked state then.
     Unit* unmasked;  // [B, ld_h]
     Acc* mask;       // [B, ld_draw(P)]
+    Acc* norms;      // [4, columns] with layer normalisation: weights and bias of each half of the gates
   };
   // Where a row of one step reads and writes.
   struct StepRow {
@@ -48,6 +49,7 @@ class Forward {
     S* c_output;       // [H] or null
     S* saved;          // [S*H] or null
     bool drop;         // the next step starts from zero
+    Acc* values;       // [S+1, ld_c] with layer normalisation, two states: what the cell kept, and c'; else null
     // With noise only. h and next_h are what products read, the cell reads prev_h.
     const Operand* prev_h;       // [P]
     Operand* unmasked;           // [P] the state after the step; null without recurrent dropout
@@ -61,6 +63,9 @@ class Forward {
     const Unit** inputs;   // [capacity]
     Unit* converted;       // [capacity, units of I], where inputs cannot be read in place
     Acc *keep_h, *keep_c;  // of Zoneout
+    // With layer normalisation only.
+    Acc* hgates;  // [norm_rows, ld_gates]
+    Acc* values;  // [kAbreast, S+1, ld_c]
   };
 
  public:
@@ -91,7 +96,7 @@ class Forward {
  private:
   static Plan plan_of(const LayerForward& l, int threads) {
     return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
-                     threads);
+                     l.layer_norm, threads);
   }
   static Member widest_member(const LayerForward& l, const Plan& plan) {
     const bool split = l.directions == 2 && plan.threads > 1;
@@ -109,10 +114,21 @@ class Forward {
   static bool projects(const LayerForward& l) { return l.direction[0].weights.w_hr != nullptr; }
   // Rows whose igates are computed at once: about a quarter of a megabyte, and at least one step.
   static int64_t capacity(const LayerForward& l, const Member& m) {
-    const int64_t columns = hidden_blocks(l, m).columns();
+    const int64_t columns = ld_gates(l, m);
     const int64_t rows = std::max<int64_t>(l.sequence.batch, (256 << 10) / std::max<int64_t>(1, columns * sizeof(Acc)));
     return std::min(rows, l.sequence.rows);
   }
+  // The columns of a row of gates. With layer normalisation rows lie whole, else those of a block after each other.
+  // Whole rows a multiple of a large power of two apart would meet in one set of the cache.
+  static int64_t ld_gates(const LayerForward& l, const Member& m) {
+    return hidden_blocks(l, m).columns() + (l.layer_norm ? 64 / sizeof(Acc) : 0);
+  }
+  // With layer normalisation: rows whose products stand in the cache until the last unit's is there.
+  static int64_t norm_rows(const LayerForward& l, const Member& m) {
+    const int64_t rows = (128 << 10) / (ld_gates(l, m) * sizeof(Acc));
+    return std::min(l.sequence.batch, std::max<int64_t>(kTileRows, rows));
+  }
+  static int64_t saved_width(const LayerForward& l) { return (l.layer_norm ? 2 * G : Cell::kSaved) * l.hidden_size; }
 
   static Shared carve_shared(const LayerForward& l, const Member& m, Carver& carver) {
     const UnitBlocks hidden = hidden_blocks(l, m), output = output_blocks(l, m);
@@ -143,13 +159,14 @@ class Forward {
       s.unmasked = carver.take<Unit>(batch * ld_units(l.output_size));
       s.mask = carver.take<Acc>(batch * ld_draw(l.output_size));
     }
+    if (l.layer_norm) s.norms = carver.take<Acc>(4 * hidden.columns());
     return s;
   }
   static Own carve_own(const LayerForward& l, const Member& m, Carver& carver) {
     const int64_t rows = capacity(l, m);
     Own own{};
     own.rows = carver.take<StepRow>(l.sequence.batch);
-    own.igates = carver.take<Acc>(rows * hidden_blocks(l, m).columns());
+    own.igates = carver.take<Acc>(rows * ld_gates(l, m));
     own.inputs = carver.take<const Unit*>(rows);
     if (!reads_in_place<S>(l.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(l.input_size));
     const auto keep = [&](double p, int64_t units) {
@@ -157,6 +174,10 @@ class Forward {
     };
     own.keep_h = keep(l.noise.zoneout_h, l.output_size);
     own.keep_c = keep(l.noise.zoneout_c, l.hidden_size);
+    if (l.layer_norm) {
+      own.hgates = carver.take<Acc>(norm_rows(l, m) * ld_gates(l, m));
+      if (Cell::kStates > 1) own.values = carver.take<Acc>(kAbreast * (Cell::kSaved + 1) * ld_acc(l.hidden_size));
+    }
     return own;
   }
   // Rows of state are padded to whole vectors, so that loads and stores need no mask.
@@ -171,10 +192,10 @@ class Forward {
         hidden_(hidden_blocks(layer, member)),
         output_(output_blocks(layer, member)),
         shared_(carve_shared(layer, member, carver)),
-        w_ih_(hidden_, static_cast<const S*>(d_.weights.w_ih), static_cast<const S*>(d_.weights.b_ih), l_.input_size,
+        w_ih_(hidden_, static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih), l_.input_size,
               shared_.w_ih, shared_.bias_ih),
         w_hh_(hidden_blocks(layer, member, kFirst), static_cast<const S*>(d_.weights.w_hh),
-              static_cast<const S*>(d_.weights.b_hh), l_.output_size, shared_.w_hh, shared_.bias_hh),
+              product_bias(d_.weights.b_hh), l_.output_size, shared_.w_hh, shared_.bias_hh),
         w_second_(hidden_blocks(layer, member, G - kFirst),
                   static_cast<const S*>(d_.weights.w_hh) + kFirst * l_.hidden_size * l_.output_size,
                   d_.weights.b_hh ? static_cast<const S*>(d_.weights.b_hh) + kFirst * l_.hidden_size : nullptr,
@@ -185,7 +206,8 @@ class Forward {
         output_share_(block_share(output_.count(), member)),
         ld_h_(ld_units(l_.output_size)),
         ld_c_(ld_acc(l_.hidden_size)),
-        ld_hidden_(ld_units(l_.hidden_size)) {
+        ld_hidden_(ld_units(l_.hidden_size)),
+        ld_gates_(ld_gates(layer, member)) {
     for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
     const Share& h_share = shared_.hidden ? output_share_ : blocks_;
@@ -193,8 +215,10 @@ class Forward {
                            h_blocks.first(h_share.begin), end_of(h_blocks, h_share), l_.output_size, own_.keep_h);
     keep_c_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
                            hidden_.first(blocks_.begin), end_of(hidden_, blocks_), l_.hidden_size, own_.keep_c);
-    noisy_ = keep_h_.on() || keep_c_.on() || shared_.mask;
+    varied_ = keep_h_.on() || keep_c_.on() || shared_.mask || l_.layer_norm;
   }
+  // Normalised gates get their bias behind the product.
+  const S* product_bias(const void* bias) const { return l_.layer_norm ? nullptr : static_cast<const S*>(bias); }
 
   void run() {
     prepare();
@@ -202,8 +226,9 @@ class Forward {
     const int64_t most = capacity(l_, m_);
     for (int64_t s = 0; s < s_.steps;) {
       const int64_t end = project(s, most);
+      if (l_.layer_norm) normalise_igates(s, end);
       for (int64_t row = 0; s < end; ++s) {
-        noisy_ ? step<true>(s, row) : step<false>(s, row);
+        varied_ ? step<true>(s, row) : step<false>(s, row);
         row += living(s);
       }
     }
@@ -217,8 +242,11 @@ class Forward {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
   }
   Acc* igates(int64_t b) const {
-    return own_.igates + (hidden_.column(b) - hidden_.column(blocks_.begin)) * capacity(l_, m_);
+    const int64_t column = hidden_.column(b) - hidden_.column(blocks_.begin);
+    return own_.igates + (l_.layer_norm ? column : column * capacity(l_, m_));
   }
+  // From a row of gates to the next, in block b.
+  int64_t gates_stride(int64_t b) const { return l_.layer_norm ? ld_gates_ : hidden_.vectors(b) * kLanes; }
   Unit* h_row(int64_t s, int64_t slot) const { return shared_.h[s & 1] + slot * ld_h_; }
   // With recurrent dropout.
   Unit* unmasked(int64_t slot) const { return shared_.unmasked + slot * ld_h_; }
@@ -235,6 +263,7 @@ class Forward {
       const Share output(output_.count(), m_.rank, m_.size);
       for (int64_t b = output.begin; b < output.end; ++b) w_hr_.prepare(b);
     }
+    if (l_.layer_norm && m_.rank == 0) prepare_norms();
     // Rows that start late, or never, find the initial state in either buffer.
     const Share rows(s_.batch, m_.rank, m_.size);
     for (int64_t j = rows.begin; j < rows.end; ++j) {
@@ -278,11 +307,20 @@ class Forward {
       }
     }
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b)
-      w_ih_.multiply(b, own_.inputs, count, igates(b), hidden_.vectors(b) * kLanes);
+      w_ih_.multiply(b, own_.inputs, count, igates(b), gates_stride(b));
     return s;
   }
 
-  // kNoise: with recurrent dropout or zoneout.
+  // norm_layer.h
+  void prepare_norms() const;
+  template <class F>
+  void for_gates(const F& f) const;
+  void normalise(Acc* row, int half, S* kept) const;
+  void normalise_igates(int64_t s, int64_t end) const;
+  void normalised_cells(int64_t count, int64_t igates_row) const;
+  void hidden_from_c(const StepRow& row) const;
+
+  // kNoise: with recurrent dropout, zoneout or layer normalisation.
   template <bool kNoise>
   void step(int64_t s, int64_t igates_row) {
     const int64_t count = living(s);
@@ -294,7 +332,10 @@ class Forward {
     if constexpr (has_two_products<Cell>) return two_products<kNoise>(count, igates_row);
     alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
     const Unit* h[kTileRows];
-    for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
+    const bool normalised = kNoise && l_.layer_norm;
+    if constexpr (kNoise && takes_layer_norm<Cell>)
+      if (normalised) normalised_cells(count, igates_row);
+    for (int64_t b = blocks_.begin; b < blocks_.end && !normalised; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes;
       const Acc* igates = this->igates(b) + igates_row * columns;
       for_chunks(0, count, w_hh_.row_chunk(b), [&](int64_t i, int64_t n) {
@@ -419,6 +460,10 @@ class Forward {
     }
   }
 
+  S* saved_row(int64_t s, int64_t slot) const {
+    return d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(time(s)) + slot) * saved_width(l_) : nullptr;
+  }
+
   template <bool kNoise>
   StepRow step_row(int64_t s, int64_t slot) const {
     const int64_t t = time(s);
@@ -430,7 +475,8 @@ class Forward {
     if constexpr (has_two_products<Cell>) row.gated = reinterpret_cast<Operand*>(shared_.gated + slot * ld_h_);
     row.output = at<S>(d_.output, s_, t, slot);
     row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
-    row.saved = d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * Cell::kSaved * l_.hidden_size : nullptr;
+    row.saved = saved_row(s, slot);
+    row.values = nullptr;
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
     if constexpr (kNoise) {
       row.keep_h = keep_h_.row(slot);
@@ -458,7 +504,8 @@ class Forward {
   // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row.
   template <bool kNoise, int N>
   void cell(const StepRow* rows, int64_t b, const Acc* igates, const Acc* hgates) const {
-    const int64_t first = hidden_.first(b), size = hidden_.size(b), columns = hidden_.vectors(b) * kLanes;
+    const int64_t first = hidden_.first(b), size = hidden_.size(b);
+    const int64_t columns = kNoise ? gates_stride(b) : hidden_.vectors(b) * kLanes;
     int64_t u = 0;
     for (; u + kLanes <= size; u += kLanes)
       cell_vectors<kNoise, N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
@@ -482,6 +529,10 @@ class Forward {
     for (int r = 0; r < N; ++r) {
       const StepRow& row = rows[r];
       if (Cell::kStates > 1) {
+        if (kNoise && row.values) {
+          for (int k = 0; k < Cell::kSaved; ++k) saved[k].part[r].store(row.values + k * ld_c_ + unit);
+          state[1].part[r].store(row.values + Cell::kSaved * ld_c_ + unit);
+        }
         if (kNoise && row.keep_c)
           state[1].part[r] = zoned(V::load(row.keep_c + unit), prev[1].part[r], state[1].part[r]);
         store(row.c + unit, row.drop ? V(Acc(0)) : state[1].part[r], n);
@@ -489,6 +540,7 @@ class Forward {
       }
       if (row.saved)
         for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k].part[r], n);
+      if (kNoise && Cell::kStates > 1 && row.values) continue;  // h' wants all of c'
       if (row.hidden) {
         store_operand<S>(row.hidden + unit, state[0].part[r], n);
       } else {
@@ -524,9 +576,9 @@ class Forward {
   const GateMatrix<S> w_ih_, w_hh_, w_second_, w_hr_;
   Own own_{};
   const Share rows_, blocks_, output_share_;
-  const int64_t ld_h_, ld_c_, ld_hidden_;
+  const int64_t ld_h_, ld_c_, ld_hidden_, ld_gates_;
   Zoneout<Acc> keep_h_, keep_c_;
-  bool noisy_;
+  bool varied_;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -41,8 +41,9 @@ inline double row_cycles(int gates, int64_t inputs, int64_t hidden, int64_t outp
   return double(gates) * hidden * (inputs + outputs) / 16 + 2.5 * gates * hidden + 60;
 }
 
+// whole_rows: units must not be divided.
 inline Plan make_plan(int gates, int64_t inputs, int64_t hidden, int64_t outputs, int directions,
-                      const Sequence& sequence, size_t element, int max_threads) {
+                      const Sequence& sequence, size_t element, bool whole_rows, int max_threads) {
   Plan plan;
   const double row = row_cycles(gates, inputs, hidden, outputs);
   // Waking a team costs some microseconds; below this there is nothing to win.
@@ -50,6 +51,10 @@ inline Plan make_plan(int gates, int64_t inputs, int64_t hidden, int64_t outputs
   const int each = max_threads / directions;  // threads a direction
   if (each <= 1) {
     plan.threads = directions == 2 ? 2 : 1;
+    return plan;
+  }
+  if (whole_rows) {
+    plan.threads = int(std::min<int64_t>(each, sequence.batch)) * directions;
     return plan;
   }
   const double bytes = double(gates) * hidden * outputs * element;

@@ -59,7 +59,8 @@ class Tangent {
   }
 
   static Plan plan_of(const LayerTangent& l, int threads) {
-    return make_plan(G, l.hidden_size, l.hidden_size, l.hidden_size, l.directions, l.sequence, sizeof(S), threads);
+    return make_plan(G, l.hidden_size, l.hidden_size, l.hidden_size, l.directions, l.sequence, sizeof(S),
+                     /*whole_rows=*/false, threads);
   }
   static Member widest_member(const LayerTangent& l, const Plan& plan) {
     const bool split = l.directions == 2 && plan.threads > 1;

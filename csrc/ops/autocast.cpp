@@ -14,13 +14,13 @@ namespace {
 template <CellKind kind, at::DeviceType device>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise) {
+                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
   return forward_operator<kind>().call(cast(input), cast(h0), cast(c0), cast(weights), batch_sizes, lengths, reset,
-                                       save, seed, noise);
+                                       save, seed, noise, layer_norm);
 }
 
 void without_autocast(const c10::OperatorHandle& derivative, torch::jit::Stack* stack) {

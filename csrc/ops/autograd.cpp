@@ -18,7 +18,7 @@ using torch::autograd::variable_list;
 using ReferenceSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     c10::string_view cell, const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
     const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-    const OptionalTensor& seed, at::ArrayRef<double> noise);
+    const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm);
 
 using ReferenceBackwardSignature = BackwardResult(c10::string_view cell, const OptionalTensor& grad_output,
                                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
@@ -26,7 +26,8 @@ using ReferenceBackwardSignature = BackwardResult(c10::string_view cell, const O
                                                   const OptionalTensor& c0, at::TensorList weights,
                                                   const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                                   const OptionalTensor& reset, OutputMask output_mask,
-                                                  const OptionalTensor& seed, at::ArrayRef<double> noise);
+                                                  const OptionalTensor& seed, at::ArrayRef<double> noise,
+                                                  bool layer_norm);
 
 using ReferenceJvpSignature = JvpResult(c10::string_view cell, const OptionalTensor& t_input,
                                         const OptionalTensor& t_h0, const OptionalTensor& t_c0,
@@ -77,7 +78,7 @@ bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList we
          (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
 }
 
-// Whether there is recurrent dropout or zoneout; tangents have no kernel for them.
+// Whether there is recurrent dropout or zoneout. Tangents have no kernel for them, nor for layer normalisation.
 bool any_noise(at::ArrayRef<double> noise) {
   return std::any_of(noise.begin(), noise.end(), [](double p) { return p > 0; });
 }
@@ -132,10 +133,11 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
-                               const OptionalTensor& seed, at::ArrayRef<double> noise, const Duals* duals) {
+                               const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm,
+                               const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, h_n, c_n, c, saved] =
-        forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise);
+    auto [output, h_n, c_n, c, saved] = forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths,
+                                                                      reset, save, seed, noise, layer_norm);
     variable_list kept = {duals ? duals->input : input,
                           duals ? duals->h0 : h0,
                           duals ? duals->c0 : c0.value_or(Tensor()),
@@ -152,6 +154,7 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
     if (any_noise(noise)) context->saved_data[kNoise] = noise.vec();
+    if (layer_norm) context->saved_data[kLayerNorm] = true;
     return {output, h_n, c_n, c, saved};
   }
 
@@ -163,6 +166,7 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     const at::TensorList weights = at::TensorList(kept).slice(10);
     const auto found = context->saved_data.find(kNoise);
     const auto noise = found == context->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
+    const bool layer_norm = context->saved_data.count(kLayerNorm) > 0;
 
     // Tensors count here, arguments without one do not.
     const size_t first_weight = c0 ? 3 : 2;
@@ -171,58 +175,62 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
                              context->needs_input_grad({{first_weight, first_weight + weights.size()}})};
     auto [grad_input, grad_h0, grad_c0, grad_weights] = backward_operator<kind>().call(
         optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), input, h0, c0, weights,
-        batch_sizes, lengths, reset, output, c, saved, mask, seed, noise);
+        batch_sizes, lengths, reset, output, c, saved, mask, seed, noise, layer_norm);
 
     const auto wanted = [](bool is_wanted, Tensor& grad) { return is_wanted ? grad : Tensor(); };
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 7);  // batch_sizes, lengths, reset, save, seed, noise, duals
+    result.resize(result.size() + 8);  // batch_sizes, lengths, reset, save, seed, noise, layer_norm, duals
     return result;
   }
 
  private:
-  static constexpr const char* kNoise = "noise";
+  static constexpr const char *kNoise = "noise", *kLayerNorm = "layer_norm";
 };
 
 // Forward, with a node for its backward if a gradient is wanted.
 template <CellKind kind>
 ForwardResult recorded(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                        const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                       int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, const Duals* duals) {
+                       int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm,
+                       const Duals* duals) {
   if (any_requires_grad(input, h0, c0, weights)) {
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
-    auto result = Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, duals);
+    auto result =
+        Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, duals);
     return {result[0], result[1], result[2], result[3], result[4]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise);
+  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
+                                       layer_norm);
 }
 
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise) {
+                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm) {
   if (any_tangent(input, h0, c0, weights)) {
-    if (!has_tangent_kernel<kind>(input, h0, weights) || any_noise(noise)) {
+    if (!has_tangent_kernel<kind>(input, h0, weights) || any_noise(noise) || layer_norm) {
       static const auto reference = find_operator<ReferenceSignature>("reference");
-      auto [output, h_n, c_n, c] =
-          reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths, reset, seed, noise);
+      auto [output, h_n, c_n, c] = reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths,
+                                                  reset, seed, noise, layer_norm);
       return {output, h_n, c_n, c, at::empty({0}, input.options())};
     }
     const Tensor x = primal(input), h = primal(h0);
     const OptionalTensor cell_state = primal(c0);
     const std::vector<Tensor> w = primal(weights);
     const Duals duals{{}, input, h0, undefined_unless(c0), weights};
-    auto [output, h_n, c_n, c, saved] = recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset,
-                                                       static_cast<int64_t>(Save::gates), std::nullopt, {}, &duals);
+    auto [output, h_n, c_n, c, saved] =
+        recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset, static_cast<int64_t>(Save::gates),
+                       std::nullopt, {}, false, &duals);
     auto [t_output, t_h_n, t_c_n, t_c] =
         jvp_operator<kind>().call(tangent(input), tangent(h0), tangent(c0), tangent(weights), x, h, cell_state, w,
                                   batch_sizes, lengths, reset, output.detach(), c.detach(), saved);
     return {dual(output, t_output), dual(h_n, t_h_n), dual(c_n, t_c_n), dual(c, t_c), saved};
   }
-  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, nullptr);
+  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, nullptr);
 }
 
 // Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
@@ -238,7 +246,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [grad_input, grad_h0, grad_c0, grad_weights] =
         backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output, c, saved, output_mask, std::nullopt, {});
+                                       lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
     variable_list kept = {undefined_unless(grad_output),
                           undefined_unless(grad_h_n),
                           undefined_unless(grad_c_n),
@@ -311,7 +319,7 @@ BackwardResult recorded_backward(const OptionalTensor& grad_output, const Option
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                        lengths, reset, output, c, saved, output_mask, std::nullopt, {});
+                                        lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
 }
 
 template <CellKind kind>
@@ -320,20 +328,20 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
                         const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
-                        const OptionalTensor& seed, at::ArrayRef<double> noise) {
+                        const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm) {
   const bool has_tangent = any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
-  const bool noisy = any_noise(noise);
+  const bool noisy = any_noise(noise), varied = noisy || layer_norm;
   // Zoneout without a seed is its expectation, whose gradient has no kernel.
-  if (((has_tangent || requires_grad) && (!has_tangent_kernel<kind>(input, h0, weights) || noisy)) ||
+  if (((has_tangent || requires_grad) && (!has_tangent_kernel<kind>(input, h0, weights) || varied)) ||
       (noisy && !seed)) {
     return reference_backward().call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
-                                     weights, batch_sizes, lengths, reset, output_mask, seed, noise);
+                                     weights, batch_sizes, lengths, reset, output_mask, seed, noise, layer_norm);
   }
-  if (noisy) {
+  if (varied) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                          lengths, reset, output, c, saved, output_mask, seed, noise);
+                                          lengths, reset, output, c, saved, output_mask, seed, noise, layer_norm);
   }
   if (!has_tangent)
     return recorded_backward<kind>(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,

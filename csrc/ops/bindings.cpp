@@ -14,8 +14,9 @@ template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
                       const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes,
                       const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
-                      const OptionalTensor& seed, const std::vector<double>& noise) {
-  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise);
+                      const OptionalTensor& seed, const std::vector<double>& noise, bool layer_norm) {
+  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
+                                       layer_norm);
 }
 
 namespace py = pybind11;
@@ -39,13 +40,14 @@ Dtype find_dtype(const std::string& name) {
 // Python's view of a plan: {"engine": ..., "tile": {...}, "against": {engine: reason}}. A device is a dictionary of
 // plan::Device's fields.
 py::dict make_plan(const std::string& cell, const std::string& dtype, int64_t steps, int64_t batch, int64_t hidden_size,
-                   int directions, bool projection, bool tf32, bool backward, bool noise, const py::dict& device) {
+                   int directions, bool projection, bool tf32, bool backward, bool noise, bool layer_norm,
+                   const py::dict& device) {
   const plan::Device on = {device["capability"].cast<int>(),       device["multiprocessors"].cast<int>(),
                            device["shared_bytes"].cast<int64_t>(), device["registers"].cast<int64_t>(),
                            device["cooperative"].cast<bool>(),     device["clusters"].cast<bool>()};
-  const plan::Plan plan = choose_cuda_engine(
-      {find_cell(cell), find_dtype(dtype), tf32, steps, batch, hidden_size, projection, directions, backward, noise},
-      on);
+  const plan::Plan plan = choose_cuda_engine({find_cell(cell), find_dtype(dtype), tf32, steps, batch, hidden_size,
+                                              projection, directions, backward, noise, layer_norm},
+                                             on);
   py::dict tile, against, result;
   tile["blocks"] = plan.tile.blocks;
   tile["threads"] = plan.tile.threads;
@@ -80,7 +82,7 @@ py::dict describe_cuda_device(int index) {
 void bind_plan(py::module_& module) {
   module.def("plan", torch::wrap_pybind_function(&make_plan), py::arg("cell"), py::arg("dtype"), py::arg("steps"),
              py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("projection"), py::arg("tf32"),
-             py::arg("backward"), py::arg("noise"), py::arg("device"),
+             py::arg("backward"), py::arg("noise"), py::arg("layer_norm"), py::arg("device"),
              "The CUDA engine for a layer on a device, its tile, and what speaks against the others.");
   module.def("force_cuda_engine", torch::wrap_pybind_function([](const std::optional<std::string>& name) {
                force_cuda_engine(name ? std::optional(find_cuda_engine(*name)) : std::nullopt);

@@ -48,11 +48,16 @@ Dtype layer_dtype(const CellInfo& cell, const Tensor& input) {
 // Which weights there are, and the sizes they tell.
 void read_weights(Geometry& g, const LayerArguments& a) {
   const int64_t count = static_cast<int64_t>(a.weights.size());
-  const int64_t each = count / g.directions;
+  g.layer_norm = a.layer_norm;
+  TORCH_CHECK_VALUE(!g.layer_norm || g.info.layer_norm, "rnnfast.", g.info.name,
+                    ": layer_norm is True, the cell takes False");
+  const int64_t norms = g.norms_per_direction(), each = count / g.directions - norms;
   TORCH_CHECK(count % g.directions == 0 && each >= 2 && each <= 5, "rnnfast.", g.info.name, ": weights has ", count,
-              " tensors for ", g.directions,
-              " direction(s), it takes 2 to 5 a direction: w_ih, w_hh, then b_ih and "
-              "b_hh or neither, then w_hr with a projection");
+              " tensors for ", g.directions, " direction(s), it takes ", 2 + norms, " to ", 5 + norms,
+              " a direction: w_ih, w_hh, then b_ih and b_hh or neither, then w_hr with a projection",
+              norms == 0   ? ""
+              : norms == 2 ? ", then norm_ih and norm_hh"
+                           : ", then norm_ih, norm_hh, norm_c and norm_bias_c");
   g.biases = each >= 4;
   g.projection = each % 2 == 1;
   TORCH_CHECK(!g.projection || g.info.states == 2, "rnnfast.", g.info.name, ": weights has ", each,
@@ -82,6 +87,13 @@ void check_weights(const Geometry& g, const LayerArguments& a) {
       check("b_hh", w[3], {"[G*H]", {gates}});
     }
     if (g.projection) check("w_hr", w[g.biases ? 4 : 2], {"[P, H]", {g.output_size, g.hidden_size}});
+    if (!g.layer_norm) continue;
+    const Tensor* norms = w + g.weights_per_direction() - g.norms_per_direction();
+    check("norm_ih", norms[0], {"[G*H]", {gates}});
+    check("norm_hh", norms[1], {"[G*H]", {gates}});
+    if (g.info.states == 1) continue;
+    check("norm_c", norms[2], {"[H]", {g.hidden_size}});
+    check("norm_bias_c", norms[3], {"[H]", {g.hidden_size}});
   }
 }
 
@@ -229,7 +241,7 @@ void check_gradients(const Geometry& g, const LayerArguments& a, const OptionalT
   }
   if (saved.numel() > 0) {
     check_like(g.info, "saved", saved, a.input);
-    check_shape(g.info, "saved", saved, {"[D, N, S*H]", {g.directions, g.rows, g.info.saved * g.hidden_size}});
+    check_shape(g.info, "saved", saved, {"[D, N, S*H]", {g.directions, g.rows, g.saved_values() * g.hidden_size}});
     TORCH_CHECK(saved.is_contiguous(), "rnnfast.", g.info.name, ": saved is not contiguous");
   }
 }

@@ -26,8 +26,14 @@ struct Geometry {
   bool packed = false;
   bool biases = false;
   bool projection = false;
+  bool layer_norm = false;
 
-  int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0); }
+  int64_t norms_per_direction() const { return layer_norm ? 2 * info.states : 0; }
+  int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0) + norms_per_direction(); }
+  // S
+  int64_t saved_values() const { return layer_norm ? 2 * info.gates : info.saved; }
+  // Whether the two halves of the gates have gradients of their own.
+  bool split_gates() const { return info.split_gates || layer_norm; }
   // No step to run, or no unit to run it for.
   bool empty() const { return rows == 0 || hidden_size == 0; }
 };

@@ -50,6 +50,15 @@ DirectionWeights direction_weights(const Geometry& g, const LayerTensors& layer,
     weights.b_hh = tensors[3].const_data_ptr();
   }
   if (g.projection) weights.w_hr = tensors[g.biases ? 4 : 2].const_data_ptr();
+  if (g.layer_norm) {
+    const Tensor* norms = tensors + g.weights_per_direction() - g.norms_per_direction();
+    weights.norm_ih = norms[0].const_data_ptr();
+    weights.norm_hh = norms[1].const_data_ptr();
+    if (g.info.states == 2) {
+      weights.norm_c = norms[2].const_data_ptr();
+      weights.norm_bias_c = norms[3].const_data_ptr();
+    }
+  }
   return weights;
 }
 
@@ -62,6 +71,7 @@ Layer common_params(const Geometry& g, const LayerTensors& layer) {
   params.hidden_size = g.hidden_size;
   params.output_size = g.output_size;
   params.directions = static_cast<int>(g.directions);
+  params.layer_norm = g.layer_norm;
   params.input = rows_of(g, layer.input, 0);
   for (int64_t d = 0; d < g.directions; ++d) {
     params.direction[d].weights = direction_weights(g, layer, d);
@@ -100,8 +110,8 @@ ForwardTensors::ForwardTensors(const Geometry& g, const Tensor& like, Save save,
   c_n = two_states ? at::empty({g.directions, g.batch, g.hidden_size}, like.options()) : no_elements(like);
   c = two_states && save != Save::nothing ? empty_steps(g, like, g.directions * g.hidden_size, gaps)
                                           : no_elements(like);
-  saved = save == Save::gates && g.info.saved > 0
-              ? at::empty({g.directions, g.rows, g.info.saved * g.hidden_size}, like.options())
+  saved = save == Save::gates && g.saved_values() > 0
+              ? at::empty({g.directions, g.rows, g.saved_values() * g.hidden_size}, like.options())
               : no_elements(like);
 }
 
@@ -130,7 +140,7 @@ BackwardTensors::BackwardTensors(const Geometry& g, const LayerTensors& layer, c
 
 void BackwardTensors::allocate_gate_gradients(const Geometry& g) {
   grad_igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, grad_h0.options());
-  grad_hgates = g.info.split_gates ? at::empty_like(grad_igates) : grad_igates;
+  grad_hgates = g.split_gates() ? at::empty_like(grad_igates) : grad_igates;
 }
 
 BackwardResult BackwardTensors::result() const {

@@ -11,8 +11,8 @@ namespace {
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_) {
-  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry geometry = check_layer(kind, arguments);
   const Save save = check_save(kind, save_);
   const NoiseTensors noise(geometry, input, seed, noise_);
@@ -40,8 +40,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
                         const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
-                        const OptionalTensor& seed, at::ArrayRef<double> noise_) {
-  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+                        const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry geometry = check_layer(kind, arguments);
   check_gradients(geometry, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
   const NoiseTensors noise(geometry, input, seed, noise_);
@@ -73,6 +73,13 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
         direction.grad_b_hh = grads[3].data_ptr();
       }
       if (geometry.projection) direction.grad_w_hr = grads[geometry.biases ? 4 : 2].data_ptr();
+      if (!geometry.layer_norm) continue;
+      Tensor* norms = grads + geometry.weights_per_direction() - geometry.norms_per_direction();
+      direction.grad_norm_ih = norms[0].data_ptr();
+      direction.grad_norm_hh = norms[1].data_ptr();
+      if (geometry.info.states == 1) continue;
+      direction.grad_norm_c = norms[2].data_ptr();
+      direction.grad_norm_bias_c = norms[3].data_ptr();
     }
   }
   const int threads = max_threads();

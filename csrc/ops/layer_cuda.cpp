@@ -76,7 +76,7 @@ class Engine {
  public:
   Engine(const Geometry& g, bool tf32, bool backward, bool noise)
       : plan_(choose_cuda_engine({g.cell, g.dtype, tf32, g.steps, g.batch, g.hidden_size, g.projection,
-                                  static_cast<int>(g.directions), backward, noise},
+                                  static_cast<int>(g.directions), backward, noise, g.layer_norm},
                                  cuda_device())) {}
 
   void run(LayerForward layer, const Tensor& like) const {
@@ -140,12 +140,19 @@ void project_input(const Tensor& x, const Weights& weights, Tensor igates) {
   }
 }
 
+void check_layer_norm(const Geometry& g) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !g.layer_norm, "rnnfast.", g.info.name,
+      ": layer_norm has no kernels for CUDA; the reference formula (backend='reference') has it");
+}
+
 template <CellKind kind>
 ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_) {
-  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+                      int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry g = check_layer(kind, arguments);
+  check_layer_norm(g);
   const Save save = check_save(kind, save_);
   const NoiseTensors noise(g, input, seed, noise_);
   const c10::cuda::CUDAGuard guard(input.device());
@@ -212,9 +219,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
                         const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask,
-                        const OptionalTensor& seed, at::ArrayRef<double> noise_) {
-  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+                        const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry g = check_layer(kind, arguments);
+  check_layer_norm(g);
   check_gradients(g, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
   const NoiseTensors noise(g, input, seed, noise_);
   noise.check_backward(g);

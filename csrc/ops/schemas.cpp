@@ -11,7 +11,8 @@
 #define RNNFAST_GRADIENT_TANGENT_ARGUMENTS \
   "Tensor? t_grad_output, Tensor? t_grad_h_n, Tensor? t_grad_c_n, Tensor? t_grad_c"
 // Recurrent dropout and zoneout: noise is empty or has their probabilities, of h's zoneout second and of c's third.
-#define RNNFAST_NOISE "Tensor? seed=None, float[] noise=[]"
+// With layer_norm, the weights of a direction end with norm_ih, norm_hh and, with two states, norm_c, norm_bias_c.
+#define RNNFAST_VARIANTS "Tensor? seed=None, float[] noise=[], bool layer_norm=False"
 #define RNNFAST_KEPT "Tensor output, Tensor c, Tensor saved"
 #define RNNFAST_STATES "(Tensor output, Tensor h_n, Tensor c_n, Tensor c"
 #define RNNFAST_STATE_TANGENTS "(Tensor t_output, Tensor t_h_n, Tensor t_c_n, Tensor t_c"
@@ -21,25 +22,25 @@
 #define RNNFAST_DEFINE_LIBRARY(name, m) TORCH_LIBRARY(name, m)  // where name is expanded
 RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
   // One layer over a whole sequence, its gradient, and the derivatives of both along a tangent.
-#define RNNFAST_SCHEMAS(name, Type)                                                                               \
-  m.def(#name "(" RNNFAST_LAYER_ARGUMENTS ", int save, " RNNFAST_NOISE ") -> " RNNFAST_STATES ", Tensor saved)"); \
-  m.def(#name "_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT              \
-              ", bool[4] output_mask, " RNNFAST_NOISE ") -> " RNNFAST_GRADIENTS);                                 \
-  m.def(#name "_grouped_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT      \
-              ", bool[4] output_mask, int groups) -> " RNNFAST_GRADIENTS);                                        \
-  m.def(#name "_jvp(" RNNFAST_TANGENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                    \
-              ") -> " RNNFAST_STATE_TANGENTS ")");                                                                \
-  m.def(#name "_backward_jvp(" RNNFAST_GRADIENT_TANGENT_ARGUMENTS ", " RNNFAST_TANGENT_ARGUMENTS                  \
-              ", " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                      \
+#define RNNFAST_SCHEMAS(name, Type)                                                                                  \
+  m.def(#name "(" RNNFAST_LAYER_ARGUMENTS ", int save, " RNNFAST_VARIANTS ") -> " RNNFAST_STATES ", Tensor saved)"); \
+  m.def(#name "_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                 \
+              ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS);                                 \
+  m.def(#name "_grouped_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT         \
+              ", bool[4] output_mask, int groups) -> " RNNFAST_GRADIENTS);                                           \
+  m.def(#name "_jvp(" RNNFAST_TANGENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                       \
+              ") -> " RNNFAST_STATE_TANGENTS ")");                                                                   \
+  m.def(#name "_backward_jvp(" RNNFAST_GRADIENT_TANGENT_ARGUMENTS ", " RNNFAST_TANGENT_ARGUMENTS                     \
+              ", " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                         \
               ", bool[4] output_mask) -> " RNNFAST_STATE_TANGENTS ", " RNNFAST_GRADIENT_TANGENTS);
   RNNFAST_FOR_EACH_CELL(RNNFAST_SCHEMAS)
 #undef RNNFAST_SCHEMAS
 
   // Derivatives by the plain-PyTorch formula, differentiable any number of times; implemented in
   // rnnfast/derivatives.py.
-  m.def("reference(str cell, " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_NOISE ") -> " RNNFAST_STATES ")");
+  m.def("reference(str cell, " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_VARIANTS ") -> " RNNFAST_STATES ")");
   m.def("reference_backward(str cell, " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS
-        ", bool[4] output_mask, " RNNFAST_NOISE ") -> " RNNFAST_GRADIENTS);
+        ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS);
   m.def("reference_jvp(str cell, " RNNFAST_TANGENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ") -> " RNNFAST_STATE_TANGENTS
         ")");
   m.def("reference_backward_jvp(str cell, " RNNFAST_GRADIENT_TANGENT_ARGUMENTS ", " RNNFAST_TANGENT_ARGUMENTS

@@ -36,7 +36,7 @@ using BackwardJvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 using ForwardSignature = ForwardResult(const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
                                        at::TensorList weights, const OptionalTensor& batch_sizes,
                                        const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
-                                       const OptionalTensor& seed, at::ArrayRef<double> noise);
+                                       const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm);
 
 using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                          const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
@@ -44,8 +44,8 @@ using BackwardSignature = BackwardResult(const OptionalTensor& grad_output, cons
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          const OptionalTensor& lengths, const OptionalTensor& reset,
                                          const Tensor& output, const Tensor& c, const Tensor& saved,
-                                         OutputMask output_mask, const OptionalTensor& seed,
-                                         at::ArrayRef<double> noise);
+                                         OutputMask output_mask, const OptionalTensor& seed, at::ArrayRef<double> noise,
+                                         bool layer_norm);
 
 using JvpSignature = JvpResult(const OptionalTensor& t_input, const OptionalTensor& t_h0, const OptionalTensor& t_c0,
                                at::TensorList t_weights, const Tensor& input, const Tensor& h0,
@@ -79,6 +79,7 @@ struct LayerArguments {
   const OptionalTensor& batch_sizes;
   const OptionalTensor& lengths;
   const OptionalTensor& reset;
+  bool layer_norm = false;
 };
 
 template <class Signature>

@@ -39,7 +39,10 @@ class Rows(Structure):
 
 
 class Weights(Structure):
-    _fields_ = [(name, c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+    _fields_ = [
+        *[(name, c_void_p) for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")],
+        *[(name, c_void_p) for name in ("norm_ih", "norm_hh", "norm_c", "norm_bias_c")],
+    ]
 
 
 class DirectionForward(Structure):
@@ -83,6 +86,7 @@ class LayerForward(Structure):
         ("direction", DirectionForward * 2),
         ("spread", Spread),
         ("noise", Noise),
+        ("layer_norm", c_bool),
     ]
 
 
@@ -99,6 +103,7 @@ class DirectionBackward(Structure):
         ("grad_c", Rows),
         *[(name, c_void_p) for name in ("grad_h_n", "grad_c_n", "grad_h0", "grad_c0", "grad_igates", "grad_hgates")],
         *[(name, c_void_p) for name in ("grad_w_ih", "grad_w_hh", "grad_b_ih", "grad_b_hh", "grad_w_hr")],
+        *[(name, c_void_p) for name in ("grad_norm_ih", "grad_norm_hh", "grad_norm_c", "grad_norm_bias_c")],
     ]
 
 
@@ -117,6 +122,7 @@ class LayerBackward(Structure):
         ("direction", DirectionBackward * 2),
         ("spread", Spread),
         ("noise", Noise),
+        ("layer_norm", c_bool),
     ]
 
 

@@ -103,12 +103,14 @@ struct DirectionForward {
   const void* c0 = nullptr;  // [B, H], cells with two states
   bool reverse = false;      // from the last step to the first
 
-  void* igates = nullptr;  // [N, G*H] W_ih x + b_ih in the layer's dtype: CUDA engines; null: the engine projects
-  Rows output;             // rows of P; rows past a length are the operator's to zero
-  Rows c;                  // rows of H: the cell state of every step; data null: not wanted
-  void* h_n = nullptr;     // [B, P]
-  void* c_n = nullptr;     // [B, H]
-  void* saved = nullptr;   // compact [N, S*H]; null unless Save::gates
+  // [N, G*H] W_ih x + b_ih, or with layer normalisation W_ih x, in the layer's dtype: CUDA engines; null: the engine
+  // projects.
+  void* igates = nullptr;
+  Rows output;            // rows of P; rows past a length are the operator's to zero
+  Rows c;                 // rows of H: the cell state of every step; data null: not wanted
+  void* h_n = nullptr;    // [B, P]
+  void* c_n = nullptr;    // [B, H]
+  void* saved = nullptr;  // compact [N, S*H]; null unless Save::gates
 };
 
 struct LayerForward {
@@ -121,9 +123,10 @@ struct LayerForward {
   Sequence sequence;
   Rows input;  // rows of I; data is only read
   DirectionForward direction[2];
-  cuda::Spread spread;      // persistent_cluster and persistent_grid: as planned
-  Noise noise;              // the CPU engine and stepwise
-  bool layer_norm = false;  // the CPU engine: the two halves of the gates are normalised, and c where h reads it
+  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
+  Noise noise;          // the CPU engine and stepwise
+  bool layer_norm =
+      false;  // the CPU engine and stepwise: the two halves of the gates are normalised, and c where h reads it
 };
 
 struct DirectionBackward {
@@ -149,7 +152,7 @@ struct DirectionBackward {
   void* grad_igates = nullptr;  // compact [N, G*H]
   void* grad_hgates = nullptr;  // compact [N, G*H]
 
-  // CPU engine only: the weight gradients, in the layer's dtype; null: not wanted.
+  // CPU engine only, but for norms and with them biases: the weight gradients, in the layer's dtype; null: not wanted.
   void* grad_w_ih = nullptr;         // [G*H, I]
   void* grad_w_hh = nullptr;         // [G*H, P]
   void* grad_b_ih = nullptr;         // [G*H]
@@ -171,9 +174,10 @@ struct LayerBackward {
   Rows input;
   Rows grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
   DirectionBackward direction[2];
-  cuda::Spread spread;      // persistent_cluster and persistent_grid: as planned
-  Noise noise;              // the CPU engine and stepwise
-  bool layer_norm = false;  // the CPU engine: the two halves of the gates are normalised, and c where h reads it
+  cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
+  Noise noise;          // the CPU engine and stepwise
+  bool layer_norm =
+      false;  // the CPU engine and stepwise: the two halves of the gates are normalised, and c where h reads it
 };
 
 // ---------------------------------------------------------------------------------------------------- tangents
@@ -298,9 +302,10 @@ struct BackwardProducts {
 };
 
 // One GEMM and one pointwise kernel a step: any GPU, any size, any dtype. What the structs above leave open:
-//   - igates is given (w_ih x + b_ih); input, w_ih and b_ih are not read.
+//   - igates is given; input and w_ih are not read, and b_ih with layer normalisation alone.
 //   - Rows past a length get a zero output, c and gradient. A length below 0 counts as 0, one above T as T.
-//   - For a cell without split gates grad_igates stands for grad_hgates too, and grad_hgates is not used.
+//   - For a cell without split gates grad_igates stands for grad_hgates too, and grad_hgates is not used; with layer
+//     normalisation both are.
 //   - In backward, where saved is null and the cell saves anything (S > 0), grad_igates holds igates on entry, from
 //     which the gates are recomputed in place.
 namespace stepwise {

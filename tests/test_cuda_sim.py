@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def engine_sources(kind: str) -> tuple[list[Path], Path]:
     return [ENGINE[0], *sorted((instrument.INSTRUMENTED / "cuda").glob("*.cu"))], instrument.INSTRUMENTED
 
 
+NORMED_CELLS = tuple(cell for cell, form in reference.CELLS.items() if form.layer_norm)
 NOTHING, STATES = 0, 1  # Save::nothing, Save::states: backward recomputes the gates
 
 # Sizes that SAMPLES leave out: rows that vector loads divide, more units and more rows than a block has threads.
@@ -176,6 +177,7 @@ def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], bound
 
 each_dtype = pytest.mark.parametrize("dtype", driver.DTYPES, ids=str)
 each_cell = pytest.mark.parametrize("cell", CELLS)
+each_normed_cell = pytest.mark.parametrize("cell", NORMED_CELLS)
 each_persistent_cell = pytest.mark.parametrize("cell", PERSISTENT_CELLS)
 
 
@@ -234,6 +236,57 @@ def test_noise_has_no_races_and_reads_no_garbage(simulators: dict[str, driver.Si
             sim.seed(index)
             save = (driver.GATES, STATES)[index // 3 % 2]
             compare(sim, sample, driver.DTYPES[index % 4], save, noise=noises(cell)[index // 2 % 3])
+
+
+def normalised(cell: str) -> list[Sample]:
+    return [replace(s, layer_norm=True) for s in [*SAMPLES, *WIDE] if s.cell == cell]
+
+
+def compare_normalised(
+    sim: driver.Simulator, sample: Sample, dtype: torch.dtype, save: int, noise: Sequence[float] = ()
+) -> None:
+    """Layer normalisation divides the rounding of its products by their deviation, which may be small. What is allowed
+    as a whole is four times the error of the plain formula in the same dtype, and beside that of rounding 16-bit
+    products (a hundredth in float16) or sums of float32 and float64, of which a wrong term would be far more.
+    """
+    problem = Problem(sample, dtype, noise)
+    layer = driver.Layer(*problem.arguments, **problem.options)
+    output, h_n, c_n, saved = sim.forward(layer, save=save)
+    got = [[output, h_n, c_n, saved.c][: 2 * problem.states]]
+    arguments, _ = sample.arguments(dtype, grad=True)
+    plain = [list(reference.layer(*arguments, **problem.options)[: 2 * problem.states])]
+    expected = [problem.results]
+    if problem.differentiable(output) and problem.differentiable(plain[0][0]):
+        got.append(sim.backward(layer, output, saved, *[*problem.grads, None, None][:4]))
+        plain.append(list(torch.autograd.grad(plain[0], tensors_of(arguments), problem.grads, materialize_grads=True)))
+        expected.append(problem.gradients())
+    for parts in zip(got, plain, expected, strict=True):
+        ours, theirs, exact = (torch.cat([tensor.detach().double().flatten() for tensor in part]) for part in parts)
+        rounding = (1 if dtype.itemsize == 2 else 16) * Arithmetic(dtype).bound * (1 + exact.norm())
+        assert (ours - exact).norm() <= 4 * (theirs - exact).norm() + rounding
+
+
+@each_dtype
+@each_normed_cell
+def test_layer_normalisation(simulators: dict[str, driver.Simulator], cell: str, dtype: torch.dtype) -> None:
+    """Forward and backward, with the products kept and made again, with noise and without."""
+    sim = simulator(simulators, "sim")
+    for index, sample in enumerate(normalised(cell)):
+        sim.seed(index)
+        save = (driver.GATES, STATES)[index % 2]
+        compare_normalised(sim, sample, dtype, save, ((), *noises(cell))[index // 2 % 4])
+
+
+@each_normed_cell
+def test_layer_normalisation_has_no_races_and_reads_no_garbage(
+    simulators: dict[str, driver.Simulator], cell: str
+) -> None:
+    sim = simulator(simulators, "check")
+    for index, sample in enumerate(normalised(cell)):
+        if index % 4 == 1 or sample.hidden_size > 5:
+            sim.seed(index)
+            save = (driver.GATES, STATES)[index // 4 % 2]
+            compare_normalised(sim, sample, driver.DTYPES[index // 4 % 4], save, ((), *noises(cell))[index // 8 % 4])
 
 
 persistent_arithmetics = pytest.mark.parametrize(
@@ -443,6 +496,32 @@ def test_operators_with_noise_run_stepwise(operators: DispatchKeySet, force_engi
         torch.ops.rnnfast.lstm.default.redispatch(operators, *arguments, driver.GATES, *drawn)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_operators_with_layer_normalisation_run_stepwise(
+    operators: DispatchKeySet, force_engine: Callable[[str], None], cell: str
+) -> None:
+    forward = getattr(torch.ops.rnnfast, cell).default
+    backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
+    for index, sample in enumerate(normalised(cell)):
+        problem = Problem(sample, torch.float64)
+        arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
+        options = {"layer_norm": True}
+        output, h_n, c_n, c, saved = forward.redispatch(operators, *arguments, (driver.GATES, 1)[index % 2], **options)
+        bound = 16 * Arithmetic(torch.float64).bound
+        assert_close([output, h_n, c_n, c][: 2 * problem.states], problem.results, bound)
+        grads = [*problem.grads, None, None][:4]
+        *states, weights = backward.redispatch(operators, *grads, *arguments, output, c, saved, [True] * 4, **options)
+        assert_close([*states[: 1 + problem.states], *weights], problem.gradients(), bound)
+        *_, weights = backward.redispatch(
+            operators, *grads, *arguments, output, c, saved, [True, True, True, False], **options
+        )
+        assert weights == []
+    force_engine("persistent_cta")
+    arguments, _ = Sample(cell, layer_norm=True).arguments(torch.float32)
+    with pytest.raises(RuntimeError, match=f"cannot run this {cell}: it has no layer normalisation"):
+        forward.redispatch(operators, *arguments[1:], None, None, None, driver.GATES, **options)
+
+
 def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:
     problem = Problem(WIDE[0], torch.float64)
     arguments = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
@@ -592,6 +671,9 @@ def main() -> None:
         compare(sim, sample, torch.float32, STATES)
         compare(sim, sample, torch.bfloat16, driver.GATES)
         compare(sim, sample, torch.bfloat16, STATES, noise=noises(sample.cell)[2])
+        if sample.cell in NORMED_CELLS:
+            compare_normalised(sim, replace(sample, layer_norm=True), torch.float32, STATES, noises(sample.cell)[2])
+            compare_normalised(sim, replace(sample, layer_norm=True), torch.bfloat16, driver.GATES)
 
 
 if __name__ == "__main__":

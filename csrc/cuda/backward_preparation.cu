@@ -103,9 +103,29 @@ __global__ void __launch_bounds__(kThreads) recompute_kernel(const __grid_consta
   }
 }
 
-bool recomputes(const LayerBackward& layer) {
-  return layer.direction[0].saved == nullptr && cell_info(layer.cell).saved > 0;
+// With layer normalisation what is kept are the products. Mapping as above.
+template <class Cell, class scalar_t>
+__global__ void __launch_bounds__(kThreads) keep_products_kernel(const __grid_constant__ Recomputed<scalar_t> args) {
+  constexpr int kGates = Cell::kGates;
+  const int64_t H = args.hidden_size, unit = first_feature<1>();
+  if (unit >= H) return;
+  for (int64_t i = first_row(); i < args.rows; i += row_stride()) {
+    const int64_t row = args.first_row + i;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      args.saved[((2 * row) * kGates + g) * H + unit] = args.igates[(row * kGates + g) * H + unit];
+      from_acc(args.hgates[(i * kGates + g) * H + unit], args.saved[((2 * row + 1) * kGates + g) * H + unit]);
+    }
+  }
 }
+
+// S
+int64_t saved_values(const LayerBackward& layer) {
+  const CellInfo info = cell_info(layer.cell);
+  return layer.layer_norm ? 2 * info.gates : info.saved;
+}
+
+bool recomputes(const LayerBackward& layer) { return layer.direction[0].saved == nullptr && saved_values(layer) > 0; }
 
 // Enough rows to fill a GPU, few enough to bound the workspace.
 int64_t recomputed_rows(const LayerBackward& layer) {
@@ -147,8 +167,9 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
       const void* const w_hh[] = {d.weights.w_hh};
       RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, 1, context)));
     }
-    RNNFAST_RETURN_IF_ERROR(launch(recompute_kernel<Cell, scalar_t>, rows_shape(H, args.rows, 1, 1),
-                                   static_cast<cudaStream_t>(context.stream), args));
+    const auto kernel = layer.layer_norm ? keep_products_kernel<Cell, scalar_t> : recompute_kernel<Cell, scalar_t>;
+    RNNFAST_RETURN_IF_ERROR(
+        launch(kernel, rows_shape(H, args.rows, 1, 1), static_cast<cudaStream_t>(context.stream), args));
   }
   return 0;
 }
@@ -177,9 +198,9 @@ BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& 
   chunk_ = recomputed_rows(layer);
   hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
   // Of a cell with two products the gradients of the gates are there before its gate is read.
-  const bool in_place = info.saved == info.gates && !info.two_products();
+  const bool in_place = saved_values(layer) == info.gates && !info.two_products();
   for (int k = 0; k < layer.directions && !in_place; ++k) {
-    saved_[k] = workspace.take<char>(layer.sequence.rows * info.saved * H * element);
+    saved_[k] = workspace.take<char>(layer.sequence.rows * saved_values(layer) * H * element);
   }
 }
 

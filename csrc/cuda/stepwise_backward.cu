@@ -6,51 +6,18 @@
 //     grad_h += grad_hgates W_hh                                    the caller's GEMM
 //     grad_h += m (grad_hgates W_hh)                                with recurrent dropout: a GEMM and a kernel
 //
-// Of a cell with two products a step, two_products.cuh stands between the kernel and the last GEMM.
+// Of a cell with two products a step, two_products.cuh stands between the kernel and the last GEMM. With layer
+// normalisation norm_backward_kernel (stepwise_norm.cuh) stands for backward_step_kernel.
 // The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
 // before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
 // Must not know: equations (csrc/cell has them), tensors.
 #include "backward_preparation.cuh"
-#include "stepwise.cuh"
+#include "stepwise_norm.cuh"
+#include "stepwise_step.cuh"
 #include "two_products.cuh"
 
 namespace rnnfast::cuda::stepwise {
 namespace {
-
-template <class scalar_t>
-struct BackwardDirection {
-  using acc_t = acc_type<scalar_t>;
-  int64_t rows = 0, step = 0;
-  bool reverse = false;
-  const scalar_t* saved = nullptr;   // [rows, S*H]; may be grad_igates
-  Previous<scalar_t> h_prev;         // cells with one state
-  const scalar_t* output = nullptr;  // rows of H; null with a projection
-  int64_t output_stride = 0;
-  const scalar_t* c = nullptr;  // rows of H: cells with two states
-  int64_t c_stride = 0;
-  Previous<scalar_t> c_prev;
-
-  const scalar_t* grad_output = nullptr;  // rows of H; null: zero
-  int64_t grad_output_stride = 0;
-  const acc_t* grad_hidden = nullptr;       // [rows, H]: with a projection, instead of grad_output and grad_h
-  const scalar_t* grad_c_output = nullptr;  // rows of H; null: zero
-  int64_t grad_c_output_stride = 0;
-  acc_t* grad_h = nullptr;  // [B, H], carried; null with a projection
-  acc_t* grad_c = nullptr;  // [B, H], carried
-
-  scalar_t* grad_igates = nullptr;  // [rows, G*H]
-  scalar_t* grad_hgates = nullptr;  // [rows, G*H]; null: the cell does not split its gates
-  scalar_t* hidden = nullptr;       // [rows, H]; null without a projection
-  Border entered, left;             // on the way into this step, and from it into the next
-};
-
-template <class scalar_t>
-struct BackwardStep {
-  int64_t hidden_size = 0;
-  const int64_t* lengths = nullptr;
-  DeviceNoise<acc_type<scalar_t>> noise;
-  BackwardDirection<scalar_t> direction[2];
-};
 
 // Equations: Cell::backward.
 // Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads its saved
@@ -292,6 +259,8 @@ struct BackwardWorkspace {
   acc_t* grad_hidden[2] = {};  // [B, H]: with a projection
   acc_t* product[2] = {};      // [B, P]: with recurrent dropout
   acc_t* grad_gated[2] = {};   // [B, H]: of a cell with two products
+  acc_t* values[2] = {};       // [B, backward_norm_values, H]: with layer normalisation
+  acc_t* sums[2] = {};         // [B, norm_lines, H]: with layer normalisation whose gradients are wanted
   BackwardPreparation preparation;
   size_t bytes = 0;
 
@@ -304,6 +273,9 @@ struct BackwardWorkspace {
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
       if (layer.noise.recurrent_dropout > 0) product[k] = workspace.take<acc_t>(B * P);
       if (info.two_products()) grad_gated[k] = workspace.take<acc_t>(B * H);
+      if (!layer.layer_norm) continue;
+      values[k] = workspace.take<acc_t>(B * backward_norm_values(info) * H);
+      if (NormSums<scalar_t>::wanted(layer)) sums[k] = workspace.take<acc_t>(B * norm_lines(info) * H);
     }
     bytes = workspace.bytes();
   }
@@ -331,13 +303,13 @@ template <class Cell, class scalar_t>
 int run(LayerBackward layer, const BackwardProducts (&products)[2], const Context& context) {
   const Sequence& sequence = layer.sequence;
   const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H, first = first_gates<Cell> * H;
+  const int64_t GH = Cell::kGates * H, SH = layer.layer_norm ? 2 * GH : Cell::kSaved * H, first = first_gates<Cell> * H;
   const bool projects = layer.direction[0].weights.w_hr != nullptr;
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  if (B == 0) return 0;
-
   const DeviceNoise<acc_type<scalar_t>> noise(layer.noise);
   const BackwardWorkspace<scalar_t> workspace(layer, Workspace(context.workspace));
+  const NormSums<scalar_t> norm_sums(layer, workspace.sums);
+  if (B == 0) return norm_sums.add(stream);
   DeviceSequence device_sequence;
   RNNFAST_RETURN_IF_ERROR(workspace.preparation.run(layer, products, context, device_sequence));
   Carried<scalar_t> carried{B, H, P, sequence.lengths, {}};
@@ -353,6 +325,13 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
   }
   const LaunchShape states_shape = rows_shape(std::max(H, P), B, 1, layer.directions);
   RNNFAST_RETURN_IF_ERROR(launch(first_gradients_kernel<scalar_t>, states_shape, stream, carried));
+
+  RNNFAST_RETURN_IF_ERROR(norm_sums.clear(stream));
+  NormStep<scalar_t> norms;
+  for (int k = 0; k < layer.directions; ++k) {
+    norms.direction[k] = norm_direction<scalar_t>(layer.direction[k].weights, workspace.values[k]);
+    norms.direction[k].sums = workspace.sums[k];
+  }
 
   const int width = can_vectorise<Cell, scalar_t>(layer, products) ? kVectorWidth<scalar_t> : 1;
   const auto kernel = width == 1 ? backward_step_kernel<Cell, scalar_t, 1>
@@ -377,7 +356,8 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
       s.reverse = d.reverse;
       s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
       s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
-      s.grad_hgates = Cell::kSplitGates ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
+      s.grad_hgates =
+          Cell::kSplitGates || layer.layer_norm ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
       if (Cell::kStates == 2) {
         s.c = row_pointer<scalar_t>(sequence, d.c, at.step);
         s.c_stride = d.c.stride_b;
@@ -427,7 +407,12 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
                                     workspace.grad_hidden[k], H, false}));
       }
     }
-    RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    if (!layer.layer_norm) {
+      RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    } else if constexpr (takes_layer_norm<Cell>) {
+      RNNFAST_RETURN_IF_ERROR(launch(norm_backward_kernel<Cell, scalar_t>, norm_shape(H, most_rows, layer.directions),
+                                     stream, step, norms));
+    }
     if constexpr (has_two_products<Cell>) {
       RNNFAST_RETURN_IF_ERROR((second_product_backward<Cell, scalar_t>(layer, gate, workspace.grad_gated, context)));
     }
@@ -445,6 +430,7 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
           launch(add_masked_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, masked));
     }
   }
+  RNNFAST_RETURN_IF_ERROR(norm_sums.add(stream));
   return launch(last_gradients_kernel<scalar_t>, states_shape, stream, carried);
 }
 

@@ -4,44 +4,17 @@
 //     h, c = cell(igates, hgates + b_hh, h, c)                 forward_step_kernel
 //     h = hidden W_hr^T                                        with a projection: a GEMM and store_projection_kernel
 //
-// Of a cell with two products a step, two_products.cuh stands between the first GEMM and the kernel.
+// Of a cell with two products a step, two_products.cuh stands between the first GEMM and the kernel. With layer
+// normalisation igates are W_ih x alone, and norm_forward_kernel (stepwise_norm.cuh) stands for forward_step_kernel.
 // The kernel that has h applies zoneout to it; with recurrent dropout it also leaves m h for the next step's GEMM.
 // h_n and the workspace's c hold the running states, so that a row that has ended, or not begun, keeps its own.
 // Must not know: equations (csrc/cell has them), tensors.
-#include "stepwise.cuh"
+#include "stepwise_norm.cuh"
+#include "stepwise_step.cuh"
 #include "two_products.cuh"
 
 namespace rnnfast::cuda::stepwise {
 namespace {
-
-template <class scalar_t>
-struct ForwardDirection {
-  using acc_t = acc_type<scalar_t>;
-  int64_t rows = 0, step = 0;  // living rows (their slots are 0 .. rows - 1)
-  bool reverse = false;
-  const scalar_t* igates = nullptr;  // [rows, G*H]
-  const acc_t* hgates = nullptr;     // [rows, G*H]
-  const scalar_t* b_hh = nullptr;    // [G*H] or null
-  scalar_t* h = nullptr;             // [B, H], the running state; null with a projection
-  scalar_t* masked = nullptr;        // [B, H], the same behind recurrent dropout; null with a projection or without it
-  acc_t* c = nullptr;                // [B, H], the running state of cells with two states
-  scalar_t* c_n = nullptr;           // [B, H], the same in the layer's dtype
-  scalar_t* output = nullptr;        // rows of H; null with a projection
-  int64_t output_stride = 0;
-  scalar_t* c_output = nullptr;  // rows of H or null
-  int64_t c_output_stride = 0;
-  scalar_t* saved = nullptr;   // [rows, S*H] or null
-  scalar_t* hidden = nullptr;  // [rows, H]; null without a projection
-  Border entered;
-};
-
-template <class scalar_t>
-struct ForwardStep {
-  int64_t hidden_size = 0;
-  const int64_t* lengths = nullptr;
-  DeviceNoise<acc_type<scalar_t>> noise;
-  ForwardDirection<scalar_t> direction[2];
-};
 
 // Equations: Cell::forward, on hgates + b_hh; behind a reset h W_hh^T, h and c are zero.
 // Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows; the bias stays in
@@ -234,6 +207,7 @@ struct ForwardWorkspace {
   acc_t* projected[2] = {};  // [B, P]: with a projection
   scalar_t* masked[2] = {};  // [B, P]: with recurrent dropout
   scalar_t* gated[2] = {};   // [B, H]: of a cell with two products
+  acc_t* values[2] = {};     // [B, forward_norm_values, H]: with layer normalisation
   size_t bytes = 0;
 
   ForwardWorkspace(const LayerForward& layer, void* base) {
@@ -249,6 +223,7 @@ struct ForwardWorkspace {
       }
       if (layer.noise.recurrent_dropout > 0) masked[k] = workspace.take<scalar_t>(B * P);
       if (info.two_products()) gated[k] = workspace.take<scalar_t>(B * H);
+      if (layer.layer_norm) values[k] = workspace.take<acc_t>(B * forward_norm_values(info) * H);
     }
     bytes = workspace.bytes();
   }
@@ -274,7 +249,7 @@ int run(const LayerForward& layer, const Context& context) {
   using acc_t = acc_type<scalar_t>;
   const Sequence& sequence = layer.sequence;
   const int64_t B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = Cell::kSaved * H, first = first_gates<Cell> * H;
+  const int64_t GH = Cell::kGates * H, SH = layer.layer_norm ? 2 * GH : Cell::kSaved * H, first = first_gates<Cell> * H;
   const bool projects = layer.direction[0].weights.w_hr != nullptr;
   const auto stream = static_cast<cudaStream_t>(context.stream);
   if (B == 0) return 0;
@@ -304,6 +279,7 @@ int run(const LayerForward& layer, const Context& context) {
     ForwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
     Projection<scalar_t> projection{P, sequence.lengths, noise, {}};
     [[maybe_unused]] Gate<scalar_t> gate{H, {}};
+    NormStep<scalar_t> norms;
     int64_t most_rows = 0;
     for (int k = 0; k < layer.directions; ++k) {
       const DirectionForward& d = layer.direction[k];
@@ -329,6 +305,7 @@ int run(const LayerForward& layer, const Context& context) {
       s.entered = border_into(sequence, d.reverse, at);
       gate.direction[k] = {
           rows, s.igates, workspace.hgates[k], s.b_hh, static_cast<const scalar_t*>(h), workspace.gated[k]};
+      norms.direction[k] = norm_direction<scalar_t>(d.weights, workspace.values[k]);
       scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
       if (projects) {
         s.hidden = workspace.hidden[k];
@@ -353,7 +330,12 @@ int run(const LayerForward& layer, const Context& context) {
       const void* const w_hh[] = {layer.direction[0].weights.w_hh, layer.direction[1].weights.w_hh};
       RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, layer.directions, context)));
     }
-    RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    if (!layer.layer_norm) {
+      RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
+    } else if constexpr (takes_layer_norm<Cell>) {
+      RNNFAST_RETURN_IF_ERROR(
+          launch(norm_forward_kernel<Cell, scalar_t>, norm_shape(H, most_rows, layer.directions), stream, step, norms));
+    }
 
     if (!projects) continue;
     for (int k = 0; k < layer.directions; ++k) {

@@ -131,19 +131,13 @@ struct Weights {
   }
 };
 
-// igates [N, G*H] = x W_ih^T + b_ih, all steps at once
-void project_input(const Tensor& x, const Weights& weights, Tensor igates) {
-  if (weights.b_ih.defined()) {
+// igates [N, G*H] = x W_ih^T + b_ih, all steps at once. Where they are normalised, the bias comes behind that.
+void project_input(const Geometry& g, const Tensor& x, const Weights& weights, Tensor igates) {
+  if (g.biases && !g.layer_norm) {
     at::addmm_out(igates, weights.b_ih, x, weights.w_ih.t());
   } else {
     at::mm_out(igates, x, weights.w_ih.t());
   }
-}
-
-void check_layer_norm(const Geometry& g) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !g.layer_norm, "rnnfast.", g.info.name,
-      ": layer_norm has no kernels for CUDA; the reference formula (backend='reference') has it");
 }
 
 template <CellKind kind>
@@ -152,7 +146,6 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
                       int64_t save_, const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry g = check_layer(kind, arguments);
-  check_layer_norm(g);
   const Save save = check_save(kind, save_);
   const NoiseTensors noise(g, input, seed, noise_);
   const c10::cuda::CUDAGuard guard(input.device());
@@ -172,7 +165,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   params.tf32 = tf32_allowed();
   const Engine engine(g, params.tf32, /*backward=*/false, noise.any());
   for (int64_t d = 0; d < g.directions; ++d) {
-    project_input(x, Weights(g, layer.weights.data(), d), igates[d]);
+    project_input(g, x, Weights(g, layer.weights.data(), d), igates[d]);
     params.direction[d].igates = igates[d].data_ptr();
   }
   engine.run(params, input);
@@ -205,12 +198,27 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Device
     };
     grad_w_hh(0, first, h_prev[d]);
     if (g.info.two_products()) grad_w_hh(first, others, gated[d]);
-    if (g.biases) {
+    if (g.biases && !g.layer_norm) {
       at::sum_out(grads.b_ih, grad_igates, 0);
       g.info.split_gates ? at::sum_out(grads.b_hh, grad_hgates, 0) : grads.b_hh.copy_(grads.b_ih);
     }
     if (g.projection) at::mm_out(grads.w_hr, grad_h[d].t(), hidden[d]);
   }
+}
+
+// Where the engine leaves those gradients that are no products over all steps.
+void norm_gradients(const Geometry& g, BackwardTensors& tensors, int64_t d, DirectionBackward& direction) {
+  Tensor* grads = &tensors.grad_weights[d * g.weights_per_direction()];
+  if (g.biases) {
+    direction.grad_b_ih = grads[2].data_ptr();
+    direction.grad_b_hh = grads[3].data_ptr();
+  }
+  Tensor* norms = grads + g.weights_per_direction() - g.norms_per_direction();
+  direction.grad_norm_ih = norms[0].data_ptr();
+  direction.grad_norm_hh = norms[1].data_ptr();
+  if (g.info.states == 1) return;
+  direction.grad_norm_c = norms[2].data_ptr();
+  direction.grad_norm_bias_c = norms[3].data_ptr();
 }
 
 template <CellKind kind>
@@ -222,7 +230,6 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                         const OptionalTensor& seed, at::ArrayRef<double> noise_, bool layer_norm) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset, layer_norm};
   const Geometry g = check_layer(kind, arguments);
-  check_layer_norm(g);
   check_gradients(g, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
   const NoiseTensors noise(g, input, seed, noise_);
   noise.check_backward(g);
@@ -247,7 +254,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Tensor gated = rows_of(g.info.two_products() ? g.hidden_size : 0);
   const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
   cuda::BackwardProducts products[2];
-  const bool recompute = saved.numel() == 0 && g.info.saved > 0;
+  const bool recompute = saved.numel() == 0 && g.saved_values() > 0;
   const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
   for (int64_t d = 0; d < g.directions; ++d) {
     products[d].h_prev = h_prev[d].data_ptr();
@@ -256,7 +263,8 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
       products[d].grad_h = grad_h[d].data_ptr();
       products[d].hidden = hidden[d].data_ptr();
     }
-    if (recompute) project_input(x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
+    if (g.layer_norm && output_mask[3]) norm_gradients(g, tensors, d, params.direction[d]);
+    if (recompute) project_input(g, x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
   }
   engine.run(params, products, input);
   reduce_gradients(g, layer, sequence, h_prev, gated, grad_h, hidden, tensors);

@@ -140,7 +140,7 @@ struct Sizes {
     const CellInfo info = cell_info(layer.cell);
     element = size_of(layer.dtype);
     B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size, N = layer.sequence.rows;
-    GH = info.gates * H, SH = info.saved * H;
+    GH = info.gates * H, SH = (layer.layer_norm ? 2 * info.gates : info.saved) * H;
   }
 };
 
@@ -160,7 +160,12 @@ void move_sequence(DeviceTensors& tensors, Layer& layer) {
 template <class Direction>
 void move_weights(DeviceTensors& tensors, const Sizes& z, Direction& d) {
   tensors.in(d.weights.w_hh, z.GH * z.P * z.element);
+  tensors.in(d.weights.b_ih, z.GH * z.element);
   tensors.in(d.weights.b_hh, z.GH * z.element);
+  tensors.in(d.weights.norm_ih, z.GH * z.element);
+  tensors.in(d.weights.norm_hh, z.GH * z.element);
+  tensors.in(d.weights.norm_c, z.H * z.element);
+  tensors.in(d.weights.norm_bias_c, z.H * z.element);
   tensors.in(d.weights.w_hr, z.P * z.H * z.element);
   tensors.in(d.h0, z.B * z.P * z.element);
   tensors.in(d.c0, z.B * z.H * z.element);
@@ -244,6 +249,9 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
     recomputes ? tensors.in_out(d.grad_igates, z.N * z.GH * z.element)
                : tensors.out(d.grad_igates, z.N * z.GH * z.element);
     tensors.out(d.grad_hgates, z.N * z.GH * z.element);
+    for (void** gradient : {&d.grad_b_ih, &d.grad_b_hh, &d.grad_norm_ih, &d.grad_norm_hh})
+      tensors.out(*gradient, z.GH * z.element);
+    for (void** gradient : {&d.grad_norm_c, &d.grad_norm_bias_c}) tensors.out(*gradient, z.H * z.element);
     tensors.out(products[k].h_prev, z.N * z.P * z.element);
     tensors.out(products[k].grad_h, z.N * z.P * z.element);
     tensors.out(products[k].hidden, z.N * z.H * z.element);

@@ -204,7 +204,7 @@ class Simulator:
         output, h_n = layer.empty_rows(layer.output_size), torch.empty_like(layer.h0)
         c_n = torch.empty(0) if layer.c0 is None else torch.empty_like(layer.c0)
         c = layer.empty_rows(layer.hidden_size) if layer.c0 is not None and save else None
-        values_size = self.library.sim_saved_values(layer.cell_number(self)) * layer.hidden_size
+        values_size = layer.saved_values(self) * layer.hidden_size
         values = [layer.empty(layer.rows, values_size) for _ in layer.directions if save == GATES and values_size]
         igates = layer.igates()
 
@@ -231,7 +231,7 @@ class Simulator:
         grad_c: Tensor | None,
     ) -> list[Tensor]:
         """Return the gradients of input, h0, c0 where there is one, and the weights."""
-        splits = self.library.sim_splits_gates(layer.cell_number(self))
+        splits = layer.norms or self.library.sim_splits_gates(layer.cell_number(self))
         grad_h0 = torch.empty_like(layer.h0)
         grad_c0 = None if layer.c0 is None else torch.empty_like(layer.c0)
         grad_igates = [layer.empty(layer.rows, layer.gates_size) for _ in layer.directions]
@@ -243,6 +243,10 @@ class Simulator:
             for size in (layer.output_size, layer.output_size, layer.hidden_size, layer.hidden_size)
         )
         first = self.library.sim_first_gates(layer.cell_number(self)) * layer.hidden_size
+
+        # The engine sums what belongs to the norms and, with them, to the biases.
+        norm_grads = [[torch.empty_like(w) for w in layer.norms_of(d)] for d in layer.directions]
+        bias_grads = [[layer.empty(layer.gates_size) for _ in range(2 * layer.has_bias)] for _ in layer.directions]
 
         struct, products = LayerBackward(), (Products * 2)()
         layer.fill(self, struct)
@@ -256,6 +260,10 @@ class Simulator:
             direction.grad_c0 = None if grad_c0 is None else _pointer(grad_c0[d])
             direction.grad_igates = _pointer(grad_igates[d])
             direction.grad_hgates = _pointer(grad_hgates[d]) if splits else None
+            for name, grad in zip(("ih", "hh", "c", "bias_c"), norm_grads[d], strict=False):
+                setattr(direction, f"grad_norm_{name}", _pointer(grad))
+            for name, grad in zip(("ih", "hh") if layer.norms else (), bias_grads[d], strict=False):
+                setattr(direction, f"grad_b_{name}", _pointer(grad))
             products[d].h_prev = _pointer(h_prev[d])
             if first < layer.gates_size:
                 products[d].gated = _pointer(gated[d])
@@ -274,9 +282,10 @@ class Simulator:
             w_hh = [grad_hgates[d][:, :first].T @ h_prev[d], grad_hgates[d][:, first:].T @ gated[d]]
             grad_weights += [grad_igates[d].T @ x, w_hh[0] if first == layer.gates_size else torch.cat(w_hh)]
             if layer.has_bias:
-                grad_weights += [grad_igates[d].sum(0), grad_hgates[d].sum(0)]
+                grad_weights += bias_grads[d] if layer.norms else [grad_igates[d].sum(0), grad_hgates[d].sum(0)]
             if layer.projects:
                 grad_weights += [grad_h[d].T @ hidden[d]]
+            grad_weights += norm_grads[d]
         return [grad_input, grad_h0, *([] if grad_c0 is None else [grad_c0]), *grad_weights]
 
 
@@ -296,6 +305,7 @@ class Layer:
         reset: Tensor | None = None,
         seed: Tensor | None = None,
         noise: Sequence[float] = (),
+        layer_norm: bool = False,
         tf32: bool = False,
     ) -> None:
         self.tf32 = tf32
@@ -307,10 +317,11 @@ class Layer:
         self.directions = range(h0.size(0))
         self.batch, self.output_size = h0.shape[1:]
         self.per_direction = len(weights) // len(self.directions)
+        self.norms = (2 if c0 is None else 4) if layer_norm else 0  # tensors a direction
         self.projects = self.per_direction % 2 == 1
-        self.has_bias = self.per_direction >= 4
+        self.has_bias = self.per_direction - self.norms >= 4
         self.gates_size = weights[0].size(0)
-        self.hidden_size = weights[self.per_direction - 1].size(1) if self.projects else self.output_size
+        self.hidden_size = self.projection_of(0).size(1) if self.projects else self.output_size
         self.steps = input.size(0) if batch_sizes is None else len(batch_sizes)
         self.rows = self.input[..., 0].numel()
         if batch_sizes is not None:
@@ -321,6 +332,18 @@ class Layer:
         number = int(simulator.library.sim_cell(self.cell.encode()))
         assert number >= 0, f"params.h has no cell {self.cell}"
         return number
+
+    def saved_values(self, simulator: Simulator) -> int:
+        """S of params.h."""
+        if self.norms:
+            return 2 * self.gates_size // self.hidden_size
+        return int(simulator.library.sim_saved_values(self.cell_number(simulator)))
+
+    def projection_of(self, direction: int) -> Tensor:
+        return self.weights_of(direction)[4 if self.has_bias else 2]
+
+    def norms_of(self, direction: int) -> list[Tensor]:
+        return self.weights_of(direction)[self.per_direction - self.norms :]
 
     def weights_of(self, direction: int) -> list[Tensor]:
         return self.weights[direction * self.per_direction : (direction + 1) * self.per_direction]
@@ -333,9 +356,9 @@ class Layer:
         return self.empty(*self.input.shape[:-1], len(self.directions) * size)
 
     def igates(self) -> list[Tensor]:
-        """For each direction W_ih x + b_ih, ``[N, G*H]``."""
-        x = self.input.flatten(0, -2)
-        return [linear(x, w[0], w[2] if self.has_bias else None) for w in map(self.weights_of, self.directions)]
+        """For each direction W_ih x + b_ih, ``[N, G*H]``; with norms W_ih x."""
+        x, biased = self.input.flatten(0, -2), self.has_bias and not self.norms
+        return [linear(x, w[0], w[2] if biased else None) for w in map(self.weights_of, self.directions)]
 
     def fill(self, simulator: Simulator, struct: Any) -> None:
         """Set what LayerForward and LayerBackward share. The struct's pointers live as long as this object."""
@@ -345,6 +368,7 @@ class Layer:
         struct.directions = len(self.directions)
         struct.spread = simulator.spread_of_layers
         struct.tf32 = self.tf32
+        struct.layer_norm = self.norms > 0
         struct.noise = Noise(_pointer(self.seed), *self.noise)
         sequence = struct.sequence
         sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
@@ -356,7 +380,10 @@ class Layer:
             direction, weights = struct.direction[d], self.weights_of(d)
             direction.reverse = d == 1
             direction.weights.w_hh = _pointer(weights[1])
+            direction.weights.b_ih = _pointer(weights[2]) if self.has_bias else None
             direction.weights.b_hh = _pointer(weights[3]) if self.has_bias else None
-            direction.weights.w_hr = _pointer(weights[-1]) if self.projects else None
+            direction.weights.w_hr = _pointer(self.projection_of(d)) if self.projects else None
+            for name, norm in zip(("ih", "hh", "c", "bias_c"), self.norms_of(d), strict=False):
+                setattr(direction.weights, f"norm_{name}", _pointer(norm))
             direction.h0 = _pointer(self.h0[d])
             direction.c0 = None if self.c0 is None else _pointer(self.c0[d])

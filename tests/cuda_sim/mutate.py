@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from test_cuda_sim import SPREADS, STATES, compare, engine_sources
+from sample_inputs import Sample
+from test_cuda_sim import SPREADS, STATES, compare, compare_normalised, engine_sources
 
 from . import build, driver, instrument
 
@@ -23,6 +24,8 @@ CASES = [
     (engine, sample, spread)
     for engine in ("persistent_grid", "persistent_cluster", "persistent_cta")
     for sample, spread in SPREADS
+] + [
+    ("stepwise", Sample("lstm", steps=2, hidden_size=33, layer_norm=True), (1, 1, 1)),
 ]
 
 
@@ -34,7 +37,8 @@ def failure(sim: driver.Simulator, seeds: int) -> str | None:
             sim.engine(engine)
             sim.spread(*spread)
             try:
-                compare(sim, sample, torch.bfloat16, (driver.GATES, STATES)[seed % 2])
+                check = compare_normalised if sample.layer_norm else compare
+                check(sim, sample, torch.bfloat16, (driver.GATES, STATES)[seed % 2])
             except (AssertionError, driver.SimulationError) as error:
                 return f"{engine} {sample.cell}: {str(error).splitlines()[0]}"
     return None

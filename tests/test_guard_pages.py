@@ -41,7 +41,7 @@ FORMS: tuple[dict[str, Any], ...] = (
 )
 SAMPLES = [
     Sample(cell, **sizes, **form)
-    for cell in ("lstm", "gru", "rnn_tanh")
+    for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh")
     for sizes in SIZES
     for form in FORMS
     if cell == "lstm" or "proj_size" not in sizes

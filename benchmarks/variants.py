@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both of these": {"recurrent_dropout": 0.2, "zoneout": 0.1},
     "layer norm": {"layer_norm": True},
 }
-OF_ONE_CELL: dict[str, dict[str, dict[str, Any]]] = {"gru": {"reset gate before": {"reset_after": False}}}
+OF_ONE_CELL: dict[str, dict[str, dict[str, Any]]] = {
+    "rnn": {"IndRNN": {"library": SimpleNamespace(RNN=rnnfast.IndRNN), "nonlinearity": "tanh"}},
+    "gru": {"reset gate before": {"reset_after": False}},
+}
 NAMES = [*VARIANTS, *(name for variants in OF_ONE_CELL.values() for name in variants)]
 LIMIT = 1.5
 

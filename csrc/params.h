@@ -71,7 +71,7 @@ struct Rows {
 // One direction of a layer. Matrices are row-major and contiguous, in the layer's dtype.
 struct DirectionWeights {
   const void* w_ih = nullptr;  // [G*H, I]
-  const void* w_hh = nullptr;  // [G*H, P]
+  const void* w_hh = nullptr;  // [G*H, P]; [G*H] for a diagonal cell
   const void* b_ih = nullptr;  // [G*H] or null
   const void* b_hh = nullptr;  // [G*H] or null
   const void* w_hr = nullptr;  // [P, H] or null: LSTM with a projection
@@ -154,7 +154,7 @@ struct DirectionBackward {
 
   // CPU engine only, but for norms and with them biases: the weight gradients, in the layer's dtype; null: not wanted.
   void* grad_w_ih = nullptr;         // [G*H, I]
-  void* grad_w_hh = nullptr;         // [G*H, P]
+  void* grad_w_hh = nullptr;         // as w_hh
   void* grad_b_ih = nullptr;         // [G*H]
   void* grad_b_hh = nullptr;         // [G*H]
   void* grad_w_hr = nullptr;         // [P, H]
@@ -192,7 +192,7 @@ struct DualPointer {
 };
 
 struct DirectionTangent {
-  DualPointer w_hh;  // [G*H, P]
+  DualPointer w_hh;  // [G*H, P]; [G*H] for a diagonal cell
   DualPointer h0;    // [B, P]
   DualPointer c0;    // [B, H]
   bool reverse = false;
@@ -292,6 +292,7 @@ struct Context {
 // What backward leaves for the weight gradients, which are matrix products over all steps:
 //   grad_w_hh = grad_hgates^T h_prev    grad_w_hr = grad_h^T hidden
 // where of a cell with two products the gates of the second have gated for h_prev.
+// and of a diagonal cell grad_w_hh = the sum over rows of grad_hgates * h_prev.
 struct BackwardProducts {
   void* h_prev = nullptr;  // compact [N, P]: the state each step read; the initial one at first, zero behind a reset
   // With a projection only.
@@ -301,7 +302,8 @@ struct BackwardProducts {
   void* gated = nullptr;  // compact [N, H]: what the second product read
 };
 
-// One GEMM and one pointwise kernel a step: any GPU, any size, any dtype. What the structs above leave open:
+// One GEMM, but for a diagonal cell, and one pointwise kernel a step: any GPU, any size, any dtype. What the structs
+// above leave open:
 //   - igates is given; input and w_ih are not read, and b_ih with layer normalisation alone.
 //   - Rows past a length get a zero output, c and gradient. A length below 0 counts as 0, one above T as T.
 //   - For a cell without split gates grad_igates stands for grad_hgates too, and grad_hgates is not used; with layer

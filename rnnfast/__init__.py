@@ -7,7 +7,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch_torch, to_torch
 from .explain import explain
 from .functional import States
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, IndRNN
 from .ops import backend
 from .own_cell import compile_cell
 
@@ -16,6 +16,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
     "RNNCell",
     "States",

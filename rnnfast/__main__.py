@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def errors(cell: str, device: str) -> tuple[float, float]:
     """The errors of one cell's results and of its gradients."""
     generator = torch.Generator().manual_seed(0)
-    rows = reference.CELLS[cell].gates * H
-    shapes = [(T, B, I), *[(rows, I), (rows, H), (rows,), (rows,)] * D]
+    form = reference.CELLS[cell]
+    rows = form.gates * H
+    shapes = [(T, B, I), *[(rows, I), (rows,) if form.diagonal else (rows, H), (rows,), (rows,)] * D]
     leaves = [torch.randn(shape, generator=generator).mul(0.3).to(device) for shape in shapes]
     expected = results(cell, [leaf.double() for leaf in leaves], "reference")
     actual = results(cell, leaves, None)

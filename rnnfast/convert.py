@@ -65,14 +65,14 @@ def to_torch(model: ModuleT) -> ModuleT:
 
     Raises:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
-            ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``layer_norm``, ``reset_after=False``, a cell of its
-            own); nothing has been changed then.
+            ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``layer_norm``, ``reset_after=False``, an ``IndRNN``, a
+            cell of its own); nothing has been changed then.
     """
     found = _find(model, _TORCHS)
     lone = [
         f"{name or 'the model itself'} with {option}"
         for name, module in model.named_modules()
-        if module in found or isinstance(module, own_cell.OwnLayers)
+        if module in found or isinstance(module, (own_cell.OwnLayers, modules.IndRNN))
         for option in _without_counterpart(module)
     ]
     if lone:
@@ -112,6 +112,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     """The options of a layer or cell that torch.nn's lacks."""
     if isinstance(module, own_cell.OwnLayers):
         return [f"a cell of its own, {type(module).__name__}"]
+    if isinstance(module, modules.IndRNN):
+        return ["an independent recurrence"]
     names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout", "num_heads")
     options = {name: getattr(module, name, None) for name in names}
     none = (None, 0.0, (0.0, 0.0), 1, "tanh", "relu")

@@ -23,6 +23,7 @@ State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 BACKENDS = (None, *ops.BACKENDS)
 NONLINEARITIES = tuple(cell.removeprefix("rnn_") for cell in reference.CELLS if cell.startswith("rnn_"))  # of RNN
+INDRNN_NONLINEARITIES = tuple(cell.removeprefix("indrnn_") for cell in reference.CELLS if cell.startswith("indrnn_"))
 
 
 class States(NamedTuple):
@@ -96,7 +97,7 @@ def recurrent(
             one for each of both.
         training: whether ``zoneout`` draws; otherwise it takes the expectation.
         num_heads: with n heads, W_hh is block-diagonal with n blocks, and ``w_hh`` is ``[G*H, H/n]``: row u of a gate
-            meets the states of u's own head, of which each has H/n neighbouring units.
+            meets the states of u's own head, of which each has H/n neighbouring units. 1 for a diagonal cell.
         layer_norm: whether the gates are normalised, and c where h reads it, see :func:`rnnfast.reference.layer`; the
             weights end with the norms then. Not with several heads.
         generator: what the masks of ``weight_dropout`` and the seeds of the others, one a layer and row, are drawn
@@ -143,10 +144,12 @@ def recurrent(
         batch = x.shape[1]
     _check_input(x, w_ih, ValueError)
 
-    slots = 2 * len(weights) if bidirectional else len(weights)
-    h_shape = (slots, batch, w_hh.shape[1] * num_heads)
-    c0 = None
     form = reference.find_cell(cell)
+    if form.diagonal and num_heads > 1:
+        raise ValueError(f"num_heads: expected 1 for a diagonal cell, whose units are heads already, got {num_heads}")
+    slots = 2 * len(weights) if bidirectional else len(weights)
+    h_shape = (slots, batch, w_hh.shape[0] // form.gates if form.diagonal else w_hh.shape[1] * num_heads)
+    c0 = None
     if form.states == 1:
         h0 = x.new_zeros(h_shape) if hx is None else _state("hx", hx, h_shape, batched, x)
     else:
@@ -228,7 +231,7 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
     ``input`` is ``[B, I]`` or ``[I]``; ``hx`` and the result are ``[B, H]`` or ``[H]``, for LSTM a pair of them; None
     means zeros. Raises ValueError for a wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
     """
-    w_ih, w_hh = weights[:2]
+    w_ih = weights[0]
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     batched = input.dim() == 2
@@ -239,7 +242,7 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
     x = input.unsqueeze(0)
     _check_input(x, w_ih, RuntimeError)
 
-    shape = (1, input.shape[0], w_hh.shape[1])
+    shape = (1, input.shape[0], w_ih.shape[0] // reference.find_cell(cell).gates)
     if hx is None:
         h0 = x.new_zeros(shape)
         c0 = h0 if cell == "lstm" else None

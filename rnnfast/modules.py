@@ -74,7 +74,10 @@ class _Layers(nn.RNNBase):
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
         if not _is_probability(recurrent_dropout):
             raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
-        has_c = reference.find_cell(mode.lower()).states == 2
+        form = reference.find_cell(mode.lower())
+        if form.diagonal and num_heads > 1:
+            raise ValueError(f"num_heads: expected 1 with a diagonal recurrence, got {num_heads}")
+        has_c = form.states == 2
         pair = has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2
         if not all(map(_is_probability, zoneout if pair else (zoneout,))):  # type: ignore[arg-type]
             takes = "a probability below 1" + (" or two, of h and c" if has_c else "")
@@ -115,11 +118,11 @@ class _Layers(nn.RNNBase):
         self._name_layers()
         if layer_norm:
             self._make_norms()
-        if num_heads > 1:
+        if num_heads > 1 or form.diagonal:
+            columns = 0 if form.diagonal else slice(hidden_size // num_heads)
             for name in self._flat_weights_names:
                 if name.startswith("weight_hh"):
-                    weight = getattr(self, name)
-                    setattr(self, name, nn.Parameter(weight.detach()[:, : hidden_size // num_heads].clone()))
+                    setattr(self, name, nn.Parameter(getattr(self, name).detach()[:, columns].clone()))
 
     def forward(
         self,
@@ -555,6 +558,94 @@ class GRU(_Layers):
     @property
     def reset_after(self) -> bool:
         return self.mode == "GRU"
+
+
+class IndRNN(_Layers):
+    r"""Multi-layer independently recurrent network.
+
+    .. math::
+        h_t = f(W_{ih} x_t + b_{ih} + w_{hh} \odot h_{t-1} + b_{hh})
+
+    The recurrent weight is a vector: a unit sees its own past alone, and units meet in the next layer. Li, Li, Cook,
+    Zhu and Gao, "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper RNN", CVPR 2018.
+
+    The parameters of a layer are ``weight_ih_l0 [hidden_size, input_size]``, ``weight_hh_l0 [hidden_size]``, and
+    ``bias_ih_l0`` and ``bias_hh_l0 [hidden_size]``, whose sum is the paper's one bias. ``weight_hh`` starts uniform in
+    [0, 1], so that some units remember for few steps and some for many; the others start as torch.nn's do. Through T
+    steps the gradient grows as w_hh^T, so in training the paper keeps the weights within 2^(1/T) where f is relu:
+    ``layer.weight_hh_l0.data.clamp_(-bound, bound)`` behind every update.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, batch_invariant,
+            weight_dropout, recurrent_dropout, zoneout, backend: as for :class:`RNN`.
+        nonlinearity: f: ``"relu"`` or ``"tanh"``.
+        recompute: as for :class:`RNN`; the cell keeps nothing but its states anyway.
+
+    It is called as the other layers are, see :meth:`forward`. There is no ``num_heads``: each unit is a head.
+
+    Raises:
+        ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
+            proj_size, an unknown nonlinearity or backend.
+        TypeError: a size is no int; bias, batch_first, recompute or batch_invariant is no bool.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "relu",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        recompute: bool = False,
+        batch_invariant: bool = False,
+        weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        _check_no_projection(proj_size)
+        functional.check_choice("nonlinearity", nonlinearity, functional.INDRNN_NONLINEARITIES)
+        super().__init__(
+            f"INDRNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size=0,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+            batch_invariant=batch_invariant,
+            weight_dropout=weight_dropout,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            num_heads=1,
+            layer_norm=False,
+            backend=backend,
+        )
+        self.nonlinearity = nonlinearity
+
+    def reset_parameters(self) -> None:
+        """Draw the recurrent weights from [0, 1], the other parameters as torch.nn does."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("weight_hh"):
+                nn.init.uniform_(parameter)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.nonlinearity == "relu" else f", nonlinearity={self.nonlinearity}")
 
 
 def _initial_norm(name: str) -> float:

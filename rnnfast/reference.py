@@ -21,14 +21,19 @@ from torch.nn import functional
 from torch.nn.functional import leaky_relu, linear, pad
 
 # A step maps (igates [B, G*H], hgates [B, G*H], *state) to the new state: (h,) or (h, c), each [B, H].
-# igates = W_ih x + b_ih, hgates = W_hh h + b_hh. Normalised, with two states it also gets what makes of c what h reads.
+# igates = W_ih x + b_ih, hgates = W_hh h + b_hh; of a diagonal cell w_hh * h + b_hh, of every gate and unit by itself.
+# Normalised, with two states it also gets what makes of c what h reads.
 Step = Callable[..., tuple[Tensor, ...]]
 # The hgates of an operand, of some of the gates: what a cell takes that has a second product behind the first.
 HiddenGates = Callable[[Tensor, slice], Tensor]
 
 
 def elman_step(nonlinearity: Callable[[Tensor], Tensor]) -> Step:
-    """h' = f(igates + hgates). Elman, "Finding Structure in Time", Cognitive Science 14 (1990)."""
+    """h' = f(igates + hgates). Elman, "Finding Structure in Time", Cognitive Science 14 (1990).
+
+    With a diagonal recurrence it is the IndRNN: Li, Li, Cook, Zhu and Gao, "Independently Recurrent Neural Network
+    (IndRNN): Building A Longer and Deeper RNN", CVPR 2018.
+    """
 
     def step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
         return (nonlinearity(igates + hgates),)
@@ -82,6 +87,7 @@ class Cell(NamedTuple):
     step: Step
     two_products: bool = False  # the step takes hgates as a function and, behind the state, what of h the products read
     layer_norm: bool = True  # whether its gates, and c, can be normalised
+    diagonal: bool = False  # a unit's gates see its own state alone: w_hh is [G*H]
 
 
 CELLS: dict[str, Cell] = {
@@ -93,6 +99,8 @@ CELLS: dict[str, Cell] = {
     "lstm": Cell(4, 2, lstm_step),
     "gru": Cell(3, 1, gru_step),
     "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True, layer_norm=False),
+    "indrnn_relu": Cell(1, 1, elman_step(torch.relu), layer_norm=False, diagonal=True),
+    "indrnn_tanh": Cell(1, 1, elman_step(torch.tanh), layer_norm=False, diagonal=True),
 }
 
 # Layer normalisation, over the whole vector of a row's gates, with shifts that are absent without bias:
@@ -213,9 +221,10 @@ def layer(
         cell: a name in ``CELLS`` or ``OWN_CELLS``.
         input: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``.
         h0, c0: ``[D, B, P]`` and ``[D, B, H]``; ``c0`` is None for a cell with one state. D comes from here.
-        weights: for each direction ``w_ih [G*H, I]``, ``w_hh [G*H, P]``, then ``b_ih`` and ``b_hh [G*H]`` (both or
-            neither), then ``w_hr [P, H]`` with a projection, then with ``layer_norm`` ``norm_ih`` and ``norm_hh [G*H]``
-            and, for a cell with two states, ``norm_c`` and ``norm_bias_c [H]``.
+        weights: for each direction ``w_ih [G*H, I]``, ``w_hh [G*H, P]`` (``[G*H]`` for a diagonal cell), then ``b_ih``
+            and ``b_hh [G*H]`` (both or neither), then ``w_hr [P, H]`` with a projection, which a diagonal cell has not,
+            then with ``layer_norm`` ``norm_ih`` and ``norm_hh [G*H]`` and, for a cell with two states, ``norm_c`` and
+            ``norm_bias_c [H]``.
         batch_sizes: ``[T]`` int64 on the CPU, decreasing: the input is packed as in ``PackedSequence``. Rows beyond
             ``batch_sizes[0]`` have no steps.
         lengths: ``[B]`` int64: row b of a padded input has ``lengths[b]`` steps. What the input holds past them,
@@ -282,6 +291,9 @@ def layer(
         raise ValueError(f"layer_norm: expected False with {cell}, got True")
     norms = 2 * known.states if layer_norm else 0
     per_direction = len(weights) // directions
+    if known.diagonal and (per_direction % 2 or weights[1].dim() != 1):
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights[:per_direction])
+        raise RuntimeError(f"weights: expected w_hh [G*H] and no projection for a diagonal cell, got {shapes}")
     results = [
         _direction(
             known,
@@ -350,6 +362,8 @@ def _direction(
             operand = (operand * masks.dropout[:size]).to(dtype).to(wide)
         if cell.two_products:
             h, *c = cell.step(igates[t], partial(_hidden_gates, cell, w_hh, b_hh), *entering, operand)
+        elif cell.diagonal:
+            h, *c = cell.step(igates[t], _diagonal_gates(cell, w_hh, b_hh, operand), *entering)
         else:
             h, *c = step(igates[t], gates(operand, w_hh, b_hh, norm_hh), *entering)
         if w_hr is not None:
@@ -375,6 +389,11 @@ def _hidden_gates(cell: Cell, w_hh: Tensor, b_hh: Tensor | None, operand: Tensor
     size = w_hh.shape[0] // cell.gates
     rows = slice(gates.start * size, gates.stop * size)
     return linear(operand, w_hh[rows], None if b_hh is None else b_hh[rows])
+
+
+def _diagonal_gates(cell: Cell, w_hh: Tensor, b_hh: Tensor | None, operand: Tensor) -> Tensor:
+    hgates = operand.repeat(1, cell.gates) * w_hh
+    return hgates if b_hh is None else hgates + b_hh
 
 
 def _zoned(keep: Tensor | None, step: int, old: Tensor, new: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ and every form of a sequence; and `MODULE_GRID`, calls of modules that torch.nn 
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "rnn_sigmoid": 1, "rnn_identity": 1, "rnn_leaky_relu": 1, "lstm": 4}
-GATES |= {"gru": 3, "gru_reset_before": 3}
-CELLS = tuple(GATES)
-# Without kernels of the persistent CUDA engines.
-STEPWISE_CELLS = ("rnn_identity", "rnn_leaky_relu", "gru_reset_before")
+from rnnfast import reference
+
+CELLS = tuple(reference.CELLS)
+
+
+def _stepwise_cells() -> tuple[str, ...]:
+    registered = (Path(__file__).resolve().parents[1] / "csrc" / "cell" / "cell_list.h").read_text()
+    (own_list,) = re.findall(r"define RNNFAST_FOR_EACH_STEPWISE_CELL\(X\)((?:.*\\\n)+.*\n)", registered)
+    return tuple(re.findall(r"X\((\w+), ", own_list))
+
+
+STEPWISE_CELLS = _stepwise_cells()  # without kernels of the persistent CUDA engines
 PERSISTENT_CELLS = tuple(cell for cell in CELLS if cell not in STEPWISE_CELLS)
 # With kernels of tangents, and of the gradients of groups of rows.
-TANGENT_CELLS = tuple(cell for cell in CELLS if cell != "gru_reset_before")
+TANGENT_CELLS = tuple(cell for cell in CELLS if not reference.CELLS[cell].two_products)
+TWO_STATES = tuple(cell for cell in CELLS if reference.CELLS[cell].states == 2)
+# Whose gradients jump where rounding moves a unit across the corner of their nonlinearity.
+KINKED_CELLS = tuple(cell for cell in CELLS if cell.endswith("relu"))
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,10 @@ class Sample:
             if field not in ("cell", "form") and getattr(self, field) != getattr(type(self), field)
         ]
         return " ".join([self.cell, self.form, *changed])
+
+    @property
+    def states(self) -> int:
+        return reference.find_cell(self.cell).states
 
     @property
     def output_size(self) -> int:
@@ -80,10 +96,11 @@ class Sample:
             values = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
             return values.to(device, dtype).requires_grad_(grad)
 
-        gates, out = GATES[self.cell] * self.hidden_size, self.output_size
+        form = reference.find_cell(self.cell)
+        gates, out = form.gates * self.hidden_size, self.output_size
         weights = []
         for _ in range(self.directions):
-            weights += [weight(gates, self.input_size), weight(gates, out)]
+            weights += [weight(gates, self.input_size), weight(gates) if form.diagonal else weight(gates, out)]
             weights += [weight(gates), weight(gates)] if self.bias else []
             weights += [weight(out, self.hidden_size)] if self.proj_size else []
             if self.layer_norm:
@@ -108,7 +125,7 @@ class Sample:
                 reset |= torch.arange(self.steps).unsqueeze(1) >= lengths
             reset = reset.to(device)
         h0 = random(self.directions, self.batch, out)
-        c0 = random(self.directions, self.batch, self.hidden_size) if self.cell == "lstm" else None
+        c0 = random(self.directions, self.batch, self.hidden_size) if form.states == 2 else None
         options: dict[str, Any] = {
             "batch_sizes": batch_sizes,
             "lengths": lengths.to(device) if self.form == "lengths" else None,

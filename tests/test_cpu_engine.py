@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
+from sample_inputs import KINKED_CELLS
 from torch import Tensor
 
 import rnnfast
 from rnnfast import _extension, ops, reference
 
-GATES = {cell: form.gates for cell, form in reference.CELLS.items()}
 SETS = _extension.extension.instruction_sets() if _extension.extension else []
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,10 +35,11 @@ def instruction_set(request: pytest.FixtureRequest):
 
 def arguments(cell: str, steps: int, batch: int, inputs: int, hidden: int, outputs: int, dtype: torch.dtype):
     """[input, h0, c0 or None, *weights] of two directions, rounded to dtype, with weights of a trained size."""
-    gates = GATES[cell] * hidden
-    shapes = [(steps, batch, inputs), (2, batch, outputs), (2, batch, hidden) if cell == "lstm" else None]
+    form = reference.CELLS[cell]
+    gates = form.gates * hidden
+    shapes = [(steps, batch, inputs), (2, batch, outputs), (2, batch, hidden) if form.states == 2 else None]
     for _ in range(2):
-        shapes += [(gates, inputs), (gates, outputs), (gates,), (gates,)]
+        shapes += [(gates, inputs), (gates,) if form.diagonal else (gates, outputs), (gates,), (gates,)]
         shapes += [(outputs, hidden)] if outputs != hidden else []
     scale = max(hidden, inputs) ** -0.5
     states = (1.0, 1.0, 1.0)
@@ -74,10 +75,11 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 3, 17, 50, 130])
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", reference.CELLS)
 def test_every_instruction_set(cell: str, hidden: int, dtype: torch.dtype, instruction_set: str) -> None:
-    if cell in ("rnn_relu", "rnn_leaky_relu") and dtype in (torch.bfloat16, torch.float16):
-        cell = "rnn_tanh"  # where rounding moves a unit across relu's corner, gradients differ by right
+    if cell in KINKED_CELLS and dtype in (torch.bfloat16, torch.float16):
+        # Where rounding moves a unit across the corner, gradients differ by right.
+        cell = f"{cell.partition('_')[0]}_tanh"
     inputs = {1: 1, 3: 5, 17: 33, 50: 7, 130: 64}[hidden]
     # One row, less than a tile, more than a tile; of the small layers many rows, for an error that is no accident.
     batches = ((1, 2), (3, 1), (19 if hidden > 3 else 301, 2))

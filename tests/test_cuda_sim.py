@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_sim import build, driver, instrument
-from sample_inputs import CELLS, PERSISTENT_CELLS, SAMPLES, Sample, tensors_of
+from sample_inputs import CELLS, KINKED_CELLS, PERSISTENT_CELLS, SAMPLES, TWO_STATES, Sample, tensors_of
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
@@ -138,7 +138,7 @@ class Problem:
 
     def differentiable(self, output: Tensor) -> bool:
         """The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount."""
-        return self.arguments[0] not in ("rnn_relu", "rnn_leaky_relu") or torch.equal(output > 0, self.results[0] > 0)
+        return self.arguments[0] not in KINKED_CELLS or torch.equal(output > 0, self.results[0] > 0)
 
 
 def compare(
@@ -207,7 +207,7 @@ def test_kernels_have_no_races_and_read_no_garbage(
 
 def noises(cell: str) -> list[tuple[float, float, float]]:
     """Recurrent dropout alone, zoneout alone, both."""
-    zoneout_c = 0.4 if cell == "lstm" else 0.0
+    zoneout_c = 0.4 if cell in TWO_STATES else 0.0
     return [(0.3, 0.0, 0.0), (0.0, 0.4, zoneout_c), (0.5, 0.2, zoneout_c)]
 
 

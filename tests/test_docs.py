@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,16 @@ def test_from_scratch_prints_and_draws_what_it_shows(
     assert [path.name for path in tmp_path.iterdir()] == [picture]
 
 
-def test_cpp_that_is_shown_is_in_the_sources() -> None:
-    """A header as a whole, or lines of one."""
+@pytest.mark.parametrize(
+    ("language", "files", "count"), [("cpp", ["csrc/cell/*.h", "examples/*.h"], 3), ("py", ["rnnfast/*.py"], 1)]
+)
+def test_code_that_is_shown_is_in_the_sources(language: str, files: list[str], count: int) -> None:
+    """A file as a whole, or lines of one."""
     page = (ROOT / "docs/ADDING_A_CELL.md").read_text()
-    sources = [path.read_text() for folder in ("csrc", "examples") for path in (ROOT / folder).rglob("*.h")]
-    blocks = re.findall(r"^ *```cpp\n(.*?)^ *```$", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    sources = [path.read_text() for pattern in files for path in ROOT.glob(pattern)]
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == count
+    for block in map(textwrap.dedent, blocks):
         assert any(block.strip() in source for source in sources), block
 
 

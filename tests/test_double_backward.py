@@ -91,8 +91,9 @@ def test_arguments_that_depend_on_each_other(cell: str, device: str) -> None:
 
     def second(run: Callable[..., Any]) -> tuple[Tensor, ...]:
         arguments, options = sample.arguments(device=device, grad=True)
-        _, input, h0, c0, (w, _, *biases) = arguments
-        result = run(cell, input @ w[:5], h0, None if c0 is None else h0, [w, w, *biases], **options)[0]
+        _, input, h0, c0, (w, w_hh, *biases) = arguments
+        both = [w, w if w_hh.dim() == 2 else w[:, 0], *biases]
+        result = run(cell, input @ w[:5], h0, None if c0 is None else h0, both, **options)[0]
         (gradient,) = torch.autograd.grad(result.square().sum(), w, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), [input, h0, w, *biases])
 
@@ -112,8 +113,8 @@ def test_second_derivative_of_the_outer_gradient_alone(cell: str, device: str) -
 
     def along(step: Tensor) -> Tensor:
         moved = [a.detach() + step * b for a, b in zip(tensors_of(arguments), direction, strict=True)]
-        states = 3 if cell == "lstm" else 2
-        c0 = moved[2] if cell == "lstm" else None
+        states = 1 + reference.CELLS[cell].states
+        c0 = moved[2] if states == 3 else None
         return reference.layer(cell, moved[0], moved[1], c0, moved[states:], **options)[0]
 
     zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -37,7 +37,7 @@ each_form = pytest.mark.parametrize("sample", FORMS, ids=lambda sample: sample.n
 def as_function(sample: Sample, device: str, backend: str) -> tuple[Any, list[Tensor]]:
     """The layer as a function of its floating tensors alone, and these."""
     arguments, options = sample.arguments(device=device, grad=True)
-    states = 2 if sample.cell == "lstm" else 1
+    states = sample.states
 
     def call(input: Tensor, *rest: Tensor) -> list[Tensor]:
         h0, c0 = rest[0], rest[1] if states == 2 else None
@@ -51,7 +51,7 @@ def as_function(sample: Sample, device: str, backend: str) -> tuple[Any, list[Te
 @each_backend
 def test_gradcheck(sample: Sample, device: str, backend: str) -> None:
     call, tensors = as_function(sample, device, backend)
-    assert len(call(*tensors)) == (4 if sample.cell == "lstm" else 2)
+    assert len(call(*tensors)) == 2 * sample.states
     assert torch.autograd.gradcheck(call, tensors)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_inputs import Sample, each_backend, each_cell, each_layer, each_sample, flatten, tensors_of
+from sample_inputs import TWO_STATES, Sample, each_backend, each_cell, each_layer, each_sample, flatten, tensors_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -31,7 +31,7 @@ needs_operators = pytest.mark.skipif(ops.extension is None, reason="the extensio
 
 
 def noises(cell: str) -> list[tuple[float, float, float]]:
-    zoneout_c = 0.2 if cell == "lstm" else 0.0
+    zoneout_c = 0.2 if cell in TWO_STATES else 0.0
     return [(0.3, 0.0, 0.0), (0.0, 0.4, zoneout_c), (0.5, 0.2, zoneout_c)]
 
 
@@ -106,7 +106,7 @@ def loop(
     outputs = []
     for t in range(len(x)):
         masked = h if masks.dropout is None else h * masks.dropout
-        i, g = x[t] @ w_ih.T + b_ih, masked @ w_hh.T + b_hh
+        i, g = x[t] @ w_ih.T + b_ih, (masked * w_hh if w_hh.dim() == 1 else masked @ w_hh.T) + b_hh
         new_c = None
         if cell == "lstm":
             assert c is not None
@@ -121,10 +121,12 @@ def loop(
             (ir, iz, inew), (hr, hz, hnew) = i.chunk(3, 1), g.chunk(3, 1)
             z = (iz + hz).sigmoid()
             new_h = (1 - z) * (inew + (ir + hr).sigmoid() * hnew).tanh() + z * h
-        else:
+        elif cell.startswith("rnn_"):
             named = cell.removeprefix("rnn_")
             nonlinearity = torch.clone if named == "identity" else getattr(nn.functional, named)
             new_h = nonlinearity(i + g)
+        else:
+            new_h, *_ = reference.CELLS[cell].step(i, g, h)
         if w_hr:
             new_h = new_h @ w_hr[0].T
         h = new_h if masks.keep_h is None else torch.where(masks.keep_h[t] == 1, h, new_h)

@@ -142,7 +142,7 @@ def test_an_expanded_gradient(cell: str, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("sample", "index"),
-    [(sample, index) for sample in FORMS for index in ((1, 2, 3) if sample.cell == "lstm" else (1,))],
+    [(sample, index) for sample in FORMS for index in ((1, 2, 3) if sample.states == 2 else (1,))],
     ids=lambda value: value.name if isinstance(value, Sample) else f"result {value}",
 )
 def test_gradient_of_one_result_alone(sample: Sample, index: int, device: str) -> None:
@@ -204,7 +204,7 @@ def test_inference_keeps_nothing(sample: Sample, device: str) -> None:
 def test_recompute_keeps_no_gates(sample: Sample, device: str) -> None:
     arguments, options = sample.arguments(device=device)
     *_, c, saved = operator(sample.cell)(*positional(arguments, options), 1)
-    assert (c.numel() > 0) == (sample.cell == "lstm")
+    assert (c.numel() > 0) == (sample.states == 2)
     assert saved.numel() == 0
 
 
@@ -221,7 +221,7 @@ def test_what_a_gradient_needs_is_kept_unasked(cell: str, device: str) -> None:
 def test_output_mask(sample: Sample, save: int) -> None:
     arguments = backward_arguments(sample, save)
     everything = operator(f"{sample.cell}_backward")(*arguments, [True] * 4)
-    states = 3 if sample.cell == "lstm" else 2
+    states = 1 + sample.states
     for index in range(4):
         mask = [i == index for i in range(4)]
         some = operator(f"{sample.cell}_backward")(*arguments, mask)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_inputs import flatten
+from sample_inputs import TWO_STATES, flatten
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -22,6 +22,8 @@ from rnnfast import ops, reference
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no operators")
 
+# A cell is called as its class is, with the nonlinearity behind.
+CLASSES = {name.lower(): getattr(rnnfast, name) for name in rnnfast.__all__}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,7 +97,7 @@ class Configuration:
             instruction_set=random.choice(ops.extension.instruction_sets()),
             recurrent_dropout=random.choice([0.0, 0.0, 0.0, 0.2, 0.5]),
             zoneout_h=random.choice([0.0, 0.0, 0.0, 0.1, 0.5]),
-            zoneout_c=random.choice([0.0, 0.1, 0.5]) if cell == "lstm" and coin() else 0.0,
+            zoneout_c=random.choice([0.0, 0.1, 0.5]) if cell in TWO_STATES and coin() else 0.0,
             training=random.random() < 0.8,
             layer_norm=random.random() < 0.25,
         )
@@ -151,11 +153,12 @@ class Values:
             options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
         if c.layer_norm and device == "cpu" and reference.CELLS[c.cell].layer_norm:
             options["layer_norm"] = True
-        if c.cell.startswith("rnn"):
-            options["nonlinearity"] = c.cell.removeprefix("rnn_")
-        if c.cell.startswith("gru"):
+        name, _, nonlinearity = c.cell.partition("_")
+        if name == "gru":
             options["reset_after"] = c.cell == "gru"
-        module: nn.Module = getattr(rnnfast, c.cell.split("_")[0].upper())(
+        elif nonlinearity:
+            options["nonlinearity"] = nonlinearity
+        module: nn.Module = CLASSES[name](
             c.input_size,
             c.hidden_size,
             c.layers,
@@ -173,7 +176,7 @@ class Values:
 
     @property
     def leaves(self) -> list[Tensor]:
-        states = [self.h0, *([self.c0] if self.configuration.cell == "lstm" else [])]
+        states = [self.h0, *([self.c0] if self.configuration.cell in TWO_STATES else [])]
         return [self.input, *(states if self.configuration.hx else []), *self.module.parameters()]
 
 
@@ -203,7 +206,7 @@ def from_module(values: Values) -> list[Tensor]:
 
     hx = None
     if c.hx:
-        hx = (state(values.h0), state(values.c0)) if c.cell == "lstm" else state(values.h0)
+        hx = (state(values.h0), state(values.c0)) if c.cell in TWO_STATES else state(values.h0)
     output, final, *states = values.module(
         given(values.input),
         hx,
@@ -232,10 +235,10 @@ def from_reference(values: Values) -> list[Tensor]:
     for index, (layer_h0, layer_c0) in enumerate(zip(h0.chunk(c.layers), c0.chunk(c.layers), strict=True)):
         own = weights[index * each : (index + 1) * each]
         options["seed"] = seeds[index]
-        layers.append(reference.layer(c.cell, x, layer_h0, layer_c0 if c.cell == "lstm" else None, own, **options))
+        layers.append(reference.layer(c.cell, x, layer_h0, layer_c0 if c.cell in TWO_STATES else None, own, **options))
         x = layers[-1][0]
     every_h, h_n, c_n, every_c = (list(parts) for parts in zip(*layers, strict=True))
-    if c.cell != "lstm":
+    if c.cell not in TWO_STATES:
         return [x, torch.cat(h_n), *(every_h if c.return_states else [])]
     return [x, torch.cat(h_n), torch.cat(c_n), *(every_h + every_c if c.return_states else [])]
 

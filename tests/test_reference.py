@@ -28,7 +28,20 @@ TORCH_CELLS: dict[str, Callable[..., Tensor]] = {
     "rnn_sigmoid": lambda x, h, w, u, a=0, b=0: torch.sigmoid(x @ w.T + a + h @ u.T + b),
     "gru": torch.gru_cell,
     "gru_reset_before": gru_reset_before,
+    "indrnn_relu": lambda x, h, w, u, a=0, b=0: torch.relu(x @ w.T + a + h * u + b),
+    "indrnn_tanh": lambda x, h, w, u, a=0, b=0: torch.tanh(x @ w.T + a + h * u + b),
 }
+
+
+def own_step(cell: str) -> Callable[..., Tensor]:
+    """Of a cell that torch does not know: what is tested of it is the way of rows, directions and steps."""
+    form = reference.CELLS[cell]
+
+    def step(x: Tensor, h: Tensor, w: Tensor, u: Tensor, a: Tensor | int = 0, b: Tensor | int = 0) -> Tensor:
+        hgates = h.repeat(1, form.gates) * u if form.diagonal else h @ u.T
+        return form.step(x @ w.T + a, hgates + b, h)[0]
+
+    return step
 
 
 def by_definition(
@@ -74,7 +87,7 @@ def by_definition(
                     c = None if c is None else torch.zeros_like(c)
                 x = input[place(t, row)].unsqueeze(0)
                 if cell != "lstm":
-                    h = TORCH_CELLS[cell](x, h, *own)
+                    h = TORCH_CELLS.get(cell, own_step(cell))(x, h, *own)
                 elif w_hr is None:
                     h, c = torch.lstm_cell(x, (h, c), *own)
                 else:  # torch has no cell with a projection: one whose w_hh takes the unprojected h
@@ -194,7 +207,7 @@ def test_mixed_dtypes_are_refused() -> None:
 
 def test_another_cell_is_refused() -> None:
     x = torch.zeros(2, 1, 3)
-    with pytest.raises(ValueError, match=r"cell: expected one of rnn_tanh, .*gru_reset_before, got 'peephole'"):
+    with pytest.raises(ValueError, match=r"cell: expected one of rnn_tanh, .*gru, .*, got 'peephole'"):
         reference.layer("peephole", x, x[:1], None, [])
 
 

@@ -43,7 +43,7 @@ def as_function(run: Run, sample: Sample, device: str) -> tuple[Callable[..., Te
     arguments, options = sample.arguments(device=device)
     if run is ops.layer:
         options["save"] = 2  # without anything kept there is no c, which the loss reads
-    states = 3 if sample.cell == "lstm" else 2
+    states = 1 + sample.states
 
     def function(input: Tensor, h0: Tensor, *rest: Tensor) -> Tensor:
         c0, weights = (rest[0], rest[1:]) if states == 3 else (None, rest)

@@ -21,7 +21,9 @@
 #define RNNFAST_FOR_EACH_STEPWISE_CELL(X)                       \
   X(rnn_identity, ::rnnfast::ElmanCell<::rnnfast::Identity>)    \
   X(rnn_leaky_relu, ::rnnfast::ElmanCell<::rnnfast::LeakyRelu>) \
-  X(gru_reset_before, ::rnnfast::GruResetBeforeCell)
+  X(gru_reset_before, ::rnnfast::GruResetBeforeCell)            \
+  X(indrnn_relu, ::rnnfast::IndRnnCell<::rnnfast::Relu>)        \
+  X(indrnn_tanh, ::rnnfast::IndRnnCell<::rnnfast::Tanh>)
 
 #endif
 

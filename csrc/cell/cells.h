@@ -13,6 +13,7 @@ using OwnCell = RNNFAST_OWN_TYPE;
 #include "elman.h"
 #include "gru.h"
 #include "gru_reset_before.h"
+#include "indrnn.h"
 #include "lstm.h"
 #endif
 
@@ -45,6 +46,18 @@ inline constexpr int first_gates = find_first_gates<Cell>(nullptr);
 template <class Cell>
 inline constexpr bool has_two_products = first_gates<Cell> < Cell::kGates;
 
+// Whether a unit's gates see its own state alone, which a cell says by kDiagonal = true: w_hh is a vector then.
+template <class Cell>
+constexpr bool find_diagonal(decltype(&Cell::kDiagonal)) {
+  return Cell::kDiagonal;
+}
+template <class Cell>
+constexpr bool find_diagonal(...) {
+  return false;
+}
+template <class Cell>
+inline constexpr bool is_diagonal = find_diagonal<Cell>(nullptr);
+
 // Whether a layer of the cell can normalise its gates; with two states, whether backward is in two parts, between which
 // stands the normalised c. Cells from outside the package have it not: they compile while somebody waits.
 template <class Cell>
@@ -60,7 +73,7 @@ inline constexpr bool takes_layer_norm =
 #ifdef RNNFAST_OWN_CELL
     false;
 #else
-    !has_two_products<Cell> && (Cell::kStates == 1 || find_hidden_gradient<Cell>(nullptr));
+    !has_two_products<Cell> && !is_diagonal<Cell> && (Cell::kStates == 1 || find_hidden_gradient<Cell>(nullptr));
 #endif
 
 // What an engine-independent layer needs to know of a cell.
@@ -71,6 +84,7 @@ struct CellInfo {
   int states;        // 1: h; 2: h and c
   int saved;         // values per unit and step that backward wants, beside the states
   bool split_gates;  // grad_igates and grad_hgates differ
+  bool diagonal;     // w_hh is [G*H]
   bool tangent;      // has a tangent of its own
   bool persistent;   // has kernels of the persistent CUDA engines
   bool layer_norm;   // its gates can be normalised
@@ -78,19 +92,24 @@ struct CellInfo {
   bool two_products() const { return first_gates < gates; }
 };
 
+// Persistent kernels have matrix products only.
+#define RNNFAST_CHECK_PERSISTENT(name, Type) \
+  static_assert(!is_diagonal<Type>, #name " is diagonal: it belongs to the list of stepwise cells");
+RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_CHECK_PERSISTENT)
+#undef RNNFAST_CHECK_PERSISTENT
+
+#define RNNFAST_CHECK_CELL(name, Type) \
+  static_assert(!is_diagonal<Type> || !has_two_products<Type>, #name " has kDiagonal and kFirstGates");
+RNNFAST_FOR_EACH_CELL(RNNFAST_CHECK_CELL)
+#undef RNNFAST_CHECK_CELL
+
 inline CellInfo cell_info(CellKind kind) {
   switch (kind) {
-#define RNNFAST_CELL_INFO(name, Type, persistent) \
-  case CellKind::name:                            \
-    return {#name,                                \
-            Type::kGates,                         \
-            first_gates<Type>,                    \
-            Type::kStates,                        \
-            Type::kSaved,                         \
-            Type::kSplitGates,                    \
-            has_tangent<Type>,                    \
-            persistent,                           \
-            takes_layer_norm<Type>};
+#define RNNFAST_CELL_INFO(name, Type, persistent)                                      \
+  case CellKind::name:                                                                 \
+    return {#name,        Type::kGates,          first_gates<Type>, Type::kStates,     \
+            Type::kSaved, Type::kSplitGates,     is_diagonal<Type>, has_tangent<Type>, \
+            persistent,   takes_layer_norm<Type>};
 #define RNNFAST_PERSISTENT_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, true)
 #define RNNFAST_STEPWISE_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, false)
     RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_PERSISTENT_INFO)
@@ -99,7 +118,7 @@ inline CellInfo cell_info(CellKind kind) {
 #undef RNNFAST_PERSISTENT_INFO
 #undef RNNFAST_CELL_INFO
   }
-  return {"", 0, 0, 0, 0, false, false, false, false};
+  return {"", 0, 0, 0, 0, false, false, false, false, false};
 }
 
 }  // namespace rnnfast

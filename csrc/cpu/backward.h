@@ -20,6 +20,9 @@ class Backward {
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
   static constexpr int kFirst = first_gates<Cell>;
+  static constexpr bool kDiagonal = is_diagonal<Cell>;
+  using HiddenColumns = std::conditional_t<kDiagonal, ColumnDiagonal<S>, ColumnMatrix<S>>;
+  using HiddenMatrix = std::conditional_t<kDiagonal, GateDiagonal<S>, GateMatrix<S>>;
   static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
   static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
 
@@ -96,14 +99,16 @@ class Backward {
 
  private:
   static Plan plan_of(const LayerBackward& l, int threads) {
-    return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
+    return make_plan(G, l.input_size, l.hidden_size, hidden_inputs(l), l.directions, l.sequence, size_of(l.dtype),
                      l.layer_norm, threads);
   }
   static int team_size(const LayerBackward& l, int threads) {
     const double cycles =
-        row_cycles(G, l.input_size, l.hidden_size, l.output_size) * double(l.sequence.rows) * l.directions;
+        row_cycles(G, l.input_size, l.hidden_size, hidden_inputs(l)) * double(l.sequence.rows) * l.directions;
     return cycles < 1e5 ? 1 : threads;
   }
+  // States that a unit sees.
+  static int64_t hidden_inputs(const LayerBackward& l) { return kDiagonal ? 1 : l.output_size; }
   static bool projects(const LayerBackward& l) { return l.direction[0].weights.w_hr != nullptr; }
   static bool recomputes(const LayerBackward& l) { return saved_width(l) > 0 && !l.direction[0].saved; }
   static int64_t saved_width(const LayerBackward& l) { return (l.layer_norm ? 2 * G : Cell::kSaved) * l.hidden_size; }
@@ -159,7 +164,7 @@ class Backward {
     };
     for (int d = 0; d < l.directions; ++d) {
       Shared s{};
-      s.w_hh = columns(N, kFirst * H, P);
+      if (!kDiagonal) s.w_hh = columns(N, kFirst * H, P);
       s.grad_h = carver.take<Acc>(B * ld_acc(P));
       if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
       const DirectionBackward& direction = l.direction[d];
@@ -182,7 +187,7 @@ class Backward {
       if (l.grad_input.data) s.w_ih = columns(N, gates, I);
       if (l.direction[d].grad_w_hh) {
         s.sums_ih = sums(gates, I);
-        s.sums_hh = sums(gates, P);
+        s.sums_hh = kDiagonal ? carver.take<Acc>(DiagonalGradient<S>::sum_elements(G, H)) : sums(gates, P);
       }
       if (recomputes(l)) {
         const UnitBlocks blocks = gate_blocks(l), first = gate_blocks(l, kFirst), second = gate_blocks(l, G - kFirst);
@@ -190,7 +195,7 @@ class Backward {
           return GateMatrix<S>::in_place(N, k) ? nullptr : carver.take<Unit>(GateMatrix<S>::packed_units(of, k));
         };
         s.forward_ih = panels(blocks, I);
-        s.forward_hh = panels(first, P);
+        if (!kDiagonal) s.forward_hh = panels(first, P);
         s.bias_ih = carver.take<Acc>(blocks.columns());
         s.bias_hh = carver.take<Acc>(first.columns());
         if constexpr (has_two_products<Cell>) {
@@ -276,6 +281,7 @@ class Backward {
     if (sums_.wanted()) sums_.clear();
     m_.wait();
     for (int64_t s = s_.steps - 1; s >= 0;) {
+      if (kDiagonal && recomputes(l_)) m_.wait_step();  // the window may still be read
       const int64_t begin = recomputes(l_) ? recompute(s) : 0;
       for (; s >= begin; --s) varied() ? step<true>(s) : step<false>(s);
     }
@@ -488,7 +494,7 @@ class Backward {
     if constexpr (kNoise && takes_layer_norm<Cell>)
       for (int64_t i = 0; i < count && normalised; ++i) normalised_cell(t, rows_.begin + i, saved + i * saved_width());
     for (int64_t i = 0; i < count && !normalised; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
-    m_.wait_step();
+    if (!kDiagonal) m_.wait_step();  // else each thread reads its own units of the gates
     if constexpr (has_two_products<Cell>) {
       second_product<kNoise>(t, count, saved);
       m_.wait_step();
@@ -705,21 +711,26 @@ class Backward {
           own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
     }
     const int64_t first_end = kFirst * l.hidden_size;
-    WeightGradient<S>::run(
-        shared.hgates, ld_gates(l), m.begin, std::min(m.end, first_end), l.output_size, s.rows,
-        [&](int64_t first, int64_t count, const S** rows) {
-          for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-            rows[i] = self.previous_h(t, slot);
-            if (!shared.mask || !rows[i]) return;
-            S* masked = own.masked + i * l.output_size;
-            for (int64_t u = 0; u < l.output_size; u += kLanes) {
-              const int64_t n = l.output_size - u;
-              store(masked + u, load(rows[i] + u, n) * V::load(self.mask(slot) + u), n);
-            }
-            rows[i] = masked;
-          });
-        },
-        own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    const auto states = [&](int64_t first, int64_t count, const S** rows) {
+      for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) {
+        rows[i] = self.previous_h(t, slot);
+        if (!shared.mask || !rows[i]) return;
+        S* masked = own.masked + i * l.output_size;
+        for (int64_t u = 0; u < l.output_size; u += kLanes) {
+          const int64_t n = l.output_size - u;
+          store(masked + u, load(rows[i] + u, n) * V::load(self.mask(slot) + u), n);
+        }
+        rows[i] = masked;
+      });
+    };
+    if constexpr (kDiagonal) {
+      const Share vectors(divide_up(l.hidden_size, kLanes), rank, size);
+      DiagonalGradient<S>::run(shared.hgates, ld_gates(l), vectors.begin, vectors.end, G, l.hidden_size, s.rows, states,
+                               shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    } else {
+      WeightGradient<S>::run(shared.hgates, ld_gates(l), m.begin, std::min(m.end, first_end), l.output_size, s.rows,
+                             states, own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
+    }
     if constexpr (has_two_products<Cell>) {
       WeightGradient<S>::run(
           shared.hgates, ld_gates(l), std::max(m.begin, first_end), m.end, l.output_size, s.rows,
@@ -756,11 +767,14 @@ class Backward {
   const Shared& shared_;
   const Own& own_;
   const UnitBlocks outputs_, hidden_;
-  const ColumnMatrix<S> w_hh_, w_second_, w_hr_;
-  const GateMatrix<S> w_ih_again_, w_hh_again_, w_second_again_;  // for recomputing
-  const S* const saved_;                                          // [N, S*H] what forward kept; null: recompute
-  S* const window_;                                               // what was recomputed last
-  int64_t window_end_ = 0;                                        // how much of it the loop has still to read, in rows
+  const HiddenColumns w_hh_;
+  const ColumnMatrix<S> w_second_, w_hr_;
+  const GateMatrix<S> w_ih_again_;  // for recomputing
+  const HiddenMatrix w_hh_again_;
+  const GateMatrix<S> w_second_again_;
+  const S* const saved_;    // [N, S*H] what forward kept; null: recompute
+  S* const window_;         // what was recomputed last
+  int64_t window_end_ = 0;  // how much of it the loop has still to read, in rows
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
   Zoneout<Acc> keep_h_, keep_c_;

@@ -1,5 +1,5 @@
-// Owns: the engine of one instruction set: everything in simd.h, product.h, layer.h, noise.h, norm.h, forward.h,
-// backward.h, norm_layer.h and tangent.h, compiled for it, and the choice of cell and dtype.
+// Owns: the engine of one instruction set: everything in simd.h, product.h, diagonal.h, layer.h, noise.h, norm.h,
+// forward.h, backward.h, norm_layer.h and tangent.h, compiled for it, and the choice of cell and dtype.
 //
 // Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
 // defined.
@@ -14,6 +14,8 @@
 #include "simd.h"
 //
 #include "product.h"
+//
+#include "diagonal.h"
 //
 #include "layer.h"
 //

@@ -4,7 +4,8 @@
 // For each direction: a block of steps is projected at once (igates = x W_ih^T + b_ih for as many rows as stay in the
 // second-level cache), then the steps run one by one. A step is, per block of hidden units and chunk of rows, one
 // register tile (hgates = h W_hh^T + b_hh) and the cell on its result while that lies in the first-level cache. A cell
-// with two products goes through the blocks twice: the second time its operand is what the first gates left.
+// with two products goes through the blocks twice: the second time its operand is what the first gates left. Of a
+// diagonal cell the product is elementwise, and threads that divide the units meet at the ends alone.
 //
 // Included once per instruction set, after layer.h.
 
@@ -21,6 +22,8 @@ class Forward {
   static constexpr int G = Cell::kGates;
   static constexpr int kFirst = first_gates<Cell>;
   static constexpr int kAbreast = 2;  // rows that go through the cell side by side
+  static constexpr bool kDiagonal = is_diagonal<Cell>;
+  using HiddenMatrix = std::conditional_t<kDiagonal, GateDiagonal<S>, GateMatrix<S>>;
 
   // What the threads of one direction share.
   struct Shared {
@@ -95,8 +98,8 @@ class Forward {
 
  private:
   static Plan plan_of(const LayerForward& l, int threads) {
-    return make_plan(G, l.input_size, l.hidden_size, l.output_size, l.directions, l.sequence, size_of(l.dtype),
-                     l.layer_norm, threads);
+    return make_plan(G, l.input_size, l.hidden_size, kDiagonal ? 1 : l.output_size, l.directions, l.sequence,
+                     size_of(l.dtype), l.layer_norm, threads);
   }
   static Member widest_member(const LayerForward& l, const Plan& plan) {
     const bool split = l.directions == 2 && plan.threads > 1;
@@ -139,7 +142,7 @@ class Forward {
     };
     Shared s{};
     s.w_ih = weights(hidden, l.input_size);
-    s.w_hh = weights(hidden_blocks(l, m, kFirst), l.output_size);
+    if (!kDiagonal) s.w_hh = weights(hidden_blocks(l, m, kFirst), l.output_size);
     s.bias_ih = carver.take<Acc>(hidden.columns());
     s.bias_hh = carver.take<Acc>(hidden.columns());
     if constexpr (has_two_products<Cell>) {
@@ -349,6 +352,7 @@ class Forward {
         for (; r < n; ++r) cell<kNoise, 1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
       });
     }
+    if (kDiagonal) return;  // nobody reads another thread's units
     m_.wait_step();
     if (!shared_.hidden) return;
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
@@ -573,7 +577,9 @@ class Forward {
   const Sequence& s_;
   const UnitBlocks hidden_, output_;
   const Shared shared_;
-  const GateMatrix<S> w_ih_, w_hh_, w_second_, w_hr_;
+  const GateMatrix<S> w_ih_;
+  const HiddenMatrix w_hh_;
+  const GateMatrix<S> w_second_, w_hr_;
   Own own_{};
   const Share rows_, blocks_, output_share_;
   const int64_t ld_h_, ld_c_, ld_hidden_, ld_gates_;

@@ -19,6 +19,8 @@ class Tangent {
   using W = Dual<V>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
+  using HiddenMatrix = std::conditional_t<is_diagonal<Cell>, GateDiagonal<S>, GateMatrix<S>>;
+  using HiddenColumns = std::conditional_t<is_diagonal<Cell>, ColumnDiagonal<S>, ColumnMatrix<S>>;
 
   struct Shared {
     S* gate_panels;    // forward: W_hh as a GateMatrix
@@ -59,8 +61,9 @@ class Tangent {
   }
 
   static Plan plan_of(const LayerTangent& l, int threads) {
-    return make_plan(G, l.hidden_size, l.hidden_size, l.hidden_size, l.directions, l.sequence, sizeof(S),
-                     /*whole_rows=*/false, threads);
+    const int64_t inputs = is_diagonal<Cell> ? 1 : l.hidden_size;
+    return make_plan(G, inputs, l.hidden_size, inputs, l.directions, l.sequence, sizeof(S), /*whole_rows=*/false,
+                     threads);
   }
   static Member widest_member(const LayerTangent& l, const Plan& plan) {
     const bool split = l.directions == 2 && plan.threads > 1;
@@ -81,10 +84,10 @@ class Tangent {
     const UnitBlocks gates = gate_blocks(l, m);
     const int64_t H = l.hidden_size, B = l.sequence.batch;
     Shared s{};
-    s.gate_panels = carver.take<S>(GateMatrix<S>::packed_units(gates, H));
+    s.gate_panels = carver.take<S>(HiddenMatrix::packed_units(gates, H));
     s.bias = carver.take<S>(gates.columns());
-    s.column_panels = carver.take<S>(ColumnMatrix<S>::packed_units(column_blocks(l, m), G * H));
-    s.t_panels = carver.take<S>(ColumnMatrix<S>::packed_units(column_blocks(l, m), G * H));
+    s.column_panels = carver.take<S>(HiddenColumns::packed_units(column_blocks(l, m), G * H));
+    s.t_panels = carver.take<S>(HiddenColumns::packed_units(column_blocks(l, m), G * H));
     s.zeros = carver.take<S>(H);
     s.grad_h = carver.take<S>(B * 2 * ld(l));
     s.grad_c = carver.take<S>(B * 2 * ld(l));
@@ -123,8 +126,8 @@ class Tangent {
 
   // ------------------------------------------------------------------------------------------------- forward
   void forward() const {
-    const GateMatrix<S> w_hh(gates_, static_cast<const S*>(d_.w_hh.value), nullptr, H_, shared_.gate_panels,
-                             shared_.bias);
+    const HiddenMatrix w_hh(gates_, static_cast<const S*>(d_.w_hh.value), nullptr, H_, shared_.gate_panels,
+                            shared_.bias);
     const Share all(gates_.count(), m_.rank, m_.size);
     for (int64_t b = all.begin; b < all.end; ++b) w_hh.prepare(b);
     if (m_.rank == 0) memset(shared_.zeros, 0, H_ * sizeof(S));
@@ -217,8 +220,8 @@ class Tangent {
 
   // ------------------------------------------------------------------------------------------------- backward
   void backward() const {
-    const ColumnMatrix<S> w_hh(columns_, static_cast<const S*>(d_.w_hh.value), G * H_, shared_.column_panels);
-    const ColumnMatrix<S> t_w_hh(columns_, static_cast<const S*>(d_.w_hh.tangent), G * H_, shared_.t_panels);
+    const HiddenColumns w_hh(columns_, static_cast<const S*>(d_.w_hh.value), G * H_, shared_.column_panels);
+    const HiddenColumns t_w_hh(columns_, static_cast<const S*>(d_.w_hh.tangent), G * H_, shared_.t_panels);
     const Share all(columns_.count(), m_.rank, m_.size);
     for (int64_t b = all.begin; b < all.end; ++b) {
       w_hh.prepare(b);

@@ -63,7 +63,9 @@ struct Recomputed {
   DeviceSequence sequence;
   bool reverse = false;
   const scalar_t* igates = nullptr;            // compact [N, G*H]
-  const acc_type<scalar_t>* hgates = nullptr;  // [rows, G*H]
+  const acc_type<scalar_t>* hgates = nullptr;  // [rows, G*H]; of a diagonal cell the next two in its place
+  const scalar_t* h_prev = nullptr;            // [rows, H]
+  const scalar_t* w_hh = nullptr;              // [G*H]
   const scalar_t* b_hh = nullptr;              // [G*H] or null
   DeviceRows<scalar_t> h;                      // rows of H: cells with one state
   const scalar_t* h0 = nullptr;                // [B, H]
@@ -89,7 +91,11 @@ __global__ void __launch_bounds__(kThreads) recompute_kernel(const __grid_consta
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       igates[g] = to_acc(args.igates[(row * kGates + g) * H + unit]);
-      hgates[g] = args.hgates[(i * kGates + g) * H + unit];
+      if constexpr (is_diagonal<Cell>) {
+        hgates[g] = to_acc(args.w_hh[g * H + unit]) * to_acc(args.h_prev[i * H + unit]);
+      } else {
+        hgates[g] = args.hgates[(i * kGates + g) * H + unit];
+      }
       if (args.b_hh != nullptr) hgates[g] += to_acc(args.b_hh[g * H + unit]);
     }
     if constexpr (kStates == 1) {
@@ -154,8 +160,13 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   for (args.first_row = 0; args.first_row < layer.sequence.rows; args.first_row += chunk) {
     args.rows = std::min(chunk, layer.sequence.rows - args.first_row);
     const scalar_t* h_prev = static_cast<const scalar_t*>(products.h_prev) + args.first_row * P;
-    RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, args.rows, first_gates<Cell> * H, P, h_prev, P,
-                                                    d.weights.w_hh, P, true, hgates, GH, false}));
+    if constexpr (is_diagonal<Cell>) {
+      args.h_prev = h_prev;
+      args.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
+    } else {
+      RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, args.rows, first_gates<Cell> * H, P, h_prev, P,
+                                                      d.weights.w_hh, P, true, hgates, GH, false}));
+    }
     if constexpr (has_two_products<Cell>) {
       Gate<scalar_t> gate{H, {}};
       gate.direction[0] = {args.rows,
@@ -196,7 +207,7 @@ BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& 
   offsets_ = workspace.take<int64_t>(offsets_count(layer.sequence));
   if (!recomputes(layer)) return;
   chunk_ = recomputed_rows(layer);
-  hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
+  if (!info.diagonal) hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
   // Of a cell with two products the gradients of the gates are there before its gate is read.
   const bool in_place = saved_values(layer) == info.gates && !info.two_products();
   for (int k = 0; k < layer.directions && !in_place; ++k) {

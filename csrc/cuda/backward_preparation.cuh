@@ -2,7 +2,7 @@
 //
 //     h_prev = the state that every step's product read     the weight gradients want it, and persistent engines' cells
 //     saved  = cell's forward of igates, h_prev W_hh^T      where forward kept the states alone: a GEMM and a kernel
-//                                                           for every chunk of rows
+//                                                           for every chunk of rows; of a diagonal cell the kernel
 //
 // Must not know: equations (csrc/cell has them), loops over time.
 #pragma once
@@ -25,7 +25,7 @@ class BackwardPreparation {
  private:
   int64_t* offsets_ = nullptr;  // [T + 1]: packed
   int64_t chunk_ = 0;           // rows whose gates are recomputed at a time
-  void* hgates_ = nullptr;      // [chunk, G*H] in the accumulation type
+  void* hgates_ = nullptr;      // [chunk, G*H] in the accumulation type; null for a diagonal cell
   void* saved_[2] = {};         // compact [N, S*H], where they cannot lie in grad_igates
 };
 

@@ -7,7 +7,9 @@
 //     grad_h += m (grad_hgates W_hh)                                with recurrent dropout: a GEMM and a kernel
 //
 // Of a cell with two products a step, two_products.cuh stands between the kernel and the last GEMM. With layer
-// normalisation norm_backward_kernel (stepwise_norm.cuh) stands for backward_step_kernel.
+// normalisation norm_backward_kernel (stepwise_norm.cuh) stands for backward_step_kernel. Of a diagonal cell
+// backward_step_kernel does the last two as well, unit by unit.
+//
 // The workspace's grad_h and grad_c, in the accumulation type, carry the gradient of the state from a step to the one
 // before it. A reset between the two cuts grad_h where it is read, since the GEMM adds to every row.
 // Must not know: equations (csrc/cell has them), tensors.
@@ -19,7 +21,7 @@
 namespace rnnfast::cuda::stepwise {
 namespace {
 
-// Equations: Cell::backward.
+// Equations: Cell::backward. Of a diagonal cell also grad_h += m * (sum over gates of w_hh * grad_hgates).
 // Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows. It reads its saved
 // values before it writes gradients to the same place. Everything lies in global memory, each element
 // belongs to one thread, and there is nothing to synchronise: the stream orders the steps.
@@ -119,6 +121,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int g = 0; g < kGates; ++g) {
       store(grad_igates[g], d.grad_igates + gate(g));
       if (d.grad_hgates != nullptr) store(grad_hgates[g], d.grad_hgates + gate(g));
+    }
+    if constexpr (is_diagonal<Cell>) {
+      acc_t product[kWidth] = {};
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        acc_t weight[kWidth];
+        load(d.w_hh + g * H + unit, weight);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) product[k] += weight[k] * rounded<scalar_t>(grad_hgates[g][k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        grad_previous[0][k] += noise.dropout ? noise.mask(d.reverse, row, unit + k) * product[k] : product[k];
     }
     if (d.grad_h != nullptr) store(grad_previous[0], d.grad_h + row * H + unit);
     if constexpr (kStates == 2) {
@@ -271,7 +286,7 @@ struct BackwardWorkspace {
       grad_h[k] = workspace.take<acc_t>(B * P);
       if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
-      if (layer.noise.recurrent_dropout > 0) product[k] = workspace.take<acc_t>(B * P);
+      if (layer.noise.recurrent_dropout > 0 && !info.diagonal) product[k] = workspace.take<acc_t>(B * P);
       if (info.two_products()) grad_gated[k] = workspace.take<acc_t>(B * H);
       if (!layer.layer_norm) continue;
       values[k] = workspace.take<acc_t>(B * backward_norm_values(info) * H);
@@ -288,8 +303,8 @@ bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
     for (const void* pointer :
-         {d.h0, d.c0, d.saved, static_cast<const void*>(d.grad_igates), static_cast<const void*>(d.grad_hgates),
-          static_cast<const void*>(products[k].hidden)}) {
+         {d.h0, d.c0, d.saved, is_diagonal<Cell> ? d.weights.w_hh : nullptr, static_cast<const void*>(d.grad_igates),
+          static_cast<const void*>(d.grad_hgates), static_cast<const void*>(products[k].hidden)}) {
       all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
     }
     for (const Rows& rows : {d.c, d.grad_c}) all = all && aligned<scalar_t>(rows, width);
@@ -355,6 +370,7 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
       s.step = at.step;
       s.reverse = d.reverse;
       s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
+      if (is_diagonal<Cell>) s.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
       s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
       s.grad_hgates =
           Cell::kSplitGates || layer.layer_norm ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
@@ -416,18 +432,20 @@ int run(LayerBackward layer, const BackwardProducts (&products)[2], const Contex
     if constexpr (has_two_products<Cell>) {
       RNNFAST_RETURN_IF_ERROR((second_product_backward<Cell, scalar_t>(layer, gate, workspace.grad_gated, context)));
     }
-    for (int k = 0; k < layer.directions; ++k) {
-      const BackwardDirection<scalar_t>& s = step.direction[k];
-      const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
-      acc_type<scalar_t>* product = workspace.product[k];
-      RNNFAST_RETURN_IF_ERROR(
-          multiply(context.gemm, {layer.dtype, s.rows, P, first, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
-                                  false, product != nullptr ? product : workspace.grad_h[k], P, product == nullptr}));
-      masked.direction[k] = {s.rows, s.reverse, product, workspace.grad_h[k]};
-    }
-    if (layer.noise.recurrent_dropout > 0) {
-      RNNFAST_RETURN_IF_ERROR(
-          launch(add_masked_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, masked));
+    if constexpr (!is_diagonal<Cell>) {
+      for (int k = 0; k < layer.directions; ++k) {
+        const BackwardDirection<scalar_t>& s = step.direction[k];
+        const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
+        acc_type<scalar_t>* product = workspace.product[k];
+        RNNFAST_RETURN_IF_ERROR(
+            multiply(context.gemm, {layer.dtype, s.rows, P, first, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
+                                    false, product != nullptr ? product : workspace.grad_h[k], P, product == nullptr}));
+        masked.direction[k] = {s.rows, s.reverse, product, workspace.grad_h[k]};
+      }
+      if (layer.noise.recurrent_dropout > 0) {
+        RNNFAST_RETURN_IF_ERROR(
+            launch(add_masked_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, masked));
+      }
     }
   }
   RNNFAST_RETURN_IF_ERROR(norm_sums.add(stream));

@@ -8,6 +8,8 @@
 // normalisation igates are W_ih x alone, and norm_forward_kernel (stepwise_norm.cuh) stands for forward_step_kernel.
 // The kernel that has h applies zoneout to it; with recurrent dropout it also leaves m h for the next step's GEMM.
 // h_n and the workspace's c hold the running states, so that a row that has ended, or not begun, keeps its own.
+// Of a diagonal cell there is no GEMM: the first kernel multiplies w_hh with h, or with m h, unit by unit.
+//
 // Must not know: equations (csrc/cell has them), tensors.
 #include "stepwise_norm.cuh"
 #include "stepwise_step.cuh"
@@ -16,12 +18,15 @@
 namespace rnnfast::cuda::stepwise {
 namespace {
 
-// Equations: Cell::forward, on hgates + b_hh; behind a reset h W_hh^T, h and c are zero.
+// Equations: Cell::forward, on hgates + b_hh; behind a reset h W_hh^T, h and c are zero. Of a diagonal cell hgates are
+// w_hh * h.
 // Mapping: a thread computes kWidth units of a row, all gates of each, and goes on to further rows; the bias stays in
 // registers. Everything lies in global memory, each element belongs to one thread, and there is nothing to synchronise:
 // the stream orders the steps.
+// The 1 in the launch bounds keeps ptxas from spilling registers for the sake of more blocks an SM; 0 leaves it alone.
 template <class Cell, class scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_constant__ ForwardStep<scalar_t> args) {
+__global__ void __launch_bounds__(kThreads, is_diagonal<Cell> ? 1 : 0)
+    forward_step_kernel(const __grid_constant__ ForwardStep<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   const ForwardDirection<scalar_t>& d = args.direction[blockIdx.z];
@@ -44,12 +49,19 @@ __global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_con
     }
     const bool cut = d.entered.cuts(args.lengths, row);
 
-    acc_t igates[kGates][kWidth], hgates[kGates][kWidth];
+    acc_t igates[kGates][kWidth], hgates[kGates][kWidth], operand[kWidth];
+    if constexpr (is_diagonal<Cell>) load((d.masked != nullptr ? d.masked : d.h) + row * H + unit, operand);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       const int64_t at = (row * kGates + g) * H + unit;
       load(d.igates + at, igates[g]);
-      load(d.hgates + at, hgates[g]);
+      if constexpr (is_diagonal<Cell>) {
+        load(d.w_hh + g * H + unit, hgates[g]);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) hgates[g][k] *= operand[k];
+      } else {
+        load(d.hgates + at, hgates[g]);
+      }
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) hgates[g][k] = (cut ? acc_t(0) : hgates[g][k]) + bias[g][k];
     }
@@ -201,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) initial_states_kernel(const __grid_c
 template <class scalar_t>
 struct ForwardWorkspace {
   using acc_t = acc_type<scalar_t>;
-  acc_t* hgates[2] = {};     // [B, G*H]
+  acc_t* hgates[2] = {};     // [B, G*H]: null for a diagonal cell
   acc_t* c[2] = {};          // [B, H]: 16-bit cells with two states; the others run in c_n
   scalar_t* hidden[2] = {};  // [B, H]: with a projection
   acc_t* projected[2] = {};  // [B, P]: with a projection
@@ -215,7 +227,7 @@ struct ForwardWorkspace {
     const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
     Workspace workspace(base);
     for (int k = 0; k < layer.directions; ++k) {
-      hgates[k] = workspace.take<acc_t>(B * info.gates * H);
+      if (!info.diagonal) hgates[k] = workspace.take<acc_t>(B * info.gates * H);
       if (info.states == 2 && !std::is_same_v<acc_t, scalar_t>) c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) {
         hidden[k] = workspace.take<scalar_t>(B * H);
@@ -235,8 +247,9 @@ bool can_vectorise(const LayerForward& layer) {
   bool all = layer.hidden_size % width == 0;
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionForward& d = layer.direction[k];
-    for (const void* pointer : {d.weights.b_hh, static_cast<const void*>(d.igates), static_cast<const void*>(d.h_n),
-                                static_cast<const void*>(d.c_n), static_cast<const void*>(d.saved)}) {
+    for (const void* pointer :
+         {is_diagonal<Cell> ? d.weights.w_hh : nullptr, d.weights.b_hh, static_cast<const void*>(d.igates),
+          static_cast<const void*>(d.h_n), static_cast<const void*>(d.c_n), static_cast<const void*>(d.saved)}) {
       all = all && aligned<scalar_t>(pointer, layer.hidden_size, width);
     }
     all = all && (d.weights.w_hr != nullptr || aligned<scalar_t>(d.output, width)) && aligned<scalar_t>(d.c, width);
@@ -286,11 +299,14 @@ int run(const LayerForward& layer, const Context& context) {
       const Position at(sequence, d.reverse, index);
       const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
       most_rows = std::max(most_rows, rows);
-      const void* h = workspace.masked[k] != nullptr ? workspace.masked[k] : d.h_n;
-      RNNFAST_RETURN_IF_ERROR(multiply(
-          context.gemm, {layer.dtype, rows, first, P, h, P, d.weights.w_hh, P, true, workspace.hgates[k], GH, false}));
-
       ForwardDirection<scalar_t>& s = step.direction[k];
+      [[maybe_unused]] const void* h = workspace.masked[k] != nullptr ? workspace.masked[k] : d.h_n;
+      if constexpr (is_diagonal<Cell>) {
+        s.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
+      } else {
+        RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, rows, first, P, h, P, d.weights.w_hh, P, true,
+                                                        workspace.hgates[k], GH, false}));
+      }
       s.rows = rows;
       s.step = at.step;
       s.reverse = d.reverse;

@@ -12,7 +12,8 @@ struct ForwardDirection {
   int64_t rows = 0, step = 0;  // living rows (their slots are 0 .. rows - 1)
   bool reverse = false;
   const scalar_t* igates = nullptr;  // [rows, G*H]
-  const acc_t* hgates = nullptr;     // [rows, G*H]
+  const acc_t* hgates = nullptr;     // [rows, G*H]; null for a diagonal cell
+  const scalar_t* w_hh = nullptr;    // [G*H]: a diagonal cell's
   const scalar_t* b_hh = nullptr;    // [G*H] or null
   scalar_t* h = nullptr;             // [B, H], the running state; null with a projection
   scalar_t* masked = nullptr;        // [B, H], the same behind recurrent dropout; null with a projection or without it
@@ -41,6 +42,7 @@ struct BackwardDirection {
   int64_t rows = 0, step = 0;
   bool reverse = false;
   const scalar_t* saved = nullptr;   // [rows, S*H]; may be grad_igates
+  const scalar_t* w_hh = nullptr;    // [G*H]: a diagonal cell's
   Previous<scalar_t> h_prev;         // cells with one state
   const scalar_t* output = nullptr;  // rows of H; null with a projection
   int64_t output_stride = 0;

@@ -60,11 +60,14 @@ void read_weights(Geometry& g, const LayerArguments& a) {
                            : ", then norm_ih, norm_hh, norm_c and norm_bias_c");
   g.biases = each >= 4;
   g.projection = each % 2 == 1;
-  TORCH_CHECK(!g.projection || g.info.states == 2, "rnnfast.", g.info.name, ": weights has ", each,
-              " tensors a direction, but a projection is for cells with two states");
-  TORCH_CHECK(a.weights[0].dim() == 2 && a.weights[1].dim() == 2 && a.weights[0].size(0) % g.info.gates == 0,
+  TORCH_CHECK(!g.projection || (g.info.states == 2 && !g.info.diagonal), "rnnfast.", g.info.name, ": weights has ",
+              each, " tensors a direction, but a projection is for cells with two states",
+              g.info.diagonal ? " and a matrix w_hh" : "");
+  const char* columns = g.info.diagonal ? "" : ", P";
+  TORCH_CHECK(a.weights[0].dim() == 2 && a.weights[1].dim() == (g.info.diagonal ? 1 : 2) &&
+                  a.weights[0].size(0) % g.info.gates == 0,
               "rnnfast.", g.info.name, ": w_ih has shape ", a.weights[0].sizes(), " and w_hh ", a.weights[1].sizes(),
-              ", they take [", g.info.gates, "*H, I] and [", g.info.gates, "*H, P]");
+              ", they take [", g.info.gates, "*H, I] and [", g.info.gates, "*H", columns, "]");
   g.input_size = a.weights[0].size(1);
   g.hidden_size = a.weights[0].size(0) / g.info.gates;
   g.output_size = g.projection ? a.weights[1].size(1) : g.hidden_size;
@@ -81,7 +84,8 @@ void check_weights(const Geometry& g, const LayerArguments& a) {
   for (int64_t d = 0; d < g.directions; ++d) {
     const Tensor* w = &a.weights[d * g.weights_per_direction()];
     check("w_ih", w[0], {"[G*H, I]", {gates, g.input_size}});
-    check("w_hh", w[1], {"[G*H, P]", {gates, g.output_size}});
+    g.info.diagonal ? check("w_hh", w[1], {"[G*H]", {gates}})
+                    : check("w_hh", w[1], {"[G*H, P]", {gates, g.output_size}});
     if (g.biases) {
       check("b_ih", w[2], {"[G*H]", {gates}});
       check("b_hh", w[3], {"[G*H]", {gates}});

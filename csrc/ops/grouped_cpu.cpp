@@ -80,7 +80,8 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
       for (int64_t d = 0; d < g.directions; ++d) {
         const Tensor h_prev = previous_states(g, host.sequence(), tensors.output, layer.h0, d);
         grad_weights.push_back(grouped_product(igates[d], x, groups));
-        grad_weights.push_back(grouped_product(hgates[d], h_prev, groups));
+        grad_weights.push_back(g.info.diagonal ? grouped_sum(diagonal_product(g, h_prev, hgates[d]), groups)
+                                               : grouped_product(hgates[d], h_prev, groups));
         if (!g.biases) continue;
         grad_weights.push_back(grouped_sum(igates[d], groups));
         grad_weights.push_back(grouped_sum(hgates[d], groups));

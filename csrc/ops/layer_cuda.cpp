@@ -172,6 +172,22 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   return tensors.result();
 }
 
+// grad_w_hh [G*H] of a diagonal cell: the sum over rows of grad_hgates [N, G*H] times h_prev [N, H], in float32 for the
+// 16-bit types, some rows at a time.
+void sum_diagonal(const Tensor& grad_hgates, const Tensor& h_prev, const Tensor& grad_w_hh) {
+  constexpr int64_t kElements = int64_t{16} << 20;
+  const at::ScalarType acc = grad_w_hh.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t gates = grad_hgates.size(1) / h_prev.size(1);
+  const int64_t most = std::max<int64_t>(1, kElements / grad_hgates.size(1));
+  Tensor sum = at::zeros(grad_w_hh.sizes(), grad_w_hh.options().dtype(acc));
+  for (int64_t first = 0; first < grad_hgates.size(0); first += most) {
+    const int64_t rows = std::min(most, grad_hgates.size(0) - first);
+    const Tensor states = h_prev.narrow(0, first, rows).to(acc).repeat({1, gates});
+    sum.add_(states.mul_(grad_hgates.narrow(0, first, rows)).sum(0));
+  }
+  grad_w_hh.copy_(sum);
+}
+
 // The gradients that are sums over all rows: of the input and of the weights.
 void reduce_gradients(const Geometry& g, const LayerTensors& layer, const DeviceSequence& sequence,
                       const Tensor& h_prev, const Tensor& gated, const Tensor& grad_h, const Tensor& hidden,
@@ -196,7 +212,7 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Device
       Tensor grad = grads.w_hh.narrow(0, start, length);
       at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
     };
-    grad_w_hh(0, first, h_prev[d]);
+    g.info.diagonal ? sum_diagonal(grad_hgates, h_prev[d], grads.w_hh) : grad_w_hh(0, first, h_prev[d]);
     if (g.info.two_products()) grad_w_hh(first, others, gated[d]);
     if (g.biases && !g.layer_norm) {
       at::sum_out(grads.b_ih, grad_igates, 0);

@@ -62,4 +62,8 @@ Tensor previous_states(const Geometry& g, const Sequence& s, const Tensor& outpu
   return result;
 }
 
+Tensor diagonal_product(const Geometry& g, const Tensor& states, const Tensor& by) {
+  return states.repeat({1, g.info.gates}).mul_(by);
+}
+
 }  // namespace rnnfast::ops

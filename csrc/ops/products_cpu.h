@@ -21,4 +21,8 @@ Tensor rows_within_lengths(const Geometry& geometry, const OptionalTensor& lengt
 Tensor previous_states(const Geometry& geometry, const Sequence& sequence, const Tensor& output, const Tensor& h0,
                        int64_t d);
 
+// [N, G*H], for a diagonal cell: what every gate takes of its unit's state [N, H], times `by`: w_hh [G*H], or gradients
+// of gates [N, G*H], whose sum over rows is then that of w_hh.
+Tensor diagonal_product(const Geometry& geometry, const Tensor& states, const Tensor& by);
+
 }  // namespace rnnfast::ops

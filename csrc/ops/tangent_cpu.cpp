@@ -19,6 +19,8 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   sum.defined() ? sum.addmm_(a, b) : sum = at::mm(a, b);
 }
 
+void add_term(Tensor& sum, const Tensor& term) { sum.defined() ? sum.add_(term) : sum = term; }
+
 // A value with its tangent, which is undefined where it is zero.
 struct DualTensor {
   Tensor value, tangent;
@@ -100,7 +102,7 @@ class TangentLayer {
       add_product(igates, x_.tangent, w_ih.value.t());
       if (w_ih.tangent.defined()) add_product(igates, x_.value, w_ih.tangent.t());
       Tensor hgates = g_.info.split_gates ? Tensor() : igates;
-      if (w_hh.tangent.defined()) add_product(hgates, previous(output_.value, h0_.value, d), w_hh.tangent.t());
+      if (w_hh.tangent.defined()) add_hidden_product(hgates, previous(output_.value, h0_.value, d), w_hh.tangent);
       if (g_.biases && w_hh.tangent.defined()) {  // weights have tangents all together
         igates.add_(weight(d, 2).tangent);
         hgates.add_(weight(d, 3).tangent);
@@ -113,8 +115,12 @@ class TangentLayer {
       gates.push_back(hgates);
       if (g_.info.tangent) continue;
       for (const bool hidden : {false, true}) {
-        const Tensor from = hidden ? previous(output_.value, h0_.value, d) : x_.value;
-        const Tensor values = at::mm(from, weight(d, hidden).value.t());
+        Tensor values;
+        if (hidden) {
+          add_hidden_product(values, previous(output_.value, h0_.value, d), w_hh.value);
+        } else {
+          add_product(values, x_.value, w_ih.value.t());
+        }
         if (g_.biases) values.add_(weight(d, hidden ? 3 : 2).value);
         (hidden ? direction.hgates : direction.igates) = gate_rows(values);
         gates.push_back(values);
@@ -206,9 +212,16 @@ class TangentLayer {
     to[3] = g_.info.split_gates ? hgates.tangent.sum(0) : to[2].clone();
   }
 
+  // sum + what the gates take of states [N, P] by w_hh.
+  void add_hidden_product(Tensor& sum, const Tensor& states, const Tensor& w_hh) const {
+    if (!g_.info.diagonal) return add_product(sum, states, w_hh.t());
+    add_term(sum, diagonal_product(g_, states, w_hh));
+  }
+
   // sum + gates^T (the state that each step of direction d reads).
   void add_state_product(Tensor& sum, const Tensor& gates, const Tensor& states, const Tensor& first, int64_t d) const {
     const Sequence& s = params_.sequence;
+    if (g_.info.diagonal) return add_term(sum, diagonal_product(g_, previous(states, first, d), gates).sum(0));
     if (s.batch_sizes || s.reset) return add_product(sum, gates.t(), previous(states, first, d));
     // Of whole steps, the states of one are the states that its neighbour reads: no copy is needed.
     const int64_t later = g_.rows - g_.batch;

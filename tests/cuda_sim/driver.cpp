@@ -134,13 +134,14 @@ const Engine* engine = &kEngines[0];
 
 // ------------------------------------------------------------------------------------------------ sizes
 struct Sizes {
-  size_t element, B, H, P, GH, SH, N;  // in elements
+  size_t element, B, H, P, GH, SH, N, w_hh;  // in elements
   template <class Layer>
   explicit Sizes(const Layer& layer) {
     const CellInfo info = cell_info(layer.cell);
     element = size_of(layer.dtype);
     B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size, N = layer.sequence.rows;
     GH = info.gates * H, SH = (layer.layer_norm ? 2 * info.gates : info.saved) * H;
+    w_hh = info.diagonal ? GH : GH * P;
   }
 };
 
@@ -159,7 +160,7 @@ void move_sequence(DeviceTensors& tensors, Layer& layer) {
 
 template <class Direction>
 void move_weights(DeviceTensors& tensors, const Sizes& z, Direction& d) {
-  tensors.in(d.weights.w_hh, z.GH * z.P * z.element);
+  tensors.in(d.weights.w_hh, z.w_hh * z.element);
   tensors.in(d.weights.b_ih, z.GH * z.element);
   tensors.in(d.weights.b_hh, z.GH * z.element);
   tensors.in(d.weights.norm_ih, z.GH * z.element);

@@ -279,8 +279,8 @@ class Simulator:
             x = x.masked_fill(past.reshape(-1, 1), 0)
         for d in layer.directions:
             grad_input += (grad_igates[d] @ layer.weights_of(d)[0]).view_as(layer.input)
-            w_hh = [grad_hgates[d][:, :first].T @ h_prev[d], grad_hgates[d][:, first:].T @ gated[d]]
-            grad_weights += [grad_igates[d].T @ x, w_hh[0] if first == layer.gates_size else torch.cat(w_hh)]
+            grad_w_hh = layer.grad_w_hh(grad_hgates[d], h_prev[d], gated[d], first)
+            grad_weights += [grad_igates[d].T @ x, grad_w_hh]
             if layer.has_bias:
                 grad_weights += bias_grads[d] if layer.norms else [grad_igates[d].sum(0), grad_hgates[d].sum(0)]
             if layer.projects:
@@ -347,6 +347,14 @@ class Layer:
 
     def weights_of(self, direction: int) -> list[Tensor]:
         return self.weights[direction * self.per_direction : (direction + 1) * self.per_direction]
+
+    def grad_w_hh(self, grad_hgates: Tensor, h_prev: Tensor, gated: Tensor, first: int) -> Tensor:
+        """gated: what the gates from ``first`` on read in place of h_prev."""
+        if self.weights[1].dim() == 1:  # diagonal
+            terms = grad_hgates.double() * h_prev.double().repeat(1, self.gates_size // self.hidden_size)
+            return terms.sum(0).to(h_prev.dtype)
+        grad = grad_hgates[:, :first].T @ h_prev
+        return grad if first == self.gates_size else torch.cat([grad, grad_hgates[:, first:].T @ gated])
 
     def empty(self, *shape: int) -> Tensor:
         """Filled with what no result should hold."""

@@ -71,7 +71,6 @@ def layer(
         RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without; a
             tensor of another dtype than the input; lengths outside [0, T] (on the CPU; elsewhere they are clamped, for
             a check would wait for the device).
-        NotImplementedError: layer_norm on CUDA.
     """
     if backend is None:
         backend = _choice.backend

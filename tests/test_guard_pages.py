@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from sample_inputs import Sample
 from torch import Tensor
 
-from rnnfast import ops
+from rnnfast import ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,16 +72,20 @@ def guarded(tensor: Tensor | None, at_start: bool = False) -> Tensor | None:
     return copy
 
 
+NORMALISED = [replace(sample, layer_norm=True) for sample in SAMPLES if reference.CELLS[sample.cell].layer_norm]
+
+
 def run(sample: Sample, dtype: torch.dtype, save: int, place: Callable[[Any], Any]) -> list[Tensor]:
     """What forward and backward give, with every tensor they read where `place` puts it."""
     (cell, input, h0, c0, weights), options = sample.arguments(dtype)
     layer = [place(input), place(h0), place(c0), [place(weight) for weight in weights]]
     layer += [place(options[name]) for name in ("batch_sizes", "lengths", "reset")]
-    output, h_n, c_n, c, saved = getattr(torch.ops.rnnfast, cell)(*layer, save)
+    norm = {"layer_norm": sample.layer_norm}
+    output, h_n, c_n, c, saved = getattr(torch.ops.rnnfast, cell)(*layer, save, **norm)
     results = [output, h_n, c_n, c]
     grads = [place(torch.ones_like(result)) if result.numel() else None for result in results]
     backward = getattr(torch.ops.rnnfast, f"{cell}_backward")
-    *grad_inputs, grad_weights = backward(*grads, *layer, place(output), place(c), place(saved), [True] * 4)
+    *grad_inputs, grad_weights = backward(*grads, *layer, place(output), place(c), place(saved), [True] * 4, **norm)
     return [*results, *grad_inputs, *grad_weights]
 
 
@@ -90,7 +95,7 @@ def check_all() -> None:
     torch.set_num_threads(1)
     for instruction_set in ops.extension.instruction_sets():
         ops.extension.set_instruction_set(instruction_set)
-        for sample in SAMPLES:
+        for sample in [*SAMPLES, *NORMALISED]:
             for dtype in DTYPES:
                 # Printed first: the last line says what ended the process.
                 print(instruction_set, sample.name, dtype, flush=True)

@@ -151,7 +151,7 @@ class Values:
         options: dict[str, Any] = {"zoneout": c.zoneout_h}
         if c.cell == "lstm":
             options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
-        if c.layer_norm and device == "cpu" and reference.CELLS[c.cell].layer_norm:
+        if c.layer_norm and reference.CELLS[c.cell].layer_norm:
             options["layer_norm"] = True
         name, _, nonlinearity = c.cell.partition("_")
         if name == "gru":

@@ -58,9 +58,7 @@ class Backward {
     S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
     Acc *keep_h, *keep_c;   // of Zoneout
     S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
-    // With layer normalisation only.
-    Acc* values;  // [S+3, ld_h] of one row: what the cell kept, h' or c', and two gradients on the way to c
-    Acc* grads;   // [2, G, ld_h] gradients of the gates before the norms' weights
+    Acc* norms;             // [norm_rows, kNormVectors, ld_h] of NormRow; null without layer normalisation
   };
 
  public:
@@ -228,10 +226,7 @@ class Backward {
       o.keep_h = keep(l.noise.zoneout_h, P);
       o.keep_c = keep(l.noise.zoneout_c, H);
       if (l.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
-      if (l.layer_norm) {
-        o.values = carver.take<Acc>((Cell::kSaved + 3) * ld_acc(H));
-        o.grads = carver.take<Acc>(2 * G * ld_acc(H));
-      }
+      if (l.layer_norm) o.norms = carver.take<Acc>(norm_rows(l) * kNormVectors * ld_acc(H));
       if (own && r == rank) *own = o;
     }
   }
@@ -464,7 +459,24 @@ class Backward {
   bool varied() const { return shared_.mask || keep_h_.on() || keep_c_.on() || l_.layer_norm; }
 
   // norm_layer.h
-  void normalised_cell(int64_t t, int64_t slot, const S* products);
+  struct NormRow;
+  static constexpr int64_t kNormRows = 8;
+  static constexpr int kNormVectors = Cell::kSaved + 3 + 2 * G;  // of a row, with an element a unit
+  static int64_t norm_rows(const LayerBackward& l) {
+    const int64_t rows = (24 << 10) / (kNormVectors * ld_acc(l.hidden_size) * sizeof(Acc));  // the first-level cache
+    return std::max<int64_t>(1, std::min(kNormRows, rows));
+  }
+  const S* norm_weights(int half) const {
+    return static_cast<const S*>(half == 0 ? d_.weights.norm_ih : d_.weights.norm_hh);
+  }
+  const S* norm_bias(int half) const { return static_cast<const S*>(half == 0 ? d_.weights.b_ih : d_.weights.b_hh); }
+  void normalised_cells(int64_t t, int64_t count, const S* products);
+  NormRow norm_row(int64_t t, int64_t slot, const S* products, int64_t index) const;
+  V take_grad_h(const NormRow& row, int64_t u, int64_t n) const;
+  void forward_again(NormRow& row) const;
+  void back_to_c(NormRow& row);
+  void back_to_gates(NormRow& row);
+  void back_to_products(const NormRow& row) const;
   void add_norm_sums();
 
   int64_t saved_width() const { return saved_width(l_); }
@@ -492,7 +504,7 @@ class Backward {
     const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
     const bool normalised = kNoise && l_.layer_norm;
     if constexpr (kNoise && takes_layer_norm<Cell>)
-      for (int64_t i = 0; i < count && normalised; ++i) normalised_cell(t, rows_.begin + i, saved + i * saved_width());
+      if (normalised) normalised_cells(t, count, saved);
     for (int64_t i = 0; i < count && !normalised; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
     if (!kDiagonal) m_.wait_step();  // else each thread reads its own units of the gates
     if constexpr (has_two_products<Cell>) {

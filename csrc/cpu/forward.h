@@ -68,7 +68,7 @@ class Forward {
     Acc *keep_h, *keep_c;  // of Zoneout
     // With layer normalisation only.
     Acc* hgates;  // [norm_rows, ld_gates]
-    Acc* values;  // [kAbreast, S+1, ld_c]
+    Acc* values;  // [kTileRows, S+1, ld_c]
   };
 
  public:
@@ -179,7 +179,7 @@ class Forward {
     own.keep_c = keep(l.noise.zoneout_c, l.hidden_size);
     if (l.layer_norm) {
       own.hgates = carver.take<Acc>(norm_rows(l, m) * ld_gates(l, m));
-      if (Cell::kStates > 1) own.values = carver.take<Acc>(kAbreast * (Cell::kSaved + 1) * ld_acc(l.hidden_size));
+      if (Cell::kStates > 1) own.values = carver.take<Acc>(kTileRows * (Cell::kSaved + 1) * ld_acc(l.hidden_size));
     }
     return own;
   }
@@ -210,6 +210,7 @@ class Forward {
         ld_h_(ld_units(l_.output_size)),
         ld_c_(ld_acc(l_.hidden_size)),
         ld_hidden_(ld_units(l_.hidden_size)),
+        columns_(hidden_.columns()),
         ld_gates_(ld_gates(layer, member)) {
     for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
@@ -582,7 +583,7 @@ class Forward {
   const GateMatrix<S> w_second_, w_hr_;
   Own own_{};
   const Share rows_, blocks_, output_share_;
-  const int64_t ld_h_, ld_c_, ld_hidden_, ld_gates_;
+  const int64_t ld_h_, ld_c_, ld_hidden_, columns_, ld_gates_;
   Zoneout<Acc> keep_h_, keep_c_;
   bool varied_;
 };

@@ -14,11 +14,10 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 template <class Cell, class S>
 void Forward<Cell, S>::prepare_norms() const {
   const void* const vectors[4] = {d_.weights.norm_ih, d_.weights.b_ih, d_.weights.norm_hh, d_.weights.b_hh};
-  const int64_t columns = hidden_.columns();
   for (int i = 0; i < 4; ++i) {
     const S* from = static_cast<const S*>(vectors[i]);
     for_gates([&](int64_t gate, int64_t column, int64_t n) {
-      store(shared_.norms + i * columns + column, from ? load(from + gate, n) : V(Acc(0)), n);
+      store(shared_.norms + i * columns_ + column, from ? load(from + gate, n) : V(Acc(0)), n);
     });
   }
 }
@@ -38,11 +37,10 @@ void Forward<Cell, S>::for_gates(const F& f) const {
 // takes the product.
 template <class Cell, class S>
 void Forward<Cell, S>::normalise(Acc* row, int half, S* kept) const {
-  const int64_t columns = hidden_.columns();
   const Statistics<Acc> of = statistics(row, G * l_.hidden_size);  // only the last block's columns are padded
   if (kept) for_gates([&](int64_t gate, int64_t column, int64_t n) { store(kept + gate, V::load(row + column), n); });
-  const Acc *weights = shared_.norms + 2 * half * columns, *shifts = weights + columns;
-  for (int64_t e = 0; e < columns; e += kLanes)
+  const Acc *weights = shared_.norms + 2 * half * columns_, *shifts = weights + columns_;
+  for (int64_t e = 0; e < columns_; e += kLanes)
     (normalised(V::load(row + e), of.mean, of.scale) * V::load(weights + e) + V::load(shifts + e)).store(row + e);
 }
 
@@ -65,21 +63,24 @@ void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row) const
         for (int64_t r = 0; r < n; ++r) h[r] = reinterpret_cast<const Unit*>(rows[i + r].h);
         w_hh_.multiply(b, h, n, own_.hgates + i * ld_gates_ + hidden_.column(b), ld_gates_);
       });
-    for (int64_t i = 0; i < chunk; i += kAbreast) {
-      const int64_t n = std::min<int64_t>(kAbreast, chunk - i);
-      for (int64_t r = i; r < i + n; ++r) {
-        S* kept = std::exchange(rows[r].saved, nullptr);
-        normalise(own_.hgates + r * ld_gates_, 1, kept ? kept + G * l_.hidden_size : nullptr);
-        if (Cell::kStates > 1) rows[r].values = own_.values + (r - i) * (Cell::kSaved + 1) * ld_c_;
+    // What a row's sums and roots wait for, others fill: each part for several rows after each other.
+    for_chunks(0, chunk, kTileRows, [&](int64_t i, int64_t n) {
+      Acc* half = own_.hgates + i * ld_gates_;
+      for (int64_t r = 0; r < n; ++r) {
+        S* kept = std::exchange(rows[i + r].saved, nullptr);
+        normalise(half + r * ld_gates_, 1, kept ? kept + G * l_.hidden_size : nullptr);
+        if (Cell::kStates > 1) rows[i + r].values = own_.values + r * (Cell::kSaved + 1) * ld_c_;
       }
       for (int64_t b = 0; b < hidden_.count(); ++b) {
-        const Acc *ig = igates + i * ld_gates_ + hidden_.column(b),
-                  *hg = own_.hgates + i * ld_gates_ + hidden_.column(b);
-        n == kAbreast ? cell<true, kAbreast>(rows + i, b, ig, hg) : cell<true, 1>(rows + i, b, ig, hg);
+        const Acc *ig = igates + i * ld_gates_ + hidden_.column(b), *hg = half + hidden_.column(b);
+        int64_t r = 0;
+        for (; r + kAbreast <= n; r += kAbreast)
+          cell<true, kAbreast>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
+        for (; r < n; ++r) cell<true, 1>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
       }
       if constexpr (Cell::kStates > 1)
-        for (int64_t r = i; r < i + n; ++r) hidden_from_c(rows[r]);
-    }
+        for (int64_t r = 0; r < n; ++r) hidden_from_c(rows[i + r]);
+    });
   });
 }
 
@@ -105,136 +106,195 @@ void Forward<Cell, S>::hidden_from_c(const StepRow& row) const {
 }
 
 // ------------------------------------------------------------------------------------------------------ backward
-// One row of a step; products [2, G*H] are the two halves of its gates before they were normalised.
+// A row of a step, and what the parts of its way back hand on.
 template <class Cell, class S>
-void Backward<Cell, S>::normalised_cell(int64_t t, int64_t slot, const S* products) {
-  const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
-  const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
-  const S* prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
-  const S* prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
-  const S* grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
-  const S* grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
-  const Acc *keep_h = shared_.outputs ? nullptr : keep_h_.row(slot), *keep_c = keep_c_.row(slot);
-  const S* weights[2] = {static_cast<const S*>(d_.weights.norm_ih), static_cast<const S*>(d_.weights.norm_hh)};
-  const S* shifts[2] = {static_cast<const S*>(d_.weights.b_ih), static_cast<const S*>(d_.weights.b_hh)};
-  const Statistics<Acc> of[2] = {statistics(products, G * H), statistics(products + G * H, G * H)};
-  const auto normal = [&](int half, int g, int64_t u, int64_t n) {
+struct Backward<Cell, S>::NormRow {
+  const S* products;  // [2, G*H] the two halves of the gates before they were normalised
+  int64_t slot, at;   // its row in buffers of the batch, and in those of all steps
+  bool zero;
+  const S *prev_h, *prev_c, *grad_output, *grad_cell;
+  const Acc *keep_h, *keep_c;
+  Acc *values, *last;              // [S, ld_h] what the cell kept; [ld_h] h' or c'
+  Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
+  Acc* grads;                      // [2, G, ld_h] of the gates before the norms' weights
+  Statistics<Acc> of[2], of_c;
+  V means[2][2], means_c[2];  // of the gradient, and of its product with what is normalised
+
+  // The normalised product of gate g and a vector of units.
+  V normal(int half, int g, int64_t u, int64_t n, int64_t H) const {
     return normalised(load(products + (half * G + g) * H + u, n), of[half].mean, of[half].scale);
-  };
-  const auto units = [&](const auto& f) {
-    for (int64_t u = 0; u < H; u += kLanes) f(u, std::min<int64_t>(kLanes, H - u));
-  };
-  const auto load_values = [&](int64_t u, V* values) {
-    for (int k = 0; k < Cell::kSaved; ++k) values[k] = V::load(own_.values + k * ld_h_ + u);
-  };
-  const auto load_prev = [&](int64_t u, int64_t n, V* prev) {
+  }
+  V normal_c(int64_t u) const { return normalised(V::load(last + u), of_c.mean, of_c.scale); }
+  void load_values(int64_t u, int64_t ld, V* to) const {
+    for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
+  }
+  void load_prev(int64_t u, int64_t n, V* prev) const {
     prev[0] = prev_h ? load(prev_h + u, n) : V(Acc(0));
     prev[1] = prev_c ? load(prev_c + u, n) : V(Acc(0));
-  };
-  // The gradient of h', and in place of what is carried the part that zoneout's last h gets.
-  const auto take_grad_h = [&](int64_t u, int64_t n) {
-    if (shared_.outputs) return V::load(shared_.grad_hidden + slot * ld_h_ + u);
-    Acc* carried = shared_.grad_h + slot * ld_p_ + u;
-    V grad = V::load(carried);
-    if (grad_output) grad = grad + load(grad_output + u, n);
-    (keep_h ? divide_gradient(V::load(keep_h + u), grad) : V(Acc(0))).store(carried);
-    return grad;
-  };
+  }
+};
 
-  // Forward again: the cell's values, and its last state, h' or c'.
-  Acc* last = own_.values + Cell::kSaved * ld_h_;
-  units([&](int64_t u, int64_t n) {
+// The thread's `count` rows of step t; products [count, 2, G*H].
+template <class Cell, class S>
+void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* products) {
+  // What a row's sums and roots wait for, others fill: each part for several rows after each other.
+  for_chunks(0, count, norm_rows(l_), [&](int64_t first, int64_t n) {
+    NormRow rows[kNormRows];
+    for (int64_t r = 0; r < n; ++r)
+      rows[r] = norm_row(t, rows_.begin + first + r, products + (first + r) * saved_width(), r);
+    for (int64_t r = 0; r < n; ++r) forward_again(rows[r]);
+    if constexpr (Cell::kStates > 1)
+      for (int64_t r = 0; r < n; ++r) back_to_c(rows[r]);
+    for (int64_t r = 0; r < n; ++r) back_to_gates(rows[r]);
+    for (int64_t r = 0; r < n; ++r) back_to_products(rows[r]);
+  });
+}
+
+// The index-th of those whose parts run after each other.
+template <class Cell, class S>
+typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64_t slot, const S* products,
+                                                                int64_t index) const {
+  const int64_t gates = G * l_.hidden_size;
+  NormRow row;
+  row.products = products;
+  row.slot = slot;
+  row.at = s_.offset(t) + slot;
+  row.zero = starts_from_zero(s_, t, slot, d_.reverse);
+  row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
+  row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
+  row.grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
+  row.grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
+  row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
+  row.keep_c = keep_c_.row(slot);
+  row.values = own_.norms + index * kNormVectors * ld_h_;
+  row.last = row.values + Cell::kSaved * ld_h_;
+  row.grad_c = row.last + ld_h_;
+  row.grad_output_gate = row.grad_c + ld_h_;
+  row.grads = row.grad_output_gate + ld_h_;
+  for (int half = 0; half < 2; ++half) row.of[half] = statistics(products + half * gates, gates);
+  return row;
+}
+
+// The cell's values, and its last state.
+template <class Cell, class S>
+void Backward<Cell, S>::forward_again(NormRow& row) const {
+  const int64_t H = l_.hidden_size;
+  for (int64_t u = 0; u < H; u += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, H - u);
     V gates[2][G], prev[2], state[2], values[Cell::kSaved + 1];
     for (int half = 0; half < 2; ++half)
       for (int g = 0; g < G; ++g) {
-        gates[half][g] = normal(half, g, u, n) * load(weights[half] + g * H + u, n);
-        if (shifts[half]) gates[half][g] = gates[half][g] + load(shifts[half] + g * H + u, n);
+        gates[half][g] = row.normal(half, g, u, n, H) * load(norm_weights(half) + g * H + u, n);
+        if (const S* bias = norm_bias(half)) gates[half][g] = gates[half][g] + load(bias + g * H + u, n);
       }
-    load_prev(u, n, prev);
+    row.load_prev(u, n, prev);
     Cell::forward(gates[0], gates[1], prev, state, values);
-    for (int k = 0; k < Cell::kSaved; ++k) values[k].store(own_.values + k * ld_h_ + u);
-    state[Cell::kStates - 1].store(last + u);
-  });
-
-  // From h' to c as h' reads it, whose gradient is left in grad_c, and that of the gate between them in grad_gate.
-  Statistics<Acc> of_c;
-  V means_c[2] = {V(Acc(0)), V(Acc(0))};
-  Acc *grad_c = last + ld_h_, *grad_gate = grad_c + ld_h_;
-  if constexpr (Cell::kStates > 1) {
-    of_c = statistics(last, H);
-    units([&](int64_t u, int64_t n) {
-      V values[Cell::kSaved + 1], state[2], gate;
-      load_values(u, values);
-      const V c = normalised(V::load(last + u), of_c.mean, of_c.scale);
-      const V weight = load(static_cast<const S*>(d_.weights.norm_c) + u, n);
-      state[1] = c * weight + load(static_cast<const S*>(d_.weights.norm_bias_c) + u, n);
-      if (shared_.outputs) store(shared_.hidden + row * H + u, Cell::hidden(values, state), n);
-      V grad = Cell::hidden_backward(values, state, take_grad_h(u, n), gate);
-      if (sums_.wanted()) {
-        sums_.add(4 * G, u, grad * c);
-        sums_.add(4 * G + 1, u, grad);
-      }
-      grad = grad * weight;
-      means_c[0] = means_c[0] + grad;
-      means_c[1] = means_c[1] + grad * c;
-      grad.store(grad_c + u);
-      gate.store(grad_gate + u);
-    });
-    for (V& mean : means_c) mean = sum_lanes(mean) * V(Acc(1) / Acc(H));
+    for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
+    state[Cell::kStates - 1].store(row.last + u);
   }
+}
 
-  // To the gates.
-  V means[2][2];
-  for (auto& half : means)
-    for (V& mean : half) mean = V(Acc(0));
-  units([&](int64_t u, int64_t n) {
+// The gradient of h', and in place of what is carried the part that zoneout's last h gets.
+template <class Cell, class S>
+Vec<acc_t<S>> Backward<Cell, S>::take_grad_h(const NormRow& row, int64_t u, int64_t n) const {
+  if (shared_.outputs) return V::load(shared_.grad_hidden + row.slot * ld_h_ + u);
+  Acc* carried = shared_.grad_h + row.slot * ld_p_ + u;
+  V grad = V::load(carried);
+  if (row.grad_output) grad = grad + load(row.grad_output + u, n);
+  (row.keep_h ? divide_gradient(V::load(row.keep_h + u), grad) : V(Acc(0))).store(carried);
+  return grad;
+}
+
+// From h' to c as h' reads it.
+template <class Cell, class S>
+void Backward<Cell, S>::back_to_c(NormRow& row) {
+  const int64_t H = l_.hidden_size;
+  const S *weight = static_cast<const S*>(d_.weights.norm_c), *bias = static_cast<const S*>(d_.weights.norm_bias_c);
+  row.of_c = statistics(row.last, H);
+  V sums[2] = {V(Acc(0)), V(Acc(0))};
+  for (int64_t u = 0; u < H; u += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, H - u);
+    V values[Cell::kSaved + 1], state[2], grad_gate;
+    row.load_values(u, ld_h_, values);
+    const V c = row.normal_c(u), by = load(weight + u, n);
+    state[1] = c * by + load(bias + u, n);
+    if (shared_.outputs) store(shared_.hidden + row.at * H + u, Cell::hidden(values, state), n);
+    V grad = Cell::hidden_backward(values, state, take_grad_h(row, u, n), grad_gate);
+    if (sums_.wanted()) {
+      sums_.add(4 * G, u, grad * c);
+      sums_.add(4 * G + 1, u, grad);
+    }
+    grad = grad * by;
+    sums[0] = sums[0] + grad;
+    sums[1] = sums[1] + grad * c;
+    grad.store(row.grad_c + u);
+    grad_gate.store(row.grad_output_gate + u);
+  }
+  for (int i = 0; i < 2; ++i) row.means_c[i] = sum_lanes(sums[i]) * V(Acc(1) / Acc(H));
+}
+
+// To the gates.
+template <class Cell, class S>
+void Backward<Cell, S>::back_to_gates(NormRow& row) {
+  const int64_t H = l_.hidden_size;
+  V sums[2][2];
+  for (auto& half : sums)
+    for (V& sum : half) sum = V(Acc(0));
+  for (int64_t u = 0; u < H; u += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, H - u);
     V values[Cell::kSaved + 1], prev[2], grads[2][G], grad_prev[2];
-    load_values(u, values);
-    load_prev(u, n, prev);
+    row.load_values(u, ld_h_, values);
+    row.load_prev(u, n, prev);
     if constexpr (Cell::kStates > 1) {
-      Acc* carried = shared_.grad_c + slot * ld_h_ + u;
+      Acc* carried = shared_.grad_c + row.slot * ld_h_ + u;
       V grad = V::load(carried), kept(Acc(0));
-      if (grad_cell) grad = grad + load(grad_cell + u, n);
-      if (keep_c) kept = divide_gradient(V::load(keep_c + u), grad);
-      const V c = normalised(V::load(last + u), of_c.mean, of_c.scale);
-      grad = grad + normalised_backward(c, of_c.scale, V::load(grad_c + u), means_c[0], means_c[1]);
-      Cell::candidate_backward(values, prev, grad, V::load(grad_gate + u), grads[0], grads[1], grad_prev);
-      (zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
+      if (row.grad_cell) grad = grad + load(row.grad_cell + u, n);
+      if (row.keep_c) kept = divide_gradient(V::load(row.keep_c + u), grad);
+      grad = grad + normalised_backward(row.normal_c(u), row.of_c.scale, V::load(row.grad_c + u), row.means_c[0],
+                                        row.means_c[1]);
+      Cell::candidate_backward(values, prev, grad, V::load(row.grad_output_gate + u), grads[0], grads[1], grad_prev);
+      (row.zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
     } else {
-      const V state[1] = {V::load(last + u)}, grad[1] = {take_grad_h(u, n)};
+      const V state[1] = {V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
       Cell::backward(values, prev, state, grad, grads[0], grads[1], grad_prev);
     }
     // The part that does not pass W_hh; the product is added to it.
     if (!shared_.outputs) {
-      Acc* carried = shared_.grad_h + slot * ld_p_ + u;
+      Acc* carried = shared_.grad_h + row.slot * ld_p_ + u;
       (V::load(carried) + grad_prev[0]).store(carried);
     }
     for (int half = 0; half < 2; ++half)
       for (int g = 0; g < G; ++g) {
-        const V x = normal(half, g, u, n);
+        const V x = row.normal(half, g, u, n, H);
         V grad = grads[half][g];
         if (sums_.wanted()) {
           sums_.add(half * G + g, u, grad * x);
           if (half == 0 || Cell::kSplitGates) sums_.add((2 + half) * G + g, u, grad);
         }
-        grad = grad * load(weights[half] + g * H + u, n);
-        means[half][0] = means[half][0] + grad;
-        means[half][1] = means[half][1] + grad * x;
-        grad.store(own_.grads + (half * G + g) * ld_h_ + u);
+        grad = grad * load(norm_weights(half) + g * H + u, n);
+        sums[half][0] = sums[half][0] + grad;
+        sums[half][1] = sums[half][1] + grad * x;
+        grad.store(row.grads + (half * G + g) * ld_h_ + u);
       }
-  });
+  }
   if (sums_.wanted()) sums_.end_row();
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < 2; ++i) row.means[half][i] = sum_lanes(sums[half][i]) * V(Acc(1) / Acc(G * H));
+}
 
-  // To the products.
+// To the products.
+template <class Cell, class S>
+void Backward<Cell, S>::back_to_products(const NormRow& row) const {
+  const int64_t H = l_.hidden_size;
   for (int half = 0; half < 2; ++half) {
-    Operand* to = (half == 0 ? shared_.igates : shared_.hgates) + row * ld_g_;
-    for (V& mean : means[half]) mean = sum_lanes(mean) * V(Acc(1) / Acc(G * H));
+    Operand* to = (half == 0 ? shared_.igates : shared_.hgates) + row.at * ld_g_;
     for (int g = 0; g < G; ++g)
-      units([&](int64_t u, int64_t n) {
-        const V grad = V::load(own_.grads + (half * G + g) * ld_h_ + u);
-        store(to + g * H + u,
-              normalised_backward(normal(half, g, u, n), of[half].scale, grad, means[half][0], means[half][1]), n);
-      });
+      for (int64_t u = 0; u < H; u += kLanes) {
+        const int64_t n = std::min<int64_t>(kLanes, H - u);
+        const V grad = V::load(row.grads + (half * G + g) * ld_h_ + u), x = row.normal(half, g, u, n, H);
+        store(to + g * H + u, normalised_backward(x, row.of[half].scale, grad, row.means[half][0], row.means[half][1]),
+              n);
+      }
   }
 }
 

@@ -15,7 +15,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,66 +32,7 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 WARNINGS = ["-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "--compiler-options", "-fvisibility=hidden"]
-
-
-def choose_extension(compiler: str | None, env: Mapping[str, str]) -> tuple[bool, str]:
-    """Whether to build the extension, given the C++ compiler's path; if not, why."""
-    choice = _switch("RNNFAST_EXTENSION", env)
-    if choice == "0":
-        return False, "RNNFAST_EXTENSION=0"
-    if compiler is not None:
-        return True, ""
-    reason = f"no C++ compiler was found ({env.get('CXX', 'c++')})"
-    if choice == "1":
-        raise RuntimeError(f"RNNFAST_EXTENSION=1, but {reason}")
-    return False, reason
-
-
-def choose_cuda(torch_cuda: str | None, nvcc: str | None, env: Mapping[str, str]) -> tuple[bool, str]:
-    """Whether to compile the CUDA sources, given the CUDA versions of torch and of nvcc; if not, why."""
-    choice = _switch("RNNFAST_CUDA", env)
-    if choice == "0":
-        return False, "RNNFAST_CUDA=0"
-    if torch_cuda is None:
-        reason = "torch is built without CUDA" + (f" (nvcc {nvcc} is not used)" if nvcc else "")
-    elif nvcc is None:
-        reason = f"no nvcc was found, and torch is built for CUDA {torch_cuda}"
-    elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
-        reason = f"nvcc is of CUDA {nvcc}, and torch is built for CUDA {torch_cuda}"
-    else:
-        return True, ""
-    if choice == "1":
-        raise RuntimeError(f"RNNFAST_CUDA=1, but {reason}")
-    return False, reason
-
-
-def _switch(name: str, env: Mapping[str, str]) -> str:
-    value = env.get(name, "")
-    if value not in ("", "0", "1"):
-        raise RuntimeError(f"{name} must be 0 or 1, got {value!r}")
-    return value
-
-
-def find_compiler(env: Mapping[str, str]) -> str | None:
-    return shutil.which(env.get("CXX", "c++").split()[0])
-
-
-def find_nvcc_version() -> str | None:
-    # A torch without CUDA has no CUDA_HOME; an nvcc on the path is then looked up to be named, not to be used.
-    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc") if cpp_extension.CUDA_HOME else shutil.which("nvcc")
-    if nvcc is None or not os.path.exists(nvcc):
-        return None
-    match = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
-    return match.group(1) if match else None
-
-
-def package_version() -> str:
-    match = re.search(r'^__version__ = (".+")$', (ROOT / "rnnfast" / "_version.py").read_text(), re.MULTILINE)
-    assert match is not None, "rnnfast/_version.py defines no __version__"
-    return str(ast.literal_eval(match.group(1)))
 
 
 def compilation() -> ModuleType:
@@ -105,6 +45,32 @@ def compilation() -> ModuleType:
     return module
 
 
+build = compilation()
+
+
+def choose_extension(compiler: str | None, env: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether to build the extension, given the C++ compiler's path; if not, why."""
+    choice = build.switch("RNNFAST_EXTENSION", env)
+    if choice == "0":
+        return False, "RNNFAST_EXTENSION=0"
+    if compiler is not None:
+        return True, ""
+    reason = f"no C++ compiler was found ({env.get('CXX', 'c++')})"
+    if choice == "1":
+        raise RuntimeError(f"RNNFAST_EXTENSION=1, but {reason}")
+    return False, reason
+
+
+def find_compiler(env: Mapping[str, str]) -> str | None:
+    return shutil.which(env.get("CXX", "c++").split()[0])
+
+
+def package_version() -> str:
+    match = re.search(r'^__version__ = (".+")$', (ROOT / "rnnfast" / "_version.py").read_text(), re.MULTILINE)
+    assert match is not None, "rnnfast/_version.py defines no __version__"
+    return str(ast.literal_eval(match.group(1)))
+
+
 def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     def sources(pattern: str) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
@@ -113,7 +79,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     cpp = [path for path in sources("csrc/ops/*.cpp") if path not in cuda_ops]
     cpp += sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
     if with_cuda:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or build.DEFAULT_CUDA_ARCHS
     facts = {
         "RNNFAST_VERSION": package_version(),
         "RNNFAST_TORCH_VERSION": str(torch.__version__),
@@ -121,7 +87,6 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
         "RNNFAST_NO_CUDA_REASON": no_cuda_reason,
     }
     # Torch's headers are full of what -Wextra warns of; as system headers they are silent.
-    build = compilation()
     cxx_flags = [*build.CXX_FLAGS, *WARNINGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     cxx_flags += [f'-D{name}="{value}"' for name, value in facts.items()]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
@@ -130,7 +95,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
         cpp + (cuda_ops + sources("csrc/cuda/*.cu") if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("RNNFAST_WITH_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": cxx_flags, "nvcc": build.NVCC_FLAGS},
         extra_link_args=build.openmp_library(),
     )
 
@@ -172,7 +137,7 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
 def main() -> None:
     with_extension, BuildExt.reason = choose_extension(find_compiler(os.environ), os.environ)
     if with_extension:
-        with_cuda, reason = choose_cuda(torch.version.cuda, find_nvcc_version(), os.environ)
+        with_cuda, reason = build.choose_cuda(torch.version.cuda, build.find_nvcc_version(), os.environ)
         extension = make_extension(with_cuda, reason)
         kind = f"CUDA build for {os.environ['TORCH_CUDA_ARCH_LIST']}" if with_cuda else f"CPU build: {reason}"
         BuildExt.message = f"rnnfast: {kind}"

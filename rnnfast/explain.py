@@ -79,10 +79,12 @@ def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tupl
         return active, reason
     parameter = next(part.parameters())
     device = parameter.device.type
-    if isinstance(part, own_cell.OwnLayers) and device != "meta":
+    if isinstance(part, own_cell.OwnLayers) and device in ("cpu", "cuda"):
         if device == "cpu":
             return f"cpu ({part.instruction_set})", ""
-        return "none", f"a call would raise: {ops.OWN_CELL_ON_CUDA}"
+        if part.no_cuda:
+            return "none", f"a call would raise: {part.no_cuda}"
+        return "cuda stepwise", "a cell of its own has no persistent kernels"
     missing = ops.missing_kernels(device)
     if missing:
         return "none", missing if device == "meta" else f"a call would raise: {missing}"

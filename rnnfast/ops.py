@@ -294,16 +294,15 @@ def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
             library.impl(name + suffix, partial(_refuse_cuda, no_cuda), "CUDA")
 
 
-def register_own_cell(cell: str, saved_values: int, form: reference.Cell) -> None:
-    """Make a cell known whose library of operators has been loaded; ``cell`` is "namespace::name"."""
+def register_own_cell(cell: str, saved_values: int, form: reference.Cell, no_cuda: str) -> None:
+    """Make a cell known whose library of operators has been loaded; ``cell`` is "namespace::name", ``no_cuda`` says why
+    the library has no kernels for CUDA, and is empty if it has."""
     namespace, _ = derivatives.names(cell)
     reference.OWN_CELLS[cell] = form
     _register_formulas(namespace, lambda name: f"{namespace}::{name}")
-    _register_cell(cell, saved_values, OWN_CELL_ON_CUDA)
+    _register_cell(cell, saved_values, no_cuda)
     _direct[cell] = derivatives.find_operator(cell)
 
-
-OWN_CELL_ON_CUDA = "a cell of one's own is compiled for the CPU alone"
 
 if extension is not None:
     _register_formulas("rnnfast", lambda name: name)

@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ class OwnLayers(modules._Layers):
     cell: ClassVar[str]  # "namespace::name" of the operators
     gates: ClassVar[int]  # of the cell
     instruction_set: ClassVar[str]  # that it was compiled for
+    no_cuda: ClassVar[str]  # why it has no kernels for CUDA; empty if it has
 
     def __init__(
         self,
@@ -95,9 +97,14 @@ def compile_cell(
 
     The class takes what :class:`rnnfast.GRU` takes: layers, directions, dropout, PackedSequence, ``lengths``,
     ``reset``, ``recompute`` and so on. Its parameters are ``weight_ih_l0 [G*H, input_size]``, ``weight_hh_l0
-    [G*H, H]``, ``bias_ih_l0`` and ``bias_hh_l0 [G*H]``, G gates of H = hidden_size units, initialised as torch.nn's
-    are. For a cell with two states ``hx`` and the final states are pairs, as an LSTM's are. It runs on the CPU, with
-    first and second derivatives. ``docs/ADDING_A_CELL.md`` says what the header holds.
+    [G*H, H]``, or ``[G*H]`` of a struct with ``kDiagonal = true``, ``bias_ih_l0`` and ``bias_hh_l0 [G*H]``, G gates of
+    H = hidden_size units, initialised as torch.nn's are. For a cell with two states ``hx`` and the final states are
+    pairs, as an LSTM's are. There are first and second derivatives. ``docs/ADDING_A_CELL.md`` says what the header
+    holds.
+
+    It runs on the CPU and, where torch is built with CUDA and an nvcc of the same major version is found, on CUDA too,
+    step by step; elsewhere tensors on CUDA are an error that says why. ``RNNFAST_CUDA=0`` leaves CUDA out, and
+    ``TORCH_CUDA_ARCH_LIST`` names other architectures than those of the package.
 
     A compilation takes a C++ compiler and ninja, and about 40 seconds on two cores. What was compiled is kept,
     by the content of the header and the versions of rnnfast and torch, and loaded again at once.
@@ -127,8 +134,11 @@ def compile_cell(
     struct = _find_struct(header, text) if struct is None else struct
     instruction_set = str(_extension.extension.instruction_set())
 
-    key = hashlib.sha256("\n".join([text, struct, instruction_set, __version__, torch.__version__]).encode())
-    for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp")):
+    no_cuda = _no_cuda()
+    archs = "" if no_cuda else _cuda_archs()
+    facts = [text, struct, instruction_set, archs, __version__, str(torch.__version__)]
+    key = hashlib.sha256("\n".join(facts).encode())
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu")):
         key.update(source.read_bytes())
     library = f"rnnfast_{name}_{key.hexdigest()[:16]}"
     cell = f"{library}::{name}"
@@ -141,15 +151,34 @@ def compile_cell(
             folder.mkdir(parents=True, exist_ok=True)
             _write_sources(folder, header, text, struct, library, name, instruction_set)
             _check(folder, header)
-            _load(folder, library, header, instruction_set)
+            _load(folder, library, header, instruction_set, archs)
             complete.touch()
-        gates, states, saved = _sizes(product)
-        ops.register_own_cell(cell, saved, reference.Cell(gates, states, _no_formula, layer_norm=False))
+        gates, states, saved, diagonal = _sizes(product)
+        form = reference.Cell(gates, states, _no_formula, layer_norm=False, diagonal=bool(diagonal))
+        ops.register_own_cell(cell, saved, form, no_cuda)
     form = reference.OWN_CELLS[cell]
     if step is not None:
         reference.OWN_CELLS[cell] = form._replace(step=step)
-    members = {"cell": cell, "gates": form.gates, "instruction_set": instruction_set, "__doc__": _doc(header, struct)}
+    members = {
+        "cell": cell,
+        "gates": form.gates,
+        "instruction_set": instruction_set,
+        "no_cuda": no_cuda,
+        "__doc__": _doc(header, struct),
+    }
     return type(struct.removesuffix("Cell") or struct, (OwnLayers,), members)
+
+
+def _no_cuda() -> str:
+    """Why a cell is compiled for the CPU alone; empty if it is not."""
+    nvcc = _build.find_nvcc_version() if torch.version.cuda else None
+    with_cuda, reason = _build.choose_cuda(torch.version.cuda, nvcc, os.environ)
+    return "" if with_cuda else f"the cell was compiled for the CPU alone: {reason}"
+
+
+def _cuda_archs() -> str:
+    built_for = _extension.extension.build_info()["cuda_archs"] if _extension.extension is not None else ""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or built_for or _build.DEFAULT_CUDA_ARCHS
 
 
 def _no_formula(*_arguments: Tensor) -> tuple[Tensor, ...]:
@@ -225,20 +254,26 @@ def _check(folder: Path, header: Path) -> None:
         raise RuntimeError(f"{header.name} does not compile:\n{done.stderr}")
 
 
-def _load(folder: Path, library: str, header: Path, instruction_set: str) -> None:
+def _load(folder: Path, library: str, header: Path, instruction_set: str, archs: str) -> None:
+    """archs: of CUDA, as torch writes them; empty for the CPU alone."""
     from torch.utils import cpp_extension
 
     sources = [_SOURCES / "own_cell" / "operators.cpp", _SOURCES / "cpu" / f"engine_{instruction_set}.cpp"]
+    flags = [*_FLAGS, "-DRNNFAST_WITH_CUDA"] if archs else _FLAGS
+    sources += cuda_sources() if archs else []
     try:
-        cpp_extension.load(
-            library,
-            [str(path) for path in sources],
-            extra_cflags=[*_build.CXX_FLAGS, *_FLAGS],
-            extra_include_paths=_include_paths(folder, header),
-            extra_ldflags=_build.openmp_library(),
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        with _architectures(archs):
+            cpp_extension.load(
+                library,
+                [str(path) for path in sources],
+                extra_cflags=[*_build.CXX_FLAGS, *flags],
+                extra_cuda_cflags=[*_build.NVCC_FLAGS, *flags],
+                extra_include_paths=_include_paths(folder, header),
+                extra_ldflags=_build.openmp_library(),
+                build_directory=str(folder),
+                with_cuda=bool(archs),
+                is_python_module=False,
+            )
     except RuntimeError as error:
         output = getattr(error.__cause__, "output", b"") or b""
         text = output.decode(errors="replace") if isinstance(output, bytes) else str(output)
@@ -247,8 +282,28 @@ def _load(folder: Path, library: str, header: Path, instruction_set: str) -> Non
         raise RuntimeError(f"{header.name} cannot be compiled:\n" + ("\n".join(lines) or str(error))) from None
 
 
-def _sizes(product: Path) -> tuple[int, int, int]:
-    """The cell's gates, states and saved values."""
-    sizes = (ctypes.c_int * 3)()
+@contextmanager
+def _architectures(archs: str) -> Iterator[None]:
+    """torch.utils.cpp_extension takes them from the environment."""
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    try:
+        if archs:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+        yield
+    finally:
+        if before is not None:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
+        elif archs:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def cuda_sources() -> list[Path]:
+    """The engine of CUDA that runs any cell, step by step."""
+    return [path for path in sorted((_SOURCES / "cuda").glob("*.cu")) if not path.name.startswith("persistent_")]
+
+
+def _sizes(product: Path) -> list[int]:
+    """The cell's gates, states and saved values, and whether its recurrence is diagonal."""
+    sizes = (ctypes.c_int * 4)()
     ctypes.CDLL(str(product)).rnnfast_own_cell(sizes)
-    return sizes[0], sizes[1], sizes[2]
+    return list(sizes)

@@ -52,7 +52,7 @@ def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 def test_cuda_is_built_where_torch_and_nvcc_allow_it(
     setup_py: ModuleType, torch_cuda: str | None, nvcc: str | None, env: dict[str, str], build: bool, reason: str
 ) -> None:
-    assert setup_py.choose_cuda(torch_cuda, nvcc, env) == (build, reason)
+    assert setup_py.build.choose_cuda(torch_cuda, nvcc, env) == (build, reason)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_asking_for_an_impossible_cuda_build_is_an_error(
     setup_py: ModuleType, torch_cuda: str | None, nvcc: str | None, cause: str
 ) -> None:
     with pytest.raises(RuntimeError, match=f"RNNFAST_CUDA=1, but .*{cause}"):
-        setup_py.choose_cuda(torch_cuda, nvcc, {"RNNFAST_CUDA": "1"})
+        setup_py.build.choose_cuda(torch_cuda, nvcc, {"RNNFAST_CUDA": "1"})
 
 
 def test_the_extension_is_built_where_there_is_a_compiler(setup_py: ModuleType) -> None:
@@ -77,7 +77,7 @@ def test_the_extension_is_built_where_there_is_a_compiler(setup_py: ModuleType) 
 
 def test_a_switch_is_0_or_1(setup_py: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="RNNFAST_CUDA must be 0 or 1, got 'yes'"):
-        setup_py.choose_cuda("13.0", "13.0", {"RNNFAST_CUDA": "yes"})
+        setup_py.build.choose_cuda("13.0", "13.0", {"RNNFAST_CUDA": "yes"})
     with pytest.raises(RuntimeError, match="RNNFAST_EXTENSION must be 0 or 1, got 'no'"):
         setup_py.choose_extension("/bin/c++", {"RNNFAST_EXTENSION": "no"})
 

@@ -24,7 +24,7 @@ CSRC_MAY_INCLUDE = {
     "cpu": {"cpu", "params", "philox", "cell"},
     "cuda": {"cuda", "params", "philox", "spread", "tiles", "cell"},
     "ops": {"ops", "plan", "params", "cell"},
-    "own_cell": {"ops", "cpu", "cell"},
+    "own_cell": {"ops", "plan", "cpu", "cell"},
 }
 TORCH = re.compile(r"^(torch|ATen|c10|pybind11)/|^Python\.h$")
 CUDA = re.compile(r"^(cuda|cublas|curand|cooperative_groups|mma|nv/|cub/|thrust/)|/cuda/")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from examples_as_run import EXAMPLES
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
@@ -133,6 +134,45 @@ def test_transforms_and_compilation(mgu: Any) -> None:
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
+@pytest.fixture
+def diagonal(example: Any, tmp_path: Path) -> type[own_cell.OwnLayers]:
+    """The same unit with a vector for each gate's recurrent weights."""
+    header = tmp_path / "diagonal_unit.h"
+    header.write_text(
+        GOOD.replace(
+            "  static constexpr int kGates", "  static constexpr bool kDiagonal = true;\n  static constexpr int kGates"
+        )
+    )
+    return rnnfast.compile_cell(header, step=example.step)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_diagonal_recurrence(diagonal: Any, recompute: bool) -> None:
+    layer = diagonal(5, 300, num_layers=2, bidirectional=True, recompute=recompute, dtype=torch.float64)
+    assert layer.weight_hh_l1_reverse.shape == (600,)
+    x, lengths = torch.randn(9, 3, 5, dtype=torch.float64), torch.tensor([9, 4, 0])
+    hx, reset = torch.randn(4, 3, 300, dtype=torch.float64), torch.rand(9, 3) < 0.3
+    for threads in (1, 4):  # four divide the units
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(*both(layer, x, hx, reset=reset, lengths=lengths))
+    with pytest.raises(ValueError, match=r"^num_heads: expected 1 with a diagonal recurrence, got 2"):
+        diagonal(5, 4, num_heads=2)
+
+
+def test_derivatives_of_a_diagonal_recurrence(diagonal: Any) -> None:
+    layer = diagonal(3, 4, bidirectional=True, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+    values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *weights: Tensor) -> Any:
+        options = {"lengths": torch.tensor([4, 2])}
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,), options)
+
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, *values), fast_mode=True)
+
+
 def test_a_layer_as_the_packages_own(mgu: Any) -> None:
     layer = mgu(5, 8, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5)
     assert repr(layer) == "MinimalGatedUnit(5, 8, num_layers=2, batch_first=True, dropout=0.5, bidirectional=True)"
@@ -146,6 +186,14 @@ def test_a_layer_as_the_packages_own(mgu: Any) -> None:
     torch.testing.assert_close(layer.eval()(x), twin(x))
     assert isinstance(layer, torch.nn.RNNBase)
     assert str(rnnfast.explain(mgu(5, 8))) == f"MinimalGatedUnit layer 0: cpu ({mgu.instruction_set})"
+    on_cuda = mgu(5, 8)
+    with FakeTensorMode():
+        on_cuda.weight_ih_l0 = torch.nn.Parameter(torch.empty(16, 5, device="cuda"))
+    if mgu.no_cuda:
+        cause = f"none (a call would raise: {mgu.no_cuda})"
+    else:
+        cause = "cuda stepwise (a cell of its own has no persistent kernels)"
+    assert str(rnnfast.explain(on_cuda)) == f"MinimalGatedUnit layer 0: {cause}"
     with pytest.raises(ValueError, match=r"got rnn with a cell of its own, MinimalGatedUnit$"):
         rnnfast.to_torch(torch.nn.ModuleDict({"rnn": layer, "gru": rnnfast.GRU(2, 3)}))
     with pytest.raises(RuntimeError, match=r"rnnfast\.minimal_gated_unit: h0 has shape \[1, 1, 7\]"):

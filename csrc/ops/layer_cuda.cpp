@@ -62,13 +62,21 @@ struct Launchers {
 #define RNNFAST_LAUNCHERS(engine)                                                                        \
   {cuda::engine::forward_workspace_bytes, cuda::engine::forward, cuda::engine::backward_workspace_bytes, \
    cuda::engine::backward}
+#ifdef RNNFAST_OWN_CELL  // which the plan gives no persistent engine
+#define RNNFAST_PERSISTENT_LAUNCHERS(engine) \
+  {                                          \
+  }
+#else
+#define RNNFAST_PERSISTENT_LAUNCHERS RNNFAST_LAUNCHERS
+#endif
 constexpr Launchers kLaunchers[plan::kEngines] = {
     // in the order of plan::Engine
-    RNNFAST_LAUNCHERS(persistent_cta),
-    RNNFAST_LAUNCHERS(persistent_cluster),
-    RNNFAST_LAUNCHERS(persistent_grid),
+    RNNFAST_PERSISTENT_LAUNCHERS(persistent_cta),
+    RNNFAST_PERSISTENT_LAUNCHERS(persistent_cluster),
+    RNNFAST_PERSISTENT_LAUNCHERS(persistent_grid),
     RNNFAST_LAUNCHERS(stepwise),
 };
+#undef RNNFAST_PERSISTENT_LAUNCHERS
 #undef RNNFAST_LAUNCHERS
 
 // The engine of one call, and the way to run it on the current stream.

@@ -10,6 +10,7 @@ static_assert(OwnCell::kGates >= 1, "kGates: a cell has one gate or more");
 static_assert(OwnCell::kStates == 1 || OwnCell::kStates == 2, "kStates: a cell has one state, h, or two, h and c");
 static_assert(OwnCell::kSaved >= 0, "kSaved: the number of values that forward keeps for backward");
 static_assert(OwnCell::kSplitGates || !OwnCell::kSplitGates, "kSplitGates: true or false");
+static_assert(is_diagonal<OwnCell> || !is_diagonal<OwnCell>, "kDiagonal: true or false, or not there");
 
 template <class Cell, class V>
 [[maybe_unused]] void use() {

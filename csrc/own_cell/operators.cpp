@@ -1,6 +1,6 @@
 // Owns: the operators of one cell that is compiled by itself, from the sources of the package's own: the files of
-// csrc/ops in one compilation, since each would parse torch's headers anew. Its engine is compiled beside it, for one
-// instruction set.
+// csrc/ops in one compilation, since each would parse torch's headers anew. Its engines are compiled beside it, that of
+// the CPU for one instruction set.
 // Must not know: what they do.
 #include "../ops/autocast.cpp"
 #include "../ops/autograd.cpp"
@@ -11,6 +11,13 @@
 #include "../ops/products_cpu.cpp"
 #include "../ops/schemas.cpp"
 #include "../ops/tangent_cpu.cpp"
+#ifdef RNNFAST_WITH_CUDA
+#include "../ops/cuda_engine.cpp"
+#include "../ops/device_cuda.cpp"
+#include "../ops/gemm_cuda.cpp"
+#include "../ops/layer_cuda.cpp"
+#include "../plan.cpp"
+#endif
 //
 #include "../cpu/engine.h"
 
@@ -18,10 +25,11 @@ namespace rnnfast::cpu {
 const Engine& engine() { return RNNFAST_OWN_ISA::kEngine; }
 }  // namespace rnnfast::cpu
 
-// What Python asks of the cell: gates, states, saved values.
+// What Python asks of the cell: gates, states, saved values, whether its recurrence is diagonal.
 extern "C" __attribute__((visibility("default"))) void rnnfast_own_cell(int* sizes) {
   const rnnfast::CellInfo info = rnnfast::cell_info({});
   sizes[0] = info.gates;
   sizes[1] = info.states;
   sizes[2] = info.saved;
+  sizes[3] = info.diagonal;
 }

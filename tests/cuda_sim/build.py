@@ -65,14 +65,15 @@ def build(
     library: bool,
     torch_sources: Sequence[Path] = (),
     csrc: Path = CSRC,
+    flags: Sequence[str] = (),
 ) -> Path:
     """Compile kernel `sources` for the simulator, in the build `kind`; return the program, or the shared library.
 
     `torch_sources` are compiled as they are, against torch's headers with cuda_sim/operators/ in front. `csrc` is where
-    the headers of the engines are. Processes that build at once take turns.
+    the headers of the engines are; `flags` are for the kernel sources alone. Processes that build at once take turns.
     """
     with lock():
-        return _build(name, kind, sources, library, torch_sources, csrc)
+        return _build(name, kind, sources, library, torch_sources, csrc, flags)
 
 
 def lock() -> FileLock:
@@ -82,7 +83,13 @@ def lock() -> FileLock:
 
 
 def _build(
-    name: str, kind: str, sources: Sequence[Path], library: bool, torch_sources: Sequence[Path], csrc: Path
+    name: str,
+    kind: str,
+    sources: Sequence[Path],
+    library: bool,
+    torch_sources: Sequence[Path],
+    csrc: Path,
+    flags: Sequence[str],
 ) -> Path:
     objects = HERE / "build" / "objects"
     headers = toolkit_headers()
@@ -91,7 +98,7 @@ def _build(
     runtime_flags = ["-O2"] if kind != "asan" else ["-O1", *KERNEL_FLAGS["asan"][1:]]
     kernel_flags = ["-x", "c++", "-include", "cuda_sim.h", *KERNEL_FLAGS[kind]]
     jobs = [(path, [*COMMON, *WARNINGS, *includes, *runtime_flags]) for path in RUNTIME]
-    jobs += [(path, [*COMMON, *WARNINGS, *includes, *kernel_flags]) for path in sources]
+    jobs += [(path, [*COMMON, *WARNINGS, *includes, *kernel_flags, *flags]) for path in sources]
     jobs += [(path, [*COMMON, *_torch_flags(headers)]) for path in torch_sources]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda job: _compile(*job, objects), jobs))

@@ -128,8 +128,12 @@ struct Engine {
     #name, cuda::name::forward_workspace_bytes, cuda::name::forward, cuda::name::backward_workspace_bytes, \
         cuda::name::backward                                                                               \
   }
+#ifdef RNNFAST_OWN_CELL
+constexpr Engine kEngines[] = {ENGINE(stepwise)};
+#else
 constexpr Engine kEngines[] = {ENGINE(stepwise), ENGINE(persistent_cta), ENGINE(persistent_grid),
                                ENGINE(persistent_cluster)};
+#endif
 const Engine* engine = &kEngines[0];
 
 // ------------------------------------------------------------------------------------------------ sizes

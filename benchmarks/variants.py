@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zoneout": {"zoneout": 0.1},
     "both of these": {"recurrent_dropout": 0.2, "zoneout": 0.1},
     "layer norm": {"layer_norm": True},
+    "4 heads": {"num_heads": 4},
 }
 OF_ONE_CELL: dict[str, dict[str, dict[str, Any]]] = {
     "rnn": {"IndRNN": {"library": SimpleNamespace(RNN=rnnfast.IndRNN), "nonlinearity": "tanh"}},

@@ -455,7 +455,7 @@ class Backward {
       }
   }
 
-  // Whether there is recurrent dropout, zoneout or layer normalisation: kNoise.
+  // Whether there is recurrent dropout, zoneout or layer normalisation: kVaried.
   bool varied() const { return shared_.mask || keep_h_.on() || keep_c_.on() || l_.layer_norm; }
 
   // norm_layer.h
@@ -481,16 +481,16 @@ class Backward {
 
   int64_t saved_width() const { return saved_width(l_); }
 
-  template <bool kNoise>
+  template <bool kVaried>
   void step(int64_t s) {
     const int64_t t = time(s), count = living(s), row = s_.offset(t) + rows_.begin;
     const Unit* operands[kTileRows];
-    if constexpr (kNoise) {
+    if constexpr (kVaried) {
       keep_h_.reach(t);
       keep_c_.reach(t);
     }
     if (shared_.outputs) {
-      for (int64_t i = 0; i < count; ++i) output_gradient<kNoise>(t, rows_.begin + i);
+      for (int64_t i = 0; i < count; ++i) output_gradient<kVaried>(t, rows_.begin + i);
       m_.wait_step();
       for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
         for_chunks(0, count, kTileRows, [&](int64_t i, int64_t n) {
@@ -502,13 +502,13 @@ class Backward {
     }
     // Windows are filled in the order of steps and read from their end.
     const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
-    const bool normalised = kNoise && l_.layer_norm;
-    if constexpr (kNoise && takes_layer_norm<Cell>)
+    const bool normalised = kVaried && l_.layer_norm;
+    if constexpr (kVaried && takes_layer_norm<Cell>)
       if (normalised) normalised_cells(t, count, saved);
-    for (int64_t i = 0; i < count && !normalised; ++i) cell<kNoise>(t, rows_.begin + i, saved + i * saved_width());
+    for (int64_t i = 0; i < count && !normalised; ++i) cell<kVaried>(t, rows_.begin + i, saved + i * saved_width());
     if (!kDiagonal) m_.wait_step();  // else each thread reads its own units of the gates
     if constexpr (has_two_products<Cell>) {
-      second_product<kNoise>(t, count, saved);
+      second_product<kVaried>(t, count, saved);
       m_.wait_step();
     }
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
@@ -516,8 +516,8 @@ class Backward {
         for (int64_t r = 0; r < n; ++r)
           operands[r] = reinterpret_cast<const Unit*>(shared_.hgates + (row + i + r) * ld_g_);
         Acc* grad = shared_.grad_h + (rows_.begin + i) * ld_p_ + outputs_.column(b);
-        const Acc* carried = shared_.outputs && !(kNoise && keep_h_.on()) ? nullptr : grad;
-        if (kNoise && shared_.mask) {
+        const Acc* carried = shared_.outputs && !(kVaried && keep_h_.on()) ? nullptr : grad;
+        if (kVaried && shared_.mask) {
           multiply_masked(b, operands, rows_.begin + i, n, carried, grad);
         } else {
           w_hh_.multiply(b, operands, n, carried, grad, ld_p_);
@@ -529,7 +529,7 @@ class Backward {
     }
   }
   // Of a cell with two products: back through the second, and through the gate of what it read.
-  template <bool kNoise>
+  template <bool kVaried>
   void second_product(int64_t t, int64_t count, const S* saved) {
     const int64_t H = l_.hidden_size, row = s_.offset(t) + rows_.begin;
     const Unit* operands[kTileRows];
@@ -548,7 +548,7 @@ class Backward {
             for (int k = 0; k < Cell::kSaved; ++k)
               values[k] = load(saved + (i + r) * saved_width() + k * H + unit, lanes);
             if (prev) operand = load(prev + unit, lanes);
-            if (kNoise && shared_.mask) {
+            if (kVaried && shared_.mask) {
               factor = V::load(mask(slot) + unit);
               operand = operand * factor;
             }
@@ -557,7 +557,7 @@ class Backward {
             store(shared_.hgates + (row + i + r) * ld_g_ + unit, grad_gate, lanes);
             store(shared_.gated + (row + i + r) * l_.output_size + unit, Cell::gated(values, operand), lanes);
             Acc* carried = shared_.grad_h + slot * ld_p_ + unit;
-            (V::load(carried) + (kNoise ? factor * grad_operand : grad_operand)).store(carried);
+            (V::load(carried) + (kVaried ? factor * grad_operand : grad_operand)).store(carried);
           }
         }
       });
@@ -579,7 +579,7 @@ class Backward {
 
   // With a projection: the gradient of the step's output, kept for the products over all steps. With zoneout that is
   // the candidate's part; the last state's stays behind as what is carried.
-  template <bool kNoise>
+  template <bool kVaried>
   void output_gradient(int64_t t, int64_t slot) {
     Operand* to = shared_.outputs + (s_.offset(t) + slot) * ld_outputs(l_);
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b)
@@ -587,7 +587,7 @@ class Backward {
         const int64_t n = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
         V grad = V::load(shared_.grad_h + slot * ld_p_ + unit);
         if (d_.grad_output.data) grad = grad + load(at<const S>(d_.grad_output, s_, t, slot) + unit, n);
-        if (kNoise && keep_h_.on()) {
+        if (kVaried && keep_h_.on()) {
           const V kept = divide_gradient(V::load(keep_h_.row(slot) + unit), grad);
           kept.store(shared_.grad_h + slot * ld_p_ + unit);
         }
@@ -595,7 +595,7 @@ class Backward {
       }
   }
 
-  template <bool kNoise>
+  template <bool kVaried>
   void cell(int64_t t, int64_t slot, const S* saved) {
     const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
@@ -607,8 +607,8 @@ class Backward {
     const S* grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
     Operand* igates = shared_.igates + row * ld_g_;
     Operand* hgates = shared_.hgates + row * ld_g_;
-    const Acc* keep_h = kNoise && !shared_.outputs ? keep_h_.row(slot) : nullptr;
-    const Acc* keep_c = kNoise ? keep_c_.row(slot) : nullptr;
+    const Acc* keep_h = kVaried && !shared_.outputs ? keep_h_.row(slot) : nullptr;
+    const Acc* keep_c = kVaried ? keep_c_.row(slot) : nullptr;
     for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
       for (int64_t u = hidden_.first(b); u < hidden_.first(b) + hidden_.size(b); u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, hidden_.first(b) + hidden_.size(b) - u);
@@ -623,13 +623,13 @@ class Backward {
           grad[0] = V::load(carried_h);
           if (grad_output) grad[0] = grad[0] + load(grad_output + u, n);
         }
-        if (kNoise && keep_h) kept[0] = divide_gradient(V::load(keep_h + u), grad[0]);
+        if (kVaried && keep_h) kept[0] = divide_gradient(V::load(keep_h + u), grad[0]);
         if constexpr (Cell::kStates > 1) {
           state[1] = load(c + u, n);
           if (prev_c) prev[1] = load(prev_c + u, n);
           grad[1] = V::load(carried_c);
           if (grad_cell) grad[1] = grad[1] + load(grad_cell + u, n);
-          if (kNoise && keep_c) {
+          if (kVaried && keep_c) {
             kept[1] = divide_gradient(V::load(keep_c + u), grad[1]);
             state[1] = Cell::candidate(values, prev);
           }
@@ -643,8 +643,8 @@ class Backward {
           store(igates + g * H + u, grad_igates[g], n);
           if (Cell::kSplitGates) store(hgates + g * H + u, grad_hgates[g], n);
         }
-        if (kNoise && keep_h) grad_prev[0] = grad_prev[0] + kept[0];
-        if (kNoise && Cell::kStates > 1 && keep_c) grad_prev[1] = grad_prev[1] + kept[1];
+        if (kVaried && keep_h) grad_prev[0] = grad_prev[0] + kept[0];
+        if (kVaried && Cell::kStates > 1 && keep_c) grad_prev[1] = grad_prev[1] + kept[1];
         // The part that does not pass W_hh; the product is added to it.
         if (!shared_.outputs) grad_prev[0].store(carried_h);
         if (Cell::kStates > 1) (zero ? V(Acc(0)) : grad_prev[1]).store(carried_c);

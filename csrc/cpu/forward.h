@@ -324,20 +324,20 @@ class Forward {
   void normalised_cells(int64_t count, int64_t igates_row) const;
   void hidden_from_c(const StepRow& row) const;
 
-  // kNoise: with recurrent dropout, zoneout or layer normalisation.
-  template <bool kNoise>
+  // kVaried: with recurrent dropout, zoneout or layer normalisation.
+  template <bool kVaried>
   void step(int64_t s, int64_t igates_row) {
     const int64_t count = living(s);
-    if constexpr (kNoise) {
+    if constexpr (kVaried) {
       keep_h_.reach(time(s));
       keep_c_.reach(time(s));
     }
-    for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row<kNoise>(s, rows_.begin + i);
-    if constexpr (has_two_products<Cell>) return two_products<kNoise>(count, igates_row);
+    for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row<kVaried>(s, rows_.begin + i);
+    if constexpr (has_two_products<Cell>) return two_products<kVaried>(count, igates_row);
     alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
     const Unit* h[kTileRows];
-    const bool normalised = kNoise && l_.layer_norm;
-    if constexpr (kNoise && takes_layer_norm<Cell>)
+    const bool normalised = kVaried && l_.layer_norm;
+    if constexpr (kVaried && takes_layer_norm<Cell>)
       if (normalised) normalised_cells(count, igates_row);
     for (int64_t b = blocks_.begin; b < blocks_.end && !normalised; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes;
@@ -349,8 +349,8 @@ class Forward {
         w_hh_.multiply(b, h, n, hgates, columns);
         int64_t r = 0;
         for (; r + kAbreast <= n; r += kAbreast)
-          cell<kNoise, kAbreast>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
-        for (; r < n; ++r) cell<kNoise, 1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
+          cell<kVaried, kAbreast>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
+        for (; r < n; ++r) cell<kVaried, 1>(own_.rows + i + r, b, igates + (i + r) * columns, hgates + r * columns);
       });
     }
     if (kDiagonal) return;  // nobody reads another thread's units
@@ -363,15 +363,15 @@ class Forward {
         w_hr_.multiply(b, h, n, hgates, columns);
         for (int64_t r = 0; r < n; ++r)
           for (int64_t u = 0; u < output_.size(b); u += kLanes)
-            write_h<kNoise>(own_.rows[i + r], output_.first(b) + u, output_.size(b) - u,
-                            V::load(hgates + r * columns + u));
+            write_h<kVaried>(own_.rows[i + r], output_.first(b) + u, output_.size(b) - u,
+                             V::load(hgates + r * columns + u));
       });
     }
     m_.wait_step();
   }
 
   // The step of a cell with two products. What the first gates save takes the place of their igates.
-  template <bool kNoise>
+  template <bool kVaried>
   void two_products(int64_t count, int64_t igates_row) {
     each_tile(
         w_hh_, [](const StepRow& row) { return row.h; }, count, igates_row,
@@ -379,7 +379,7 @@ class Forward {
     m_.wait_step();
     each_tile(
         w_second_, [](const StepRow& row) { return row.gated; }, count, igates_row,
-        [this](auto abreast, const Tile& tile) { finish_cell<kNoise, abreast>(tile); });
+        [this](auto abreast, const Tile& tile) { finish_cell<kVaried, abreast>(tile); });
     m_.wait_step();
   }
 
@@ -442,7 +442,7 @@ class Forward {
     }
   }
 
-  template <bool kNoise, int N>
+  template <bool kVaried, int N>
   inline __attribute__((always_inline)) void finish_cell(const Tile& at) const {
     using W = Batch<Acc, N>;
     W ig[G], hg[G], prev[1], state[1], saved[Cell::kSaved];
@@ -454,14 +454,14 @@ class Forward {
         hg[g - kFirst] = W::map([&](int r) { return V::load(at.hgates + r * at.columns + (g - kFirst) * at.stride); });
       }
     }
-    prev[0] = W::map([&](int r) { return load((kNoise ? at.rows[r].prev_h : at.rows[r].h) + at.unit, at.n); });
+    prev[0] = W::map([&](int r) { return load((kVaried ? at.rows[r].prev_h : at.rows[r].h) + at.unit, at.n); });
     Cell::finish(ig, hg, prev, state, saved);
     for (int r = 0; r < N; ++r) {
       const StepRow& row = at.rows[r];
       if (row.saved)
         for (int k = kFirst; k < Cell::kSaved; ++k)
           store(row.saved + k * l_.hidden_size + at.unit, saved[k].part[r], at.n);
-      write_h<kNoise>(row, at.unit, at.n, state[0].part[r]);
+      write_h<kVaried>(row, at.unit, at.n, state[0].part[r]);
     }
   }
 
@@ -469,7 +469,7 @@ class Forward {
     return d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(time(s)) + slot) * saved_width(l_) : nullptr;
   }
 
-  template <bool kNoise>
+  template <bool kVaried>
   StepRow step_row(int64_t s, int64_t slot) const {
     const int64_t t = time(s);
     StepRow row;
@@ -483,7 +483,7 @@ class Forward {
     row.saved = saved_row(s, slot);
     row.values = nullptr;
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
-    if constexpr (kNoise) {
+    if constexpr (kVaried) {
       row.keep_h = keep_h_.row(slot);
       row.keep_c = keep_c_.row(slot);
       row.mask = shared_.mask ? mask(slot) : nullptr;
@@ -494,12 +494,12 @@ class Forward {
   }
 
   // The n (at least one) outputs from unit u on: to the output and to the state that the next step reads.
-  template <bool kNoise>
+  template <bool kVaried>
   static void write_h(const StepRow& row, int64_t u, int64_t n, V h) {
-    if (kNoise && row.keep_h) h = zoned(V::load(row.keep_h + u), load(row.prev_h + u, n), h);
+    if (kVaried && row.keep_h) h = zoned(V::load(row.keep_h + u), load(row.prev_h + u, n), h);
     store(row.output + u, h, n);
     if (row.drop) h = V(Acc(0));
-    if (kNoise && row.mask) {
+    if (kVaried && row.mask) {
       store_operand<S>(row.unmasked + u, h, n);
       h = load(row.unmasked + u, n) * V::load(row.mask + u);
     }
@@ -507,18 +507,18 @@ class Forward {
   }
 
   // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row.
-  template <bool kNoise, int N>
+  template <bool kVaried, int N>
   void cell(const StepRow* rows, int64_t b, const Acc* igates, const Acc* hgates) const {
     const int64_t first = hidden_.first(b), size = hidden_.size(b);
-    const int64_t columns = kNoise ? gates_stride(b) : hidden_.vectors(b) * kLanes;
+    const int64_t columns = kVaried ? gates_stride(b) : hidden_.vectors(b) * kLanes;
     int64_t u = 0;
     for (; u + kLanes <= size; u += kLanes)
-      cell_vectors<kNoise, N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
-    if (u < size) cell_vectors<kNoise, N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
+      cell_vectors<kVaried, N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
+    if (u < size) cell_vectors<kVaried, N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
   }
 
   // n units from `unit` on; the gates of a unit lie `stride` apart, those of the next row `columns`.
-  template <bool kNoise, int N>
+  template <bool kVaried, int N>
   inline __attribute__((always_inline)) void cell_vectors(const StepRow* rows, int64_t unit, int64_t n, int64_t stride,
                                                           int64_t columns, const Acc* igates, const Acc* hgates) const {
     using W = Batch<Acc, N>;
@@ -528,28 +528,28 @@ class Forward {
       hg[g] = W::map([&](int r) { return V::load(hgates + r * columns + g * stride); });
     }
     if (Cell::kStates == 1)
-      prev[0] = W::map([&](int r) { return load((kNoise ? rows[r].prev_h : rows[r].h) + unit, n); });
+      prev[0] = W::map([&](int r) { return load((kVaried ? rows[r].prev_h : rows[r].h) + unit, n); });
     if (Cell::kStates > 1) prev[1] = W::map([&](int r) { return load(rows[r].c + unit, n); });
     Cell::forward(ig, hg, prev, state, saved);
     for (int r = 0; r < N; ++r) {
       const StepRow& row = rows[r];
       if (Cell::kStates > 1) {
-        if (kNoise && row.values) {
+        if (kVaried && row.values) {
           for (int k = 0; k < Cell::kSaved; ++k) saved[k].part[r].store(row.values + k * ld_c_ + unit);
           state[1].part[r].store(row.values + Cell::kSaved * ld_c_ + unit);
         }
-        if (kNoise && row.keep_c)
+        if (kVaried && row.keep_c)
           state[1].part[r] = zoned(V::load(row.keep_c + unit), prev[1].part[r], state[1].part[r]);
         store(row.c + unit, row.drop ? V(Acc(0)) : state[1].part[r], n);
         if (row.c_output) store(row.c_output + unit, state[1].part[r], n);
       }
       if (row.saved)
         for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k].part[r], n);
-      if (kNoise && Cell::kStates > 1 && row.values) continue;  // h' wants all of c'
+      if (kVaried && Cell::kStates > 1 && row.values) continue;  // h' wants all of c'
       if (row.hidden) {
         store_operand<S>(row.hidden + unit, state[0].part[r], n);
       } else {
-        write_h<kNoise>(row, unit, n, state[0].part[r]);
+        write_h<kVaried>(row, unit, n, state[0].part[r]);
       }
     }
   }

@@ -100,9 +100,11 @@ def test_what_is_compiled_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch, 
         raise Compiles
 
     monkeypatch.setattr(cpp_extension, "load", load)
+    header = tmp_path / "a_unit_of_this_test.h"  # that no other test has compiled
+    header.write_text(FULL + f"// {header.name}\n")
     engine = {"stepwise_forward.cu", "stepwise_backward.cu", "backward_preparation.cu", "device_sequence.cu"}
     with pytest.raises(Compiles):
-        rnnfast.compile_cell(HEADER, directory=tmp_path)
+        rnnfast.compile_cell(header, directory=tmp_path)
     assert engine < given["sources"]
     assert given["with_cuda"]
     assert given["archs"] == _build.DEFAULT_CUDA_ARCHS
@@ -112,12 +114,12 @@ def test_what_is_compiled_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch, 
     libraries = {given["library"]}
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     with pytest.raises(Compiles):
-        rnnfast.compile_cell(HEADER, directory=tmp_path)
+        rnnfast.compile_cell(header, directory=tmp_path)
     assert given["archs"] == os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     libraries.add(given["library"])
     monkeypatch.setenv("RNNFAST_CUDA", "0")
     with pytest.raises(Compiles):
-        rnnfast.compile_cell(HEADER, directory=tmp_path)
+        rnnfast.compile_cell(header, directory=tmp_path)
     assert not given["sources"] & engine
     assert not given["with_cuda"]
     assert len({*libraries, given["library"]}) == 3

@@ -33,14 +33,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what takes minutes and packages of its own")
 
 
-# What compiles, or trains in processes of its own. These come first: what two processes share out last should be short.
-SLOW = {"test_nvcc.py", "test_own_cell.py", "test_own_cell_cuda.py", "test_char_lm.py", "test_compile.py"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in SLOW and not item.path.name.startswith("test_cuda_sim"))
-
-
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device that is here and has kernels: a test that takes it runs on all of them."""

@@ -173,7 +173,11 @@ def recurrent(
         weights = _drop_weights(weights, 2 if bidirectional else 1, weight_dropout, generator)
     noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
     if noise and training:
-        seeds = torch.randint(2**63 - 1, (len(weights), num_heads, batch), generator=generator, device=x.device)
+        # generator=None is another overload than none, which takes no symbolic batch.
+        draw: Callable[..., Tensor] = (
+            torch.randint if generator is None else partial(torch.randint, generator=generator)
+        )
+        seeds = draw(2**63 - 1, (len(weights), num_heads, batch), device=x.device)
         seeds = seeds if sorted_indices is None else seeds.index_select(2, sorted_indices)
     if batch_invariant:
         _check_batch_invariant(x, (dropout and len(weights) > 1) or seeds is not None, backend)

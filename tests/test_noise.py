@@ -385,7 +385,7 @@ def test_opcheck(cell: str, device: str) -> None:
 @each_layer
 def test_compiled(name: str, device: str) -> None:
     module = make(name, recurrent_dropout=0.3, zoneout=0.2, device=device)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     results = []
     for layers in (module, compiled):
         torch.manual_seed(1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cells, modules, ops, own_cell
+from . import cells, functional, modules, ops, own_cell
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LayerEngine:
     """What will run one layer."""
 
     name: str  # of the module in the model, and the layer's number
-    engine: str  # "cpu (avx512)", "cuda persistent_cta", "reference"; "none" where nothing can run it
+    engine: str  # "cpu (avx512)", "cuda persistent_cta", "reference", and how often; "none" where nothing can run it
     reason: str  # why no faster engine runs; empty if there is none
 
     def __str__(self) -> str:
@@ -55,6 +55,9 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         engine, reason = _engine(part, steps, batch)
         label = f"{name} ({type(part).__name__})" if name else type(part).__name__
         if isinstance(part, modules._Layers):
+            calls = _calls(part)
+            if part.num_heads > 1 and engine != "none":
+                engine += f", {part.num_heads} heads in {'one call' if calls == 1 else f'{calls} calls'}"
             layers += [LayerEngine(f"{label} layer {index}", engine, reason) for index in range(part.num_layers)]
         else:
             layers.append(LayerEngine(label, engine, reason))
@@ -70,6 +73,14 @@ def _steps_and_batch(module: nn.Module, input: Any) -> tuple[int, int]:
             steps, batch = input.shape[:2] if input.dim() == 3 else (input.shape[0], 1)
             return (batch, steps) if module.batch_first and input.dim() == 3 else (steps, batch)
     return 1, 1
+
+
+def _calls(part: modules._Layers | cells._Cell) -> int:
+    """How often the engine runs for a layer: heads may share a call."""
+    if isinstance(part, cells._Cell) or part.num_heads == 1:
+        return 1
+    drawn = part.training and part._noisy()
+    return part.num_heads // functional.heads_a_call(part.mode.lower(), part.hidden_size, part.num_heads, drawn)
 
 
 def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tuple[str, str]:
@@ -105,7 +116,7 @@ def _cuda_engine(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "steps": steps,
         "batch": batch,
-        "hidden_size": part.hidden_size // getattr(part, "num_heads", 1),
+        "hidden_size": part.hidden_size // _calls(part),
         "directions": 2 if getattr(part, "bidirectional", False) else 1,
         "projection": getattr(part, "proj_size", 0) > 0,
         "tf32": extension.tf32_allowed(),

@@ -38,6 +38,9 @@ class States(NamedTuple):
     c: tuple[Tensor | PackedSequence, ...]  # of each layer; empty for RNN and GRU
 
 
+# Units of a layer whose heads all share a call, and of a call in larger ones; see heads_a_call.
+WHOLE_UNITS, SHARED_UNITS = 128, 64
+
 LayerResult: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"  # output, h_n, c_n, c, as rnnfast.ops.layer's
 Result: TypeAlias = (
     "tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]"  # with return_states
@@ -147,7 +150,8 @@ def recurrent(
     form = reference.find_cell(cell)
     if form.diagonal and num_heads > 1:
         raise ValueError(f"num_heads: expected 1 for a diagonal cell, whose units are heads already, got {num_heads}")
-    slots = 2 * len(weights) if bidirectional else len(weights)
+    directions = 2 if bidirectional else 1
+    slots = directions * len(weights)
     h_shape = (slots, batch, w_hh.shape[0] // form.gates if form.diagonal else w_hh.shape[1] * num_heads)
     c0 = None
     if form.states == 1:
@@ -170,7 +174,7 @@ def recurrent(
         reset = _reset(reset, x, batched, batch_first and batch_sizes is None, batch_sizes)
 
     if weight_dropout:
-        weights = _drop_weights(weights, 2 if bidirectional else 1, weight_dropout, generator)
+        weights = _with_w_hh(weights, directions, partial(_dropped, probability=weight_dropout, generator=generator))
     noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
     if noise and training:
         # generator=None is another overload than none, which takes no symbolic batch.
@@ -179,6 +183,10 @@ def recurrent(
         )
         seeds = draw(2**63 - 1, (len(weights), num_heads, batch), device=x.device)
         seeds = seeds if sorted_indices is None else seeds.index_select(2, sorted_indices)
+    shared = heads_a_call(cell, h_shape[2], num_heads, seeds is not None) if num_heads > 1 else 1
+    if shared > 1:
+        weights = _with_w_hh(weights, directions, partial(_joined_blocks, num_heads=shared))
+        num_heads //= shared
     if batch_invariant:
         _check_batch_invariant(x, (dropout and len(weights) > 1) or seeds is not None, backend)
     save = 0
@@ -192,7 +200,7 @@ def recurrent(
         h0,
         c0,
         weights,
-        slots // len(weights),
+        directions,
         dropout,
         batch_sizes,
         lengths,
@@ -291,7 +299,7 @@ def _layers(
     if layer_norm:
         run = partial(run, layer_norm=True)
     if num_heads > 1:
-        run = partial(_heads, run, num_heads)
+        run = partial(_heads, run, num_heads, states is not None)
     elif seeds is not None:
         seeds = seeds.squeeze(1)
     if len(weights) == 1:
@@ -320,56 +328,94 @@ def _layers(
 def _heads(
     run: Callable[..., LayerResult],
     num_heads: int,
+    all_states: bool,
     input: Tensor,
     h0: Tensor,  # [D, B, H]
     c0: Tensor | None,
     weights: Sequence[Tensor],
     seed: Tensor | None = None,  # [heads, B]
 ) -> LayerResult:
-    """One layer. A head does not see the others' states: it is a layer of its own, with its rows of the weights."""
+    """One layer. A head does not see the others' states: it is a layer of its own, with its rows of the weights.
+
+    Without ``all_states`` the result's ``c`` is the first head's.
+    """
     directions, _, hidden_size = h0.shape
-    gates = weights[0].shape[0] // hidden_size
-    of_heads = [w.unflatten(0, (gates, num_heads, hidden_size // num_heads)).unbind(1) for w in weights]
-    h0s, c0s = (None if s is None else s.unflatten(2, (num_heads, -1)).unbind(2) for s in (h0, c0))
+    size = hidden_size // num_heads
+    # One copy of a weight for all heads: [G*H, I] becomes [heads, G*s, I].
+    of_heads = [w.unflatten(0, (-1, num_heads, size)).transpose(0, 1).flatten(1, 2).unbind() for w in weights]
+    h0s, c0s = (None if s is None else s.split(size, -1) for s in (h0, c0))
     assert h0s is not None
     results = [
         run(
             input,
             h0s[head],
             None if c0s is None else c0s[head],
-            [w[head].flatten(0, 1) for w in of_heads],
+            [w[head] for w in of_heads],
             seed=None if seed is None else seed[head],
         )
         for head in range(num_heads)
     ]
     output, h_n, c_n, c = zip(*results, strict=True)
 
-    def joined(steps: Sequence[Tensor]) -> Tensor:
+    def joined(steps: tuple[Tensor, ...]) -> Tensor:
         """Features of all heads, direction by direction."""
-        if steps[0].dim() == 1:  # not wanted
-            return steps[0]
-        return torch.stack([part.unflatten(-1, (directions, -1)) for part in steps], -2).flatten(-3)
+        if directions == 1:
+            return torch.cat(steps, -1)
+        return torch.stack([part.unflatten(-1, (directions, size)) for part in steps], -2).flatten(-3)
 
-    return joined(output), torch.cat(h_n, -1), torch.cat(c_n, -1), joined(c)
+    return joined(output), torch.cat(h_n, -1), torch.cat(c_n, -1), joined(c) if all_states and c0s else c[0]
 
 
-def _drop_weights(
-    weights: Sequence[Sequence[Tensor]], directions: int, probability: float, generator: torch.Generator | None
+def heads_a_call(cell: str, hidden_size: int, num_heads: int, drawn: bool) -> int:
+    """How many neighbouring heads share a call of the operator, their blocks written out as one matrix with zeros.
+
+    A call of a few units takes its time for the way there, the input and the cells, not for the product with W_hh; and
+    weights, states and outputs have to be divided among several calls and joined. One call for all heads costs what the
+    plain layer costs. In layers of up to WHOLE_UNITS more calls are little better where rows and steps are many, and
+    several times slower where they are few. In larger layers the zeros cost more than calls do, up to SHARED_UNITS a
+    call. Both limits were measured on a CPU, with heads of 4 to 64 units, 1 to 64 rows and 1 to 100 steps. Sizes alone
+    decide, neither rows nor steps: so a sequence fed in pieces has the bits of the whole, and one compilation serves
+    every T and B.
+
+    A head has a call of its own where sharing would change what it computes: with masks that are ``drawn``, from a seed
+    a head, by the units of a call; and where nothing bounds the cell's state, for 0 * inf is nan, and a head that
+    overflowed would spoil the others.
+    """
+    if drawn or not reference.find_cell(cell).bounded:
+        return 1
+    if hidden_size <= WHOLE_UNITS:
+        return num_heads
+    most = SHARED_UNITS * num_heads // hidden_size
+    return max((heads for heads in range(2, most + 1) if num_heads % heads == 0), default=1)
+
+
+def _joined_blocks(w_hh: Tensor, num_heads: int) -> Tensor:
+    """Each ``num_heads`` neighbouring blocks as one, zero between them: ``[G*H, s]`` to ``[G*H, num_heads * s]``."""
+    rows, size = w_hh.shape
+    blocks = w_hh.reshape(-1, num_heads, size, size)
+    return torch.diag_embed(blocks.permute(0, 2, 3, 1), dim1=1, dim2=3).reshape(rows, num_heads * size)
+
+
+def _with_w_hh(
+    weights: Sequence[Sequence[Tensor]], directions: int, change: Callable[[Tensor], Tensor]
 ) -> list[list[Tensor]]:
-    """The layers' weights with elements of every w_hh dropped."""
-    dropped = []
-    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    """The layers' weights with every w_hh changed."""
+    changed = []
     for layer_weights in weights:
         layer = list(layer_weights)
         for index in range(1, len(layer), len(layer) // directions):
-            w_hh = layer[index]
-            if generator is None:
-                layer[index] = drop(w_hh, probability)
-            else:  # which torch's dropout does not take
-                keep = torch.empty_like(w_hh, requires_grad=False).bernoulli_(1 - probability, generator=generator)
-                layer[index] = w_hh * (keep * scale)
-        dropped.append(layer)
-    return dropped
+            layer[index] = change(layer[index])
+        changed.append(layer)
+    return changed
+
+
+def _dropped(w_hh: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+    """``w_hh`` with elements dropped."""
+    if generator is None:
+        return drop(w_hh, probability)
+    # torch's dropout takes no generator
+    keep = torch.empty_like(w_hh, requires_grad=False).bernoulli_(1 - probability, generator=generator)
+    return w_hh * (keep * (1 / (1 - probability) if probability < 1 else 0.0))
 
 
 def _noise(cell: str, recurrent_dropout: float, zoneout: float | tuple[float, float]) -> tuple[float, ...]:

@@ -88,17 +88,18 @@ class Cell(NamedTuple):
     two_products: bool = False  # the step takes hgates as a function and, behind the state, what of h the products read
     layer_norm: bool = True  # whether its gates, and c, can be normalised
     diagonal: bool = False  # a unit's gates see its own state alone: w_hh is [G*H]
+    bounded: bool = False  # the nonlinearities bound h, whatever the gates are
 
 
 CELLS: dict[str, Cell] = {
-    "rnn_tanh": Cell(1, 1, elman_step(torch.tanh)),
+    "rnn_tanh": Cell(1, 1, elman_step(torch.tanh), bounded=True),
     "rnn_relu": Cell(1, 1, elman_step(torch.relu)),
-    "rnn_sigmoid": Cell(1, 1, elman_step(torch.sigmoid)),
+    "rnn_sigmoid": Cell(1, 1, elman_step(torch.sigmoid), bounded=True),
     "rnn_identity": Cell(1, 1, elman_step(lambda gates: gates)),
     "rnn_leaky_relu": Cell(1, 1, elman_step(leaky_relu)),
-    "lstm": Cell(4, 2, lstm_step),
-    "gru": Cell(3, 1, gru_step),
-    "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True, layer_norm=False),
+    "lstm": Cell(4, 2, lstm_step, bounded=True),
+    "gru": Cell(3, 1, gru_step, bounded=True),
+    "gru_reset_before": Cell(3, 1, gru_reset_before_step, two_products=True, layer_norm=False, bounded=True),
     "indrnn_relu": Cell(1, 1, elman_step(torch.relu), layer_norm=False, diagonal=True),
     "indrnn_tanh": Cell(1, 1, elman_step(torch.tanh), layer_norm=False, diagonal=True),
 }

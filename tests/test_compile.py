@@ -64,6 +64,23 @@ def test_one_recompilation_at_most(name: str, sequences: bool, device: str) -> N
     assert graphs.frame_count <= 2
 
 
+def test_heads(device: str) -> None:
+    """Which heads share a call depends on neither batch nor steps, so on no compilation."""
+    torch._dynamo.reset()
+    model = Model("GRU", bidirectional=True, num_heads=4).to(device)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    counts = set()
+    for batch, steps in SIZES:
+        arguments = inputs(batch, steps, device, sequences=False)
+        expected = training(model, list(model.parameters()), arguments)
+        torch.testing.assert_close(training(compiled, list(model.parameters()), arguments), expected, rtol=0, atol=0)
+        counts.add(graphs.frame_count)
+    assert len(counts) == 1
+    program = exported(model, device, sequences=False, strict=False)
+    torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=0, atol=0)
+
+
 def test_inductor(device: str) -> None:
     torch._dynamo.reset()
     model = Model("LSTM").to(device)

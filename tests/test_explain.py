@@ -82,6 +82,9 @@ def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.Mon
     assert layer.engine == "cuda stepwise"
     assert layer.reason.startswith("persistent_cta: it has no projections (proj_size)")
     assert layer.reason.count("persistent_cta") == 1  # forward and backward say the same
+    for num_heads, engine in ((1, "cuda persistent_cluster"), (8, "cuda persistent_cta, 8 heads in 4 calls")):
+        (layer,) = rnnfast.explain(lstm_on_cuda(256, num_heads=num_heads)).layers
+        assert layer.engine == engine
     for option in ("recurrent_dropout", "zoneout"):
         module = lstm_on_cuda(4, **{option: 0.5})
         (layer,) = rnnfast.explain(module).layers
@@ -89,6 +92,20 @@ def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.Mon
         assert layer.reason.startswith("persistent_cta: it has no recurrent dropout or zoneout")
         (layer,) = rnnfast.explain(module.eval()).layers
         assert (layer.engine == "cuda persistent_cta") == (option == "recurrent_dropout")
+
+
+def test_heads_and_their_calls() -> None:
+    with rnnfast.backend("reference"):
+        for module, expected in (
+            (rnnfast.LSTM(3, 64, num_heads=4), ", 4 heads in one call"),
+            (rnnfast.LSTM(3, 256, num_heads=8), ", 8 heads in 4 calls"),
+            (rnnfast.LSTM(3, 64, num_heads=4, zoneout=0.1), ", 4 heads in 4 calls"),
+            (rnnfast.LSTM(3, 64, num_heads=4, zoneout=0.1).eval(), ", 4 heads in one call"),
+            (rnnfast.RNN(3, 64, nonlinearity="relu", num_heads=4), ", 4 heads in 4 calls"),
+            (rnnfast.LSTM(3, 64), ""),
+        ):
+            (layer,) = rnnfast.explain(module).layers
+            assert layer.engine == f"reference{expected}"
 
 
 def test_other_devices_have_no_engine() -> None:

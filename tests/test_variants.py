@@ -13,6 +13,7 @@ from sample_inputs import flatten
 from torch import Tensor, nn
 
 import rnnfast
+from rnnfast import functional, reference
 
 each_layer = pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 I, H, T, B = 5, 8, 6, 3
@@ -186,6 +187,12 @@ def test_bad_forget_bias() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ heads
+def share(monkeypatch: pytest.MonkeyPatch, units: int) -> None:
+    """Let heads with so many units together share a call."""
+    monkeypatch.setattr(functional, "WHOLE_UNITS", units)
+    monkeypatch.setattr(functional, "SHARED_UNITS", units)
+
+
 def without_heads(module: nn.Module) -> nn.Module:
     """The same layers with all of each W_hh, zero but for its diagonal blocks."""
     options = {} if getattr(module, "reset_after", True) else {"reset_after": False}
@@ -200,9 +207,13 @@ def without_heads(module: nn.Module) -> nn.Module:
 
 @each_layer
 @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
-@pytest.mark.parametrize("num_heads", [2, 8])
-def test_heads_are_blocks_of_w_hh(name: str, form: str, num_heads: int) -> None:
-    """Outputs, all states and every gradient; the gradient of a block is that of the block in the whole matrix."""
+@pytest.mark.parametrize(("num_heads", "together"), [(2, 1), (2, 2), (8, 1), (8, 4)])
+def test_heads_are_blocks_of_w_hh(
+    name: str, form: str, num_heads: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs, all states and every gradient, whether heads share calls or not; the gradient of a block is that of the
+    block in the whole matrix."""
+    share(monkeypatch, together * H // num_heads)
     module = make(name, num_heads=num_heads)
     plain = without_heads(module)
     lengths, reset = torch.tensor([4, 6, 0]), torch.rand(T, B) < 0.3
@@ -231,6 +242,64 @@ def test_heads_are_blocks_of_w_hh(name: str, form: str, num_heads: int) -> None:
             blocks = wanted.unflatten(0, (-1, num_heads, size)).unflatten(-1, (num_heads, size))
             wanted = torch.stack([blocks[:, head, :, head] for head in range(num_heads)], 1).flatten(0, 2)
         torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden_size", "num_heads", "expected"),
+    [
+        ("lstm", 8, 4, 4),
+        ("gru_reset_before", 128, 2, 2),
+        ("rnn_sigmoid", 120, 15, 15),
+        ("gru", 136, 2, 1),
+        ("gru", 136, 4, 1),
+        ("rnn_tanh", 256, 8, 2),
+        ("rnn_tanh", 256, 256, 64),
+        ("lstm", 144, 12, 4),  # five heads of 12 units would do, but do not divide 12
+        ("lstm", 1024, 2, 1),
+        ("rnn_relu", 8, 2, 1),
+        ("rnn_identity", 8, 2, 1),
+        ("rnn_leaky_relu", 8, 2, 1),
+    ],
+)
+def test_heads_that_share_a_call(cell: str, hidden_size: int, num_heads: int, expected: int) -> None:
+    assert functional.heads_a_call(cell, hidden_size, num_heads, False) == expected
+    assert functional.heads_a_call(cell, hidden_size, num_heads, True) == 1
+
+
+@pytest.mark.parametrize("cell", [cell for cell, form in reference.CELLS.items() if not form.diagonal])
+def test_a_bounded_cell_is_bounded(cell: str) -> None:
+    """However large the gates are, |h| is at most 1."""
+    form = reference.CELLS[cell]
+    h0 = torch.zeros(1, 40, H)
+    c0 = h0 if form.states == 2 else None
+    weights = [1e9 * torch.randn(form.gates * H, size) for size in (I, H)]
+    output = reference.layer(cell, torch.randn(T, 40, I), h0, c0, weights)[0]
+    assert bool((output.abs() <= 1).all()) == form.bounded
+
+
+def test_a_head_that_overflows_leaves_the_others_alone() -> None:
+    """0 * inf is nan, so such heads do not share a call."""
+    module = rnnfast.RNN(I, H, nonlinearity="identity", num_heads=2)
+    with torch.no_grad():
+        module.weight_hh_l0[: H // 2] = 1e30
+    first, second = module(torch.randn(T, B, I))[0].chunk(2, -1)
+    assert not first.isfinite().all()
+    assert second.isfinite().all()
+
+
+@each_layer
+@pytest.mark.parametrize("option", [{"weight_dropout": 0.5}, {"recurrent_dropout": 0.5}, {"zoneout": 0.3}])
+@pytest.mark.parametrize("training", [False, True])
+def test_masks_do_not_depend_on_who_shares_a_call(
+    name: str, option: dict[str, float], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(name, num_heads=4, **option).train(training)
+    input = torch.randn(T, B, I, dtype=torch.float64)
+    outputs = []
+    for units in (1, 64):
+        share(monkeypatch, units)
+        outputs.append(module(input, generator=torch.Generator().manual_seed(1))[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
 
 
 def test_one_head_is_the_plain_layer() -> None:
@@ -264,6 +333,57 @@ def test_heads_have_masks_of_their_own() -> None:
     assert not torch.equal(first, second)
     first, second = module.eval()(input)[0].unflatten(-1, (2, 4)).unbind(-2)
     assert torch.equal(first, second)
+
+
+@each_layer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
+def test_heads_in_every_dtype(
+    name: str, dtype: torch.dtype, narrow: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zero changes no sum: with autocast and without, a head that shares a call has the bits that it has alone."""
+    module = make(name, num_heads=4, num_layers=1, dtype=dtype)
+    input = torch.randn(T, B, I, dtype=dtype)
+    results = []
+    for units in (1, 64):
+        share(monkeypatch, units)
+        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+            output = module(input)[0]
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), list(module.parameters()))])
+    for alone, shared in zip(*results, strict=True):
+        torch.testing.assert_close(alone, shared, rtol=0, atol=0)
+
+
+@each_layer
+def test_derivatives_of_heads_that_share_a_call(name: str, device: str) -> None:
+    """Second and forward-mode ones, and per-sample gradients, equal those of the formula with the matrix as a whole."""
+    module = getattr(rnnfast, name)(2, 4, num_heads=2, dtype=torch.float64, device=device)
+    parameters = {key: weight.detach() for key, weight in module.named_parameters()}
+    input = torch.randn(4, 2, 2, dtype=torch.float64, device=device)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,))[0].sin().sum()
+
+    def by_hand(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = weights.values()
+        gates = w_hh.shape[0] // 4
+        whole = torch.stack([torch.block_diag(*gate) for gate in w_hh.view(gates, 2, 2, 2)]).view(-1, 4)
+        h0 = x.new_zeros(1, x.shape[1], 4)
+        layer = [w_ih, whole, b_ih, b_hh]
+        output = reference.layer(module.mode.lower(), x, h0, h0 if name == "LSTM" else None, layer)[0]
+        return output.sin().sum()
+
+    def derivatives(function: Any) -> list[Any]:
+        return [
+            torch.func.hessian(function)(parameters, input),
+            torch.func.jvp(function, (parameters, input), (parameters, input)),
+            torch.vmap(torch.func.grad(function), (None, 1))(parameters, input.unsqueeze(2)),
+        ]
+
+    torch.testing.assert_close(derivatives(loss), derivatives(by_hand), rtol=1e-10, atol=1e-10)
+    w_hh = parameters["weight_hh_l0"].clone().requires_grad_()
+    input.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, w: loss({**parameters, "weight_hh_l0": w}, x), (input, w_hh))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ _HERE = Path(__file__).resolve().parent
 # Of an installed package, or of a checkout.
 _SOURCES = _HERE / "csrc" if (_HERE / "csrc").exists() else _HERE.parent / "csrc"
 _FLAGS = ["-DRNNFAST_OWN_CELL", "-w"]
+_one_thread = threading.Lock()
 
 Step = Callable[..., "tuple[Tensor, ...]"]
 
@@ -107,7 +109,8 @@ def compile_cell(
     ``TORCH_CUDA_ARCH_LIST`` names other architectures than those of the package.
 
     A compilation takes a C++ compiler and ninja, and about 40 seconds on two cores. What was compiled is kept,
-    by the content of the header and the versions of rnnfast and torch, and loaded again at once.
+    by the content of the header, of the files that it includes by a path from its folder, and the versions of rnnfast
+    and torch, and loaded again at once. Of several processes that ask for one cell at a time one compiles it.
 
     Args:
         header: the file of equations.
@@ -121,41 +124,47 @@ def compile_cell(
     Raises:
         FileNotFoundError: there is no such header.
         ValueError: the header has no struct, or several and none is named, or its file name is no name for an operator.
+        OSError: nothing can be written to the directory, where the cell is not there already.
         RuntimeError: it does not compile; the message is the compiler's, with the header's lines. Or there is no
             compiler, or the package has no extension itself.
     """
     if _extension.extension is None:
         raise RuntimeError(_extension.error)
     header = Path(header).resolve()
-    text = header.read_text()
+    files = _find_files(header)
     name = header.stem.lower()
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(f"header: expected a file named by letters, digits and _, got {header.name}")
-    struct = _find_struct(header, text) if struct is None else struct
+    if name == "reference":
+        raise ValueError("header: expected another name than that of the formula's operators, got reference")
+    struct = _find_struct(header, files[header]) if struct is None else struct
     instruction_set = str(_extension.extension.instruction_set())
 
     no_cuda = _no_cuda()
     archs = "" if no_cuda else _cuda_archs()
-    facts = [text, struct, instruction_set, archs, __version__, str(torch.__version__)]
-    key = hashlib.sha256("\n".join(facts).encode())
+    facts = [struct, instruction_set, archs, __version__, str(torch.__version__)]
+    facts += [part for path, text in files.items() for part in (os.path.relpath(path, header.parent), text)]
+    key = hashlib.sha256(repr(facts).encode())
     for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu")):
         key.update(source.read_bytes())
     library = f"rnnfast_{name}_{key.hexdigest()[:16]}"
     cell = f"{library}::{name}"
-    if cell not in reference.OWN_CELLS:
-        folder = _build_root(directory) / library
-        product, complete = folder / f"{library}.so", folder / "complete"
-        if complete.exists():
+    with _one_thread:
+        if cell not in reference.OWN_CELLS:
+            folder = _build_root(directory) / library
+            product, complete = folder / f"{library}.so", folder / "complete"
+            if not complete.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                with _one_process(folder):
+                    if not complete.exists():  # meanwhile
+                        _write_sources(folder, header, files, struct, library, name, instruction_set)
+                        _check(folder, header)
+                        _load(folder, library, header, instruction_set, archs)
+                        complete.touch()
             torch.ops.load_library(product)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_sources(folder, header, text, struct, library, name, instruction_set)
-            _check(folder, header)
-            _load(folder, library, header, instruction_set, archs)
-            complete.touch()
-        gates, states, saved, diagonal = _sizes(product)
-        form = reference.Cell(gates, states, _no_formula, layer_norm=False, diagonal=bool(diagonal))
-        ops.register_own_cell(cell, saved, form, no_cuda)
+            gates, states, saved, diagonal = _sizes(product)
+            form = reference.Cell(gates, states, _no_formula, layer_norm=False, diagonal=bool(diagonal))
+            ops.register_own_cell(cell, saved, form, no_cuda)
     form = reference.OWN_CELLS[cell]
     if step is not None:
         reference.OWN_CELLS[cell] = form._replace(step=step)
@@ -166,7 +175,8 @@ def compile_cell(
         "no_cuda": no_cuda,
         "__doc__": _doc(header, struct),
     }
-    return type(struct.removesuffix("Cell") or struct, (OwnLayers,), members)
+    name = struct.rpartition("::")[2]
+    return type(name.removesuffix("Cell") or name, (OwnLayers,), members)
 
 
 def _no_cuda() -> str:
@@ -192,6 +202,22 @@ def _doc(header: Path, struct: str) -> str:
     return f"A layer of the cell {struct} of {header.name}; takes what :class:`rnnfast.GRU` takes."
 
 
+def _find_files(header: Path) -> dict[Path, str]:
+    """The text of the header, and of what it includes by a path from its folder, and what that includes."""
+    files: dict[Path, str] = {}
+    waiting = [header]
+    while waiting:
+        path = waiting.pop()
+        # Comments may be of any encoding.
+        text = files[path] = path.read_text(encoding="utf-8", errors="surrogateescape")
+        for name in re.findall(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', text, re.MULTILINE):
+            beside = (Path(os.path.normpath(folder / name)) for folder in (path.parent, header.parent))
+            found = next((path for path in beside if path.is_file()), None)
+            if found is not None and found not in files and _SOURCES not in found.parents:
+                waiting.append(found)
+    return files
+
+
 def _find_struct(header: Path, text: str) -> str:
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?\{", code)
@@ -209,17 +235,32 @@ def _build_root(directory: str | os.PathLike[str] | None) -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Wait until no other process compiles in ``folder``."""
+    import fcntl  # of Unix alone
+
+    with open(folder / "compiling", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # which ends with its process, unlike torch's own lock
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
 def _write_sources(
-    folder: Path, header: Path, text: str, struct: str, library: str, name: str, instruction_set: str
+    folder: Path, header: Path, files: dict[Path, str], struct: str, library: str, name: str, instruction_set: str
 ) -> None:
-    # A copy, so that what was compiled does not depend on the file; the compiler's messages name the file.
-    path = str(header).replace("\\", "\\\\").replace('"', '\\"')
-    _write(folder / "equations.h", f'#line 1 "{path}"\n{text}')
+    # Copies, so that what is compiled is what the key was made of; the compiler's messages name the files. They have a
+    # folder of their own, where none is taken for one of the package's of the same name.
+    for path, text in files.items():
+        relative = os.path.relpath(path, header.parent)
+        if not relative.startswith(os.pardir):
+            quoted = str(path).replace("\\", "\\\\").replace('"', '\\"')
+            _write(folder / "own" / relative, f'#line 1 "{quoted}"\n{text}')
     _write(
         folder / "rnnfast_own_cell.h",
         "// The list of cells of csrc/cell/cell_list.h.\n"
         f"#define RNNFAST_LIBRARY {library}\n"
-        "#define RNNFAST_OWN_HEADER <equations.h>\n"
+        f"#define RNNFAST_OWN_HEADER <own/{header.name}>\n"
         f"#define RNNFAST_OWN_TYPE {struct}\n"
         f"#define RNNFAST_OWN_ISA {instruction_set}\n"
         "#define RNNFAST_FOR_EACH_PERSISTENT_CELL(X)\n"
@@ -228,12 +269,11 @@ def _write_sources(
 
 
 def _write(path: Path, text: str) -> None:
-    """Make ``path`` hold ``text``, whole at every moment, and untouched if it does: another process may compile it."""
-    if path.exists() and path.read_text() == text:
-        return
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    """Make ``path`` hold ``text``, and leave it alone if it does: what was compiled of it stays up to date."""
+    data = text.encode(errors="surrogateescape")
+    if not path.exists() or path.read_bytes() != data:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def _include_paths(folder: Path, header: Path) -> list[str]:
@@ -258,6 +298,8 @@ def _load(folder: Path, library: str, header: Path, instruction_set: str, archs:
     """archs: of CUDA, as torch writes them; empty for the CPU alone."""
     from torch.utils import cpp_extension
 
+    # After a compilation that failed, of a full disk or without ninja, torch would not try again in this process.
+    cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(library, None)
     sources = [_SOURCES / "own_cell" / "operators.cpp", _SOURCES / "cpu" / f"engine_{instruction_set}.cpp"]
     flags = [*_FLAGS, "-DRNNFAST_WITH_CUDA"] if archs else _FLAGS
     sources += cuda_sources() if archs else []

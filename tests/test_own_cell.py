@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +142,15 @@ def test_transforms_and_compilation(mgu: Any) -> None:
 @pytest.fixture
 def diagonal(example: Any, tmp_path: Path) -> type[own_cell.OwnLayers]:
     """The same unit with a vector for each gate's recurrent weights."""
-    header = tmp_path / "diagonal_unit.h"
+    header = tmp_path / "a folder" / "diagonal_unit.h"
+    header.parent.mkdir()
     header.write_text(
         GOOD.replace(
             "  static constexpr int kGates", "  static constexpr bool kDiagonal = true;\n  static constexpr int kGates"
         )
     )
-    return rnnfast.compile_cell(header, step=example.step)
+    directory = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "a folder"
+    return rnnfast.compile_cell(header, step=example.step, directory=directory)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -246,6 +253,125 @@ def test_a_mistake_is_shown_where_it_is(tmp_path: Path, text: str, message: str)
     assert len(str(error.value).splitlines()) < 60
 
 
+class Compiles(Exception):
+    """A cell's library would be compiled now."""
+
+
+@pytest.fixture
+def library_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], str]:
+    """The name of the library that would be compiled of a header, which stands for what it is made of."""
+    from torch.utils import cpp_extension
+
+    def load(name: str, *_: Any, **__: Any) -> None:
+        raise Compiles(name)
+
+    def library(header: Path) -> str:
+        with pytest.raises(Compiles) as compiles:
+            rnnfast.compile_cell(header, directory=tmp_path / "libraries")
+        return str(compiles.value)
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    return library
+
+
+def test_what_a_header_includes_is_part_of_it(library_of: Callable[[Path], str], tmp_path: Path) -> None:
+    """What one includes from beside itself, also where the package has a file of that name."""
+    names = ("unit.h", "params.h", "a/b.h", "a/c.h", "../up.h")
+    header, *included = (tmp_path / "cells" / name for name in names)
+    included[1].parent.mkdir(parents=True)
+    includes = '#include "params.h"\n  #  include "../up.h"\n#include <cmath>\n'
+    header.write_text(f"{includes}static_assert(kBeside + kBelow + kAbove == 6);\n{GOOD}")
+    texts = (
+        '#pragma once\n#include "a/b.h"\nconstexpr int kBeside = 1;\n',
+        '#include "../params.h"\n#include "c.h"\n',
+        "constexpr int kBelow = 2;\n",
+        "constexpr int kAbove = 3;\n",
+    )
+    for path, text in zip(included, texts, strict=True):
+        path.write_text(text)
+    libraries = [library_of(header)]
+    for path in included:
+        path.write_text(path.read_text() + "// another\n")
+        libraries.append(library_of(header))
+    assert len(set(libraries)) == 5
+    assert library_of(header) == libraries[4]
+    included[2].write_text("constexpr int kBelow = 2;\nmistake\n")
+    with pytest.raises(RuntimeError, match=r"cells/a/c\.h:2:1: error"):
+        rnnfast.compile_cell(header, directory=tmp_path / "libraries")
+
+
+def test_comments_in_any_encoding(library_of: Callable[[Path], str], tmp_path: Path) -> None:
+    header = tmp_path / "unit.h"
+    header.write_bytes(GOOD.encode() + "// für\n".encode("latin-1"))
+    assert library_of(header)
+
+
+def test_a_failure_is_not_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a full disk: who asks again in the same process, compiles again."""
+    from torch.utils import cpp_extension
+
+    asked = []
+
+    def build(**options: Any) -> None:
+        asked.append(options["name"])
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(cpp_extension, "_write_ninja_file_and_build_library", build)
+    header = tmp_path / "unit.h"
+    header.write_text(GOOD)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"unit\.h cannot be compiled:\nno space left"):
+            rnnfast.compile_cell(header, directory=tmp_path)
+    assert len(asked) == 2
+    assert len(set(asked)) == 1
+
+
+def test_one_process_compiles_at_a_time(tmp_path: Path) -> None:
+    """The others wait, and what a process that was killed had locked is free."""
+    (tmp_path / "lock").touch()  # of torch.utils.cpp_extension, which would wait for ever
+    order, started = [], threading.Event()
+
+    def compile_too() -> None:
+        started.set()
+        with own_cell._one_process(tmp_path):
+            order.append("this one")
+
+    with open(tmp_path / "compiling", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=compile_too)
+        thread.start()
+        started.wait()
+        thread.join(0.2)
+        order.append("the other")
+    thread.join()
+    assert order == ["the other", "this one"]
+    assert not (tmp_path / "lock").exists()
+
+
+def test_what_another_process_compiled_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded, not compiled again."""
+
+    @contextmanager
+    def one_process(folder: Path) -> Iterator[None]:
+        (folder / "complete").touch()
+        yield
+
+    loaded = []
+
+    def load_library(product: Path) -> None:
+        loaded.append(product)
+        raise Compiles
+
+    monkeypatch.setattr(own_cell, "_one_process", one_process)
+    monkeypatch.setattr(own_cell, "_load", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(torch.ops, "load_library", load_library)
+    header = tmp_path / "unit.h"
+    header.write_text(GOOD)
+    with pytest.raises(Compiles):
+        rnnfast.compile_cell(header, directory=tmp_path)
+    assert loaded[0].parent.parent == tmp_path
+
+
 def test_what_no_compiler_is_asked_about(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.h"):
         rnnfast.compile_cell(tmp_path / "none.h")
@@ -255,6 +381,14 @@ def test_what_no_compiler_is_asked_about(tmp_path: Path) -> None:
         ValueError, match=r"struct: expected the name of one of two\.h's structs \(One, Two\), got None"
     ):
         rnnfast.compile_cell(header)
+    header = tmp_path / "reference.h"
+    header.write_text(GOOD)
+    with pytest.raises(ValueError, match="header: expected another name than that of the formula's operators"):
+        rnnfast.compile_cell(header)
+    header = tmp_path / "unit.h"
+    header.write_text(GOOD)
+    with pytest.raises(OSError, match=r"unit\.h"):
+        rnnfast.compile_cell(header, directory=header)
     header = tmp_path / "2 cells.h"
     header.write_text(GOOD)
     with pytest.raises(ValueError, match=r"header: expected a file named by letters, digits and _, got 2 cells\.h"):

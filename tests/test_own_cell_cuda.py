@@ -33,7 +33,9 @@ each_unit = pytest.mark.parametrize("name", HEADERS)
 
 def flags_of(name: str, folder: Path) -> list[str]:
     """What compiles the engines' sources for that cell alone."""
-    own_cell._write_sources(folder, HEADER, HEADERS[name], "MinimalGatedUnit", f"library_of_{name}", name, "generic")
+    own_cell._write_sources(
+        folder, HEADER, {HEADER: HEADERS[name]}, "MinimalGatedUnit", f"library_of_{name}", name, "generic"
+    )
     return ["-DRNNFAST_OWN_CELL", f"-I{folder}", f"-I{build.CSRC / 'cell'}"]
 
 

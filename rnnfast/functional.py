@@ -371,7 +371,7 @@ def heads_a_call(cell: str, hidden_size: int, num_heads: int, drawn: bool) -> in
 
     A call of a few units takes its time for the way there, the input and the cells, not for the product with W_hh; and
     weights, states and outputs have to be divided among several calls and joined. One call for all heads costs what the
-    plain layer costs. In layers of up to WHOLE_UNITS more calls are little better where rows and steps are many, and
+    plain layer costs. In layers of up to WHOLE_UNITS more calls are somewhat better where rows and steps are many, and
     several times slower where they are few. In larger layers the zeros cost more than calls do, up to SHARED_UNITS a
     call. Both limits were measured on a CPU, with heads of 4 to 64 units, 1 to 64 rows and 1 to 100 steps. Sizes alone
     decide, neither rows nor steps: so a sequence fed in pieces has the bits of the whole, and one compilation serves

@@ -76,20 +76,28 @@ inline constexpr bool takes_layer_norm =
     !has_two_products<Cell> && !is_diagonal<Cell> && (Cell::kStates == 1 || find_hidden_gradient<Cell>(nullptr));
 #endif
 
-// What an engine-independent layer needs to know of a cell.
-struct CellInfo {
-  const char* name;
+// What can be said of a cell in numbers.
+struct CellTraits {
   int gates;         // rows of W_ih are gates * H
   int first_gates;   // those that take W_hh h: all, unless the cell has two products
   int states;        // 1: h; 2: h and c
   int saved;         // values per unit and step that backward wants, beside the states
   bool split_gates;  // grad_igates and grad_hgates differ
-  bool diagonal;     // w_hh is [G*H]
-  bool tangent;      // has a tangent of its own
-  bool persistent;   // has kernels of the persistent CUDA engines
-  bool layer_norm;   // its gates can be normalised
+  bool two_products;
+  bool diagonal;    // w_hh is [G*H]
+  bool tangent;     // has a tangent of its own
+  bool layer_norm;  // its gates can be normalised
+};
+template <class Cell>
+inline constexpr CellTraits traits_of = {
+    Cell::kGates,           first_gates<Cell>, Cell::kStates,     Cell::kSaved,           Cell::kSplitGates,
+    has_two_products<Cell>, is_diagonal<Cell>, has_tangent<Cell>, takes_layer_norm<Cell>,
+};
 
-  bool two_products() const { return first_gates < gates; }
+// What an engine-independent layer needs to know of a cell.
+struct CellInfo : CellTraits {
+  const char* name;
+  bool persistent;  // has kernels of the persistent CUDA engines
 };
 
 // Persistent kernels have matrix products only.
@@ -105,11 +113,9 @@ RNNFAST_FOR_EACH_CELL(RNNFAST_CHECK_CELL)
 
 inline CellInfo cell_info(CellKind kind) {
   switch (kind) {
-#define RNNFAST_CELL_INFO(name, Type, persistent)                                      \
-  case CellKind::name:                                                                 \
-    return {#name,        Type::kGates,          first_gates<Type>, Type::kStates,     \
-            Type::kSaved, Type::kSplitGates,     is_diagonal<Type>, has_tangent<Type>, \
-            persistent,   takes_layer_norm<Type>};
+#define RNNFAST_CELL_INFO(name, Type, persistent) \
+  case CellKind::name:                            \
+    return {traits_of<Type>, #name, persistent};
 #define RNNFAST_PERSISTENT_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, true)
 #define RNNFAST_STEPWISE_INFO(name, Type) RNNFAST_CELL_INFO(name, Type, false)
     RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_PERSISTENT_INFO)
@@ -118,7 +124,7 @@ inline CellInfo cell_info(CellKind kind) {
 #undef RNNFAST_PERSISTENT_INFO
 #undef RNNFAST_CELL_INFO
   }
-  return {"", 0, 0, 0, 0, false, false, false, false, false};
+  return {{}, "", false};
 }
 
 }  // namespace rnnfast

@@ -1,13 +1,13 @@
 // Owns: one layer backward over the whole sequence.
 // Must not know: equations (the cell has them), tensors.
 //
-// First the loop, from the last step to the first: the cell turns the gradient of a step's state into the gradients of
-// its gates, and one product with W_hh carries them to the step before. Then, over all steps at once: the gradient of
-// the input, and the weight gradients. Where forward kept no gates they are computed again, for a window of steps at a
-// time right before the loop reads them: every h is known, so that is two products, and the window stays in the cache.
-// A cell with two products a step goes back through the second between the cell and the first.
+// The loop goes from the last step to the first: the cell turns the gradient of a step's state into the gradients of
+// its gates, and one product with W_hh carries them to the step before. The gradients of the input and of the weights
+// come behind it, from products_over_steps.h. Where forward kept no gates they are computed again, for a window of
+// steps at a time right before the loop reads them: every h is known, so that is two products, and the window stays in
+// the cache. A cell with two products a step goes back through the second between the cell and the first.
 //
-// Included once per instruction set, after layer.h.
+// Included once per instruction set, after products_over_steps.h.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -23,242 +23,61 @@ class Backward {
   static constexpr bool kDiagonal = is_diagonal<Cell>;
   using HiddenColumns = std::conditional_t<kDiagonal, ColumnDiagonal<S>, ColumnMatrix<S>>;
   using HiddenMatrix = std::conditional_t<kDiagonal, GateDiagonal<S>, GateMatrix<S>>;
-  static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
-  static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
-
-  // What a direction's loop leaves, and what it needs.
-  struct Shared {
-    Unit* w_hh;        // [G*H, P] in column panels; null: in place
-    Unit* w_hr;        // [P, H] in column panels; null: in place or no projection
-    Acc* grad_h;       // [B, ld_p] carried from step to step
-    Acc* grad_c;       // [B, ld_h]
-    Acc* grad_hidden;  // [B, ld_h] gradient of the state before the projection
-    Operand* igates;   // [N, ld_g] gradients of the input half of the gates
-    Operand* hgates;   // [N, ld_g] and of the hidden half
-    Operand* outputs;  // [N, ld_o] gradients of the projected state
-    S* hidden;         // [N, H] the state before the projection
-    // Of a cell with two products only; w_hh and forward_hh have the first gates then.
-    Unit *w_second, *forward_second;
-    Acc* bias_second;
-    S* gated;                          // [N, P] what the second product read
-    S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
-    Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
-    Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
-    Unit *forward_ih, *forward_hh;     // panels for recomputing
-    Acc *bias_ih, *bias_hh;
-    Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
-    Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
-  };
-  struct Own {
-    Unit* panels;           // of WeightGradient
-    Acc* grad_input;        // [kRowsAtOnce, columns of one block]
-    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all
-    Unit* gated;            // [kRowsAtOnce, units of P]
-    Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
-    S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
-    Acc *keep_h, *keep_c;   // of Zoneout
-    S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
-    Acc* norms;             // [norm_rows, kNormVectors, ld_h] of NormRow; null without layer normalisation
-  };
+  using Workspace = BackwardWorkspace<S>;
+  using Shared = typename Workspace::Shared;
+  using Own = typename Workspace::Own;
+  static constexpr int64_t kRowsAtOnce = Workspace::kRowsAtOnce;
 
  public:
   static size_t workspace_bytes(const LayerBackward& layer, int threads) {
-    Carver carver(nullptr);
-    carve(layer, threads, carver, nullptr, nullptr);
-    return carver.used();
+    return Workspace(layer, traits_of<Cell>, threads).bytes();
   }
 
   static void run(const LayerBackward& layer, void* workspace, int threads) {
-    const Plan plan = plan_of(layer, threads);
-    auto with_buffers = [&](int rank, const auto& f) {
+    const Workspace sizes(layer, traits_of<Cell>, threads);
+    Barrier barriers[2];
+    run_team(sizes.plan.threads, [&](int rank, int size) {
       FlushDenormals flush;
-      Carver carver(workspace);
       Shared shared[2];
       Own own;
-      carve(layer, threads, carver, shared, &own, rank);
-      f(shared, own);
-    };
-    Barrier barriers[2], everyone;
-    run_team(plan.threads, [&](int rank, int size) {
-      with_buffers(rank, [&](const Shared* shared, const Own& own) {
-        for_directions(layer.directions, rank, size, plan.divide, barriers, [&](int d, const Member& member) {
-          Backward(layer, layer.direction[d], member, shared[d], own).run();
-        });
+      sizes.carve(workspace, rank, shared, own);
+      for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+        Backward(sizes, layer.direction[d], member, shared[d], own).run();
       });
     });
-    // The products over all steps can use threads that the loop cannot.
-    run_team(team_size(layer, threads), [&](int rank, int size) {
-      with_buffers(rank, [&](const Shared* shared, const Own& own) {
-        grad_input(layer, shared, own, rank, size, everyone);
-        for (int d = 0; d < layer.directions; ++d) grad_weights(layer, layer.direction[d], shared[d], own, rank, size);
-      });
-    });
+    ProductsOverSteps<S>::run(sizes, workspace);
   }
 
  private:
-  static Plan plan_of(const LayerBackward& l, int threads) {
-    return make_plan(G, l.input_size, l.hidden_size, hidden_inputs(l), l.directions, l.sequence, size_of(l.dtype),
-                     l.layer_norm, threads);
-  }
-  static int team_size(const LayerBackward& l, int threads) {
-    const double cycles =
-        row_cycles(G, l.input_size, l.hidden_size, hidden_inputs(l)) * double(l.sequence.rows) * l.directions;
-    return cycles < 1e5 ? 1 : threads;
-  }
-  // States that a unit sees.
-  static int64_t hidden_inputs(const LayerBackward& l) { return kDiagonal ? 1 : l.output_size; }
-  static bool projects(const LayerBackward& l) { return l.direction[0].weights.w_hr != nullptr; }
-  static bool recomputes(const LayerBackward& l) { return saved_width(l) > 0 && !l.direction[0].saved; }
-  static int64_t saved_width(const LayerBackward& l) { return (l.layer_norm ? 2 * G : Cell::kSaved) * l.hidden_size; }
-  static constexpr int kNormLines =
-      4 * G + (Cell::kStates > 1 ? 2 : 0);  // of NormSums: norms, biases; norm and bias of c
-
-  // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.
-  static UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
-    UnitBlocks blocks;
-    blocks.units = units;
-    blocks.gates = 1;
-    blocks.lanes = kLanes;
-    blocks.block = kMaxVectors * kLanes;
-    if (divide == Divide::units) {
-      int64_t best = -1;
-      for (int vectors = kMaxVectors; vectors > 0; --vectors) {
-        const int64_t longest = divide_up(divide_up(units, vectors * kLanes), size) * vectors;
-        if (best >= 0 && longest >= best) continue;
-        best = longest;
-        blocks.block = vectors * kLanes;
-      }
-    }
-    return blocks;
-  }
-  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
-  // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
-  static int64_t ld_gates(const LayerBackward& l) {
-    const int64_t width = round_up(G * l.hidden_size, Product<S>::kPair), line = 64 / sizeof(Operand);
-    return l.direction[0].grad_igates || width % (8 * line) != 0 ? width : width + line;
-  }
-  static int64_t ld_outputs(const LayerBackward& l) { return round_up(l.output_size, Product<S>::kPair); }
-  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
-  static int64_t window_rows(const LayerBackward& l) {
-    return std::min(l.sequence.rows, std::max(kWindowRows, l.sequence.batch));
-  }
-  static UnitBlocks gate_blocks(const LayerBackward& l, int gates = G) {
-    UnitBlocks blocks = unit_blocks<S>(kFirst, l.hidden_size, Member{});
-    blocks.gates = gates;
-    return blocks;
-  }
-
-  static void carve(const LayerBackward& l, int threads, Carver& carver, Shared* shared, Own* own, int rank = 0) {
-    const int64_t N = l.sequence.rows, B = l.sequence.batch, H = l.hidden_size, P = l.output_size, I = l.input_size;
-    const int64_t gates = G * H;
-    const Divide divide = plan_of(l, threads).divide;
-    auto columns = [&](int64_t rows, int64_t k, int64_t n) {
-      if (ColumnMatrix<S>::in_place(rows, k, n)) return static_cast<Unit*>(nullptr);
-      // The narrowest blocks a team may choose pad no more than this.
-      return carver.take<Unit>(round_up(n, kMaxVectors * kLanes) * units_of<S>(k));
-    };
-    auto sums = [&](int64_t m, int64_t n) {
-      return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
-    };
-    for (int d = 0; d < l.directions; ++d) {
-      Shared s{};
-      if (!kDiagonal) s.w_hh = columns(N, kFirst * H, P);
-      s.grad_h = carver.take<Acc>(B * ld_acc(P));
-      if (Cell::kStates > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
-      const DirectionBackward& direction = l.direction[d];
-      s.igates =
-          direction.grad_igates ? static_cast<Operand*>(direction.grad_igates) : carver.take<Operand>(N * ld_gates(l));
-      s.hgates = !Cell::kSplitGates && !l.layer_norm ? s.igates
-                 : direction.grad_hgates             ? static_cast<Operand*>(direction.grad_hgates)
-                                                     : carver.take<Operand>(N * ld_gates(l));
-      if constexpr (has_two_products<Cell>) {
-        s.w_second = columns(N, gates - kFirst * H, P);
-        s.gated = carver.take<S>(N * P);
-      }
-      if (projects(l)) {
-        s.w_hr = columns(N, P, H);
-        s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
-        s.outputs = carver.take<Operand>(N * ld_outputs(l));
-        s.hidden = carver.take<S>(N * H);
-        s.sums_hr = sums(P, H);
-      }
-      if (l.grad_input.data) s.w_ih = columns(N, gates, I);
-      if (l.direction[d].grad_w_hh) {
-        s.sums_ih = sums(gates, I);
-        s.sums_hh = kDiagonal ? carver.take<Acc>(DiagonalGradient<S>::sum_elements(G, H)) : sums(gates, P);
-      }
-      if (recomputes(l)) {
-        const UnitBlocks blocks = gate_blocks(l), first = gate_blocks(l, kFirst), second = gate_blocks(l, G - kFirst);
-        const auto panels = [&](const UnitBlocks& of, int64_t k) {
-          return GateMatrix<S>::in_place(N, k) ? nullptr : carver.take<Unit>(GateMatrix<S>::packed_units(of, k));
-        };
-        s.forward_ih = panels(blocks, I);
-        if (!kDiagonal) s.forward_hh = panels(first, P);
-        s.bias_ih = carver.take<Acc>(blocks.columns());
-        s.bias_hh = carver.take<Acc>(first.columns());
-        if constexpr (has_two_products<Cell>) {
-          s.forward_second = panels(second, P);
-          s.bias_second = carver.take<Acc>(second.columns());
-        }
-        if (divide == Divide::units) s.saved = carver.take<S>(window_rows(l) * saved_width(l));
-      }
-      if (l.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
-      if (l.layer_norm && direction.grad_w_hh)
-        s.sums = carver.take<Acc>(threads * NormSums<Acc>::elements(kNormLines, ld_acc(H)));
-      if (shared) shared[d] = s;
-    }
-    for (int r = 0; r < threads; ++r) {
-      Own o{};
-      o.panels = carver.take<Unit>(WeightGradient<S>::panel_units(std::max(I, std::max(H, P))));
-      o.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
-      if (recomputes(l)) {
-        o.igates = carver.take<Acc>(kRowsAtOnce *
-                                    (has_two_products<Cell> ? gate_blocks(l).columns() : kMaxBlockVectors * kLanes));
-        if constexpr (has_two_products<Cell>) o.gated = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
-        o.hgates = carver.take<Acc>(kRowsAtOnce * kMaxBlockVectors * kLanes);
-        o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
-        o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
-        if (divide == Divide::rows) o.saved = carver.take<S>(window_rows(l) * saved_width(l));
-      }
-      const auto keep = [&](double p, int64_t units) {
-        return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(l.noise, p, B, units)) : nullptr;
-      };
-      o.keep_h = keep(l.noise.zoneout_h, P);
-      o.keep_c = keep(l.noise.zoneout_c, H);
-      if (l.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
-      if (l.layer_norm) o.norms = carver.take<Acc>(norm_rows(l) * kNormVectors * ld_acc(H));
-      if (own && r == rank) *own = o;
-    }
-  }
-
-  Backward(const LayerBackward& layer, const DirectionBackward& direction, const Member& member, const Shared& shared,
+  Backward(const Workspace& sizes, const DirectionBackward& direction, const Member& member, const Shared& shared,
            const Own& own)
-      : l_(layer),
+      : l_(sizes.layer),
         d_(direction),
         m_(member),
-        s_(layer.sequence),
+        s_(sizes.layer.sequence),
+        sizes_(sizes),
         shared_(shared),
         own_(own),
-        outputs_(column_blocks(l_.output_size, member.divide, member.size)),
-        hidden_(column_blocks(l_.hidden_size, member.divide, member.size)),
+        outputs_(Workspace::column_blocks(l_.output_size, member.divide, member.size)),
+        hidden_(Workspace::column_blocks(l_.hidden_size, member.divide, member.size)),
         w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), kFirst * l_.hidden_size, shared_.w_hh),
         w_second_(outputs_, behind_first(d_.weights.w_hh, l_.output_size), (G - kFirst) * l_.hidden_size,
                   shared_.w_second),
         w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
-        w_ih_again_(gate_blocks(l_), static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih),
+        w_ih_again_(sizes_.gate_blocks(G), static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih),
                     l_.input_size, shared_.forward_ih, shared_.bias_ih),
-        w_hh_again_(gate_blocks(l_, kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
+        w_hh_again_(sizes_.gate_blocks(kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
                     l_.output_size, shared_.forward_hh, shared_.bias_hh),
-        w_second_again_(gate_blocks(l_, G - kFirst), behind_first(d_.weights.w_hh, l_.output_size),
+        w_second_again_(sizes_.gate_blocks(G - kFirst), behind_first(d_.weights.w_hh, l_.output_size),
                         behind_first(d_.weights.b_hh, 1), l_.output_size, shared_.forward_second, shared_.bias_second),
         saved_(static_cast<const S*>(direction.saved)),
         window_(member.divide == Divide::units ? shared.saved : own.saved),
         rows_(row_share(s_, member)),
         output_share_(block_share(outputs_.count(), member)),
         hidden_share_(block_share(hidden_.count(), member)),
-        ld_p_(ld_acc(l_.output_size)),
-        ld_h_(ld_acc(l_.hidden_size)),
-        ld_g_(ld_gates(layer)),
+        ld_p_(Workspace::ld_acc(l_.output_size)),
+        ld_h_(Workspace::ld_acc(l_.hidden_size)),
+        ld_g_(sizes.ld_gates()),
         keep_h_(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
                 outputs_.first(output_share_.begin), end_of(outputs_, output_share_), l_.output_size, own_.keep_h),
         keep_c_(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
@@ -267,8 +86,8 @@ class Backward {
   // Normalised gates get their bias behind the product.
   const S* product_bias(const void* bias) const { return l_.layer_norm ? nullptr : static_cast<const S*>(bias); }
   NormSums<Acc> norm_sums(int rank) const {
-    return {kNormLines, ld_h_,
-            shared_.sums ? shared_.sums + rank * NormSums<Acc>::elements(kNormLines, ld_h_) : nullptr};
+    const int lines = sizes_.norm_lines();
+    return {lines, ld_h_, shared_.sums ? shared_.sums + rank * NormSums<Acc>::elements(lines, ld_h_) : nullptr};
   }
 
   void run() {
@@ -276,8 +95,8 @@ class Backward {
     if (sums_.wanted()) sums_.clear();
     m_.wait();
     for (int64_t s = s_.steps - 1; s >= 0;) {
-      if (kDiagonal && recomputes(l_)) m_.wait_step();  // the window may still be read
-      const int64_t begin = recomputes(l_) ? recompute(s) : 0;
+      if (kDiagonal && sizes_.recomputes()) m_.wait_step();  // the window may still be read
+      const int64_t begin = sizes_.recomputes() ? recompute(s) : 0;
       for (; s >= begin; --s) varied() ? step<true>(s) : step<false>(s);
     }
     m_.wait_step();
@@ -295,16 +114,15 @@ class Backward {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
   }
 
-  // The state before step t, null where it is zero.
-  const S* previous(const Rows& rows, const void* first, int64_t width, int64_t t, int64_t slot) const {
-    if (starts_from_zero(s_, t, slot, d_.reverse)) return nullptr;
-    if (has_previous(s_, t, slot, d_.reverse)) return at<const S>(rows, s_, d_.reverse ? t + 1 : t - 1, slot);
-    return static_cast<const S*>(first) + s_.batch_row(slot) * width;
+  // The states before step t, null where they are zero.
+  const S* previous_h(int64_t t, int64_t slot) const {
+    return previous_state<S>(s_, d_.output, d_.h0, l_.output_size, t, slot, d_.reverse);
   }
-  const S* previous_h(int64_t t, int64_t slot) const { return previous(d_.output, d_.h0, l_.output_size, t, slot); }
   // With recurrent dropout.
   Acc* mask(int64_t slot) const { return shared_.mask + slot * ld_draw(l_.output_size); }
-  const S* previous_c(int64_t t, int64_t slot) const { return previous(d_.c, d_.c0, l_.hidden_size, t, slot); }
+  const S* previous_c(int64_t t, int64_t slot) const {
+    return previous_state<S>(s_, d_.c, d_.c0, l_.hidden_size, t, slot, d_.reverse);
+  }
 
   void prepare() {
     const Share outputs(outputs_.count(), m_.rank, m_.size);
@@ -316,8 +134,8 @@ class Backward {
       const Share hidden(hidden_.count(), m_.rank, m_.size);
       for (int64_t b = hidden.begin; b < hidden.end; ++b) w_hr_.prepare(b);
     }
-    if (recomputes(l_)) {
-      const Share blocks(gate_blocks(l_).count(), m_.rank, m_.size);
+    if (sizes_.recomputes()) {
+      const Share blocks(sizes_.gate_blocks(G).count(), m_.rank, m_.size);
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         w_ih_again_.prepare(b);
         w_hh_again_.prepare(b);
@@ -339,10 +157,10 @@ class Backward {
         memset(shared_.hgates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
       }
     }
-    if (shared_.outputs && ld_outputs(l_) > l_.output_size) {
+    if (shared_.outputs && sizes_.ld_outputs() > l_.output_size) {
       const Share all(s_.rows, m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row)
-        memset(shared_.outputs + (row + 1) * ld_outputs(l_) - 1, 0, sizeof(Operand));
+        memset(shared_.outputs + (row + 1) * sizes_.ld_outputs() - 1, 0, sizeof(Operand));
     }
   }
 
@@ -354,7 +172,7 @@ class Backward {
   // saved of the thread's rows, as forward would have kept it, for the steps [returned, last]: as many as fit.
   int64_t recompute(int64_t last) {
     int64_t begin = last, total = living(last);
-    while (begin > 0 && total + living(begin - 1) <= window_rows(l_)) total += living(--begin);
+    while (begin > 0 && total + living(begin - 1) <= sizes_.window_rows()) total += living(--begin);
     window_end_ = total;
     const Share share = m_.divide == Divide::units ? Share(total, m_.rank, m_.size) : Share(total, 0, 1);
     int64_t s = begin, i = share.begin;  // the i-th row of step s comes next
@@ -386,7 +204,7 @@ class Backward {
       }
       S* saved_rows = window_ + first * saved_width();
       if constexpr (has_two_products<Cell>) return recompute_two_products(x, h, count, saved_rows);
-      const UnitBlocks blocks = gate_blocks(l_);
+      const UnitBlocks blocks = sizes_.gate_blocks(G);
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes, size = blocks.size(b);
         w_ih_again_.multiply(b, x, count, own_.igates, columns);
@@ -418,7 +236,7 @@ class Backward {
 
   // The same for a cell with two products, for the rows x and h.
   void recompute_two_products(const Unit* const* x, const Unit* const* h, int64_t count, S* saved_rows) {
-    const UnitBlocks blocks = gate_blocks(l_);
+    const UnitBlocks blocks = sizes_.gate_blocks(G);
     const Unit* gated_rows[kRowsAtOnce];
     for (int64_t row = 0; row < count; ++row) gated_rows[row] = own_.gated + row * units_of<S>(l_.output_size);
     zero_units<S>(own_.gated, count * units_of<S>(l_.output_size) * Product<S>::kPair);
@@ -460,12 +278,6 @@ class Backward {
 
   // norm_layer.h
   struct NormRow;
-  static constexpr int64_t kNormRows = 8;
-  static constexpr int kNormVectors = Cell::kSaved + 3 + 2 * G;  // of a row, with an element a unit
-  static int64_t norm_rows(const LayerBackward& l) {
-    const int64_t rows = (24 << 10) / (kNormVectors * ld_acc(l.hidden_size) * sizeof(Acc));  // the first-level cache
-    return std::max<int64_t>(1, std::min(kNormRows, rows));
-  }
   const S* norm_weights(int half) const {
     return static_cast<const S*>(half == 0 ? d_.weights.norm_ih : d_.weights.norm_hh);
   }
@@ -479,7 +291,7 @@ class Backward {
   void back_to_products(const NormRow& row) const;
   void add_norm_sums();
 
-  int64_t saved_width() const { return saved_width(l_); }
+  int64_t saved_width() const { return sizes_.saved_width(); }
 
   template <bool kVaried>
   void step(int64_t s) {
@@ -495,13 +307,14 @@ class Backward {
       for (int64_t b = hidden_share_.begin; b < hidden_share_.end; ++b)
         for_chunks(0, count, kTileRows, [&](int64_t i, int64_t n) {
           for (int64_t r = 0; r < n; ++r)
-            operands[r] = reinterpret_cast<const Unit*>(shared_.outputs + (row + i + r) * ld_outputs(l_));
+            operands[r] = reinterpret_cast<const Unit*>(shared_.outputs + (row + i + r) * sizes_.ld_outputs());
           w_hr_.multiply(b, operands, n, nullptr, shared_.grad_hidden + (rows_.begin + i) * ld_h_ + hidden_.column(b),
                          ld_h_);
         });
     }
     // Windows are filled in the order of steps and read from their end.
-    const S* saved = recomputes(l_) ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
+    const S* saved =
+        sizes_.recomputes() ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
     const bool normalised = kVaried && l_.layer_norm;
     if constexpr (kVaried && takes_layer_norm<Cell>)
       if (normalised) normalised_cells(t, count, saved);
@@ -581,7 +394,7 @@ class Backward {
   // the candidate's part; the last state's stays behind as what is carried.
   template <bool kVaried>
   void output_gradient(int64_t t, int64_t slot) {
-    Operand* to = shared_.outputs + (s_.offset(t) + slot) * ld_outputs(l_);
+    Operand* to = shared_.outputs + (s_.offset(t) + slot) * sizes_.ld_outputs();
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b)
       for (int64_t u = 0; u < outputs_.size(b); u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
@@ -666,116 +479,11 @@ class Backward {
     }
   }
 
-  // grad_input = sum over directions of igates . W_ih, a slice of rows a thread.
-  static void grad_input(const LayerBackward& l, const Shared* shared, const Own& own, int rank, int size,
-                         Barrier& everyone) {
-    if (!l.grad_input.data) return;
-    const int64_t I = l.input_size;
-    const UnitBlocks blocks = column_blocks(I, Divide::rows, 1);
-    auto weights = [&](int d) {
-      return ColumnMatrix<S>(blocks, static_cast<const S*>(l.direction[d].weights.w_ih), G * l.hidden_size,
-                             shared[d].w_ih);
-    };
-    const Share pack(blocks.count(), rank, size);
-    for (int d = 0; d < l.directions; ++d)
-      for (int64_t b = pack.begin; b < pack.end; ++b) weights(d).prepare(b);
-    everyone.wait(size);
-    const Share rows(l.sequence.rows, rank, size);
-    for_chunks(rows.begin, rows.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
-      for (int64_t b = 0; b < blocks.count(); ++b) {
-        const int64_t columns = blocks.vectors(b) * kLanes;
-        for (int d = 0; d < l.directions; ++d) {
-          const Unit* operands[kRowsAtOnce];
-          for (int64_t i = 0; i < count; ++i)
-            operands[i] = reinterpret_cast<const Unit*>(shared[d].igates + (first + i) * ld_gates(l));
-          weights(d).multiply(b, operands, count, d ? own.grad_input : nullptr, own.grad_input, columns);
-        }
-        for_rows(l.sequence, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-          S* to = at<S>(l.grad_input, l.sequence, t, slot) + blocks.first(b);
-          for (int64_t u = 0; u < blocks.size(b); u += kLanes)
-            store(to + u, V::load(own.grad_input + i * columns + u), blocks.size(b) - u);
-        });
-      }
-    });
-  }
-
-  static void grad_weights(const LayerBackward& l, const DirectionBackward& d, const Shared& shared, const Own& own,
-                           int rank, int size) {
-    if (!d.grad_w_hh) return;
-    const Sequence& s = l.sequence;
-    const int64_t gates = G * l.hidden_size;
-    auto slice = [&](int64_t m) {
-      Share share(divide_up(m, kLanes), rank, size);
-      share.begin *= kLanes;
-      share.end = std::min(m, share.end * kLanes);
-      return share;
-    };
-    const Member alone{};
-    const Backward self(l, d, alone, shared, own);
-    const Share m = slice(gates);
-    if (l.input_size > 0) {
-      WeightGradient<S>::run(
-          shared.igates, ld_gates(l), m.begin, m.end, l.input_size, s.rows,
-          [&](int64_t first, int64_t count, const S** rows) {
-            for_rows(s, first, count,
-                     [&](int64_t i, int64_t t, int64_t slot) { rows[i] = at<const S>(l.input, s, t, slot); });
-          },
-          own.panels, shared.sums_ih, static_cast<S*>(d.grad_w_ih));
-    }
-    const int64_t first_end = kFirst * l.hidden_size;
-    const auto states = [&](int64_t first, int64_t count, const S** rows) {
-      for_rows(s, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-        rows[i] = self.previous_h(t, slot);
-        if (!shared.mask || !rows[i]) return;
-        S* masked = own.masked + i * l.output_size;
-        for (int64_t u = 0; u < l.output_size; u += kLanes) {
-          const int64_t n = l.output_size - u;
-          store(masked + u, load(rows[i] + u, n) * V::load(self.mask(slot) + u), n);
-        }
-        rows[i] = masked;
-      });
-    };
-    if constexpr (kDiagonal) {
-      const Share vectors(divide_up(l.hidden_size, kLanes), rank, size);
-      DiagonalGradient<S>::run(shared.hgates, ld_gates(l), vectors.begin, vectors.end, G, l.hidden_size, s.rows, states,
-                               shared.sums_hh, static_cast<S*>(d.grad_w_hh));
-    } else {
-      WeightGradient<S>::run(shared.hgates, ld_gates(l), m.begin, std::min(m.end, first_end), l.output_size, s.rows,
-                             states, own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
-    }
-    if constexpr (has_two_products<Cell>) {
-      WeightGradient<S>::run(
-          shared.hgates, ld_gates(l), std::max(m.begin, first_end), m.end, l.output_size, s.rows,
-          [&](int64_t first, int64_t count, const S** rows) {
-            for (int64_t i = 0; i < count; ++i) rows[i] = shared.gated + (first + i) * l.output_size;
-          },
-          own.panels, shared.sums_hh, static_cast<S*>(d.grad_w_hh));
-    }
-    if (shared.outputs) {
-      const Share p = slice(l.output_size);
-      WeightGradient<S>::run(
-          shared.outputs, ld_outputs(l), p.begin, p.end, l.hidden_size, s.rows,
-          [&](int64_t first, int64_t count, const S** rows) {
-            for (int64_t i = 0; i < count; ++i) rows[i] = shared.hidden + (first + i) * l.hidden_size;
-          },
-          own.panels, shared.sums_hr, static_cast<S*>(d.grad_w_hr));
-    }
-    if (d.grad_b_ih && !l.layer_norm) {
-      WeightGradient<S>::column_sums(shared.igates, ld_gates(l), m.begin, m.end, s.rows, static_cast<S*>(d.grad_b_ih));
-      if (Cell::kSplitGates) {
-        WeightGradient<S>::column_sums(shared.hgates, ld_gates(l), m.begin, m.end, s.rows,
-                                       static_cast<S*>(d.grad_b_hh));
-      } else {
-        memcpy(static_cast<S*>(d.grad_b_hh) + m.begin, static_cast<const S*>(d.grad_b_ih) + m.begin,
-               std::max<int64_t>(0, m.end - m.begin) * sizeof(S));
-      }
-    }
-  }
-
   const LayerBackward& l_;
   const DirectionBackward& d_;
   const Member m_;
   const Sequence& s_;
+  const Workspace& sizes_;
   const Shared& shared_;
   const Own& own_;
   const UnitBlocks outputs_, hidden_;

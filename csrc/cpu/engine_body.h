@@ -1,5 +1,4 @@
-// Owns: the engine of one instruction set: everything in simd.h, product.h, diagonal.h, layer.h, noise.h, norm.h,
-// forward.h, backward.h, norm_layer.h and tangent.h, compiled for it, and the choice of cell and dtype.
+// Owns: the engine of one instruction set: the files included below, compiled for it, and the choice of cell and dtype.
 //
 // Included once by each engine_<isa>.cpp, after the target pragma and with RNNFAST_ISA and RNNFAST_VECTOR_BYTES
 // defined.
@@ -22,7 +21,14 @@
 #include "noise.h"
 #include "norm.h"
 //
+#include "backward_workspace.h"
+//
+#include "products_over_steps.h"
+//
 #include "backward.h"
+//
+#include "forward_workspace.h"
+//
 #include "forward.h"
 //
 #include "norm_layer.h"

@@ -7,7 +7,7 @@
 // with two products goes through the blocks twice: the second time its operand is what the first gates left. Of a
 // diagonal cell the product is elementwise, and threads that divide the units meet at the ends alone.
 //
-// Included once per instruction set, after layer.h.
+// Included once per instruction set, after forward_workspace.h.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -25,181 +25,47 @@ class Forward {
   static constexpr bool kDiagonal = is_diagonal<Cell>;
   using HiddenMatrix = std::conditional_t<kDiagonal, GateDiagonal<S>, GateMatrix<S>>;
 
-  // What the threads of one direction share.
-  struct Shared {
-    Unit *w_ih, *w_hh, *w_hr;          // packed weights; null: used in place
-    Acc *bias_ih, *bias_hh, *bias_hr;  // [columns]
-    Unit* h[2];                        // [B, ld_h] before and after a step, in turn
-    Acc* c;                            // [B, ld_c]
-    Unit* hidden;                      // [B, ld_hidden] before the projection w_hr
-    // Of a cell with two products only; w_hh has the first gates then.
-    Unit* w_second;
-    Acc* bias_second;
-    Unit* gated;  // [B, ld_h] what the second product reads
-    // With recurrent dropout only; h has the masked state then.
-    Unit* unmasked;  // [B, ld_h]
-    Acc* mask;       // [B, ld_draw(P)]
-    Acc* norms;      // [4, columns] with layer normalisation: weights and bias of each half of the gates
-  };
-  // Where a row of one step reads and writes.
-  struct StepRow {
-    const Operand* h;  // [P] the state before the step
-    Operand* next_h;   // [P] the state after it
-    Acc* c;            // [H] the cell state, updated in place
-    Operand* hidden;   // [H] the state before the projection; null without one
-    Operand* gated;    // [H] what the second product reads
-    S* output;         // [P]
-    S* c_output;       // [H] or null
-    S* saved;          // [S*H] or null
-    bool drop;         // the next step starts from zero
-    Acc* values;       // [S+1, ld_c] with layer normalisation, two states: what the cell kept, and c'; else null
-    // With noise only. h and next_h are what products read, the cell reads prev_h.
-    const Operand* prev_h;       // [P]
-    Operand* unmasked;           // [P] the state after the step; null without recurrent dropout
-    const Acc* mask;             // [P] of recurrent dropout; null: off
-    const Acc *keep_h, *keep_c;  // [P], [H] zoneout's k; null: off
-  };
-  // What a thread has to itself.
-  struct Own {
-    StepRow* rows;         // [B]
-    Acc* igates;           // [capacity, columns of the thread's blocks]
-    const Unit** inputs;   // [capacity]
-    Unit* converted;       // [capacity, units of I], where inputs cannot be read in place
-    Acc *keep_h, *keep_c;  // of Zoneout
-    // With layer normalisation only.
-    Acc* hgates;  // [norm_rows, ld_gates]
-    Acc* values;  // [kTileRows, S+1, ld_c]
-  };
+  using Workspace = ForwardWorkspace<S>;
+  using Shared = typename Workspace::Shared;
+  using StepRow = typename Workspace::StepRow;
+  using Own = typename Workspace::Own;
 
  public:
   static size_t workspace_bytes(const LayerForward& layer, int threads) {
-    Carver carver(nullptr);
-    const Plan plan = plan_of(layer, threads);
-    for (int d = 0; d < layer.directions; ++d) {
-      const Member member = widest_member(layer, plan);
-      carve_shared(layer, member, carver);
-      for (int i = 0; i < member.size; ++i) carve_own(layer, member, carver);
-    }
-    return carver.used();
+    return Workspace(layer, traits_of<Cell>, threads).bytes();
   }
 
   static void run(const LayerForward& layer, void* workspace, int threads) {
-    const Plan plan = plan_of(layer, threads);
-    const size_t part = workspace_bytes(layer, threads) / layer.directions;
+    const Workspace sizes(layer, traits_of<Cell>, threads);
     Barrier barriers[2];
-    run_team(plan.threads, [&](int rank, int size) {
+    run_team(sizes.plan.threads, [&](int rank, int size) {
       FlushDenormals flush;
-      for_directions(layer.directions, rank, size, plan.divide, barriers, [&](int d, const Member& member) {
-        Carver carver(static_cast<char*>(workspace) + d * part);
-        Forward(layer, layer.direction[d], member, carver).run();
+      for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+        Shared shared;
+        Own own;
+        sizes.carve(workspace, d, member.rank, shared, own);
+        Forward(sizes, layer.direction[d], member, shared, own).run();
       });
     });
   }
 
  private:
-  static Plan plan_of(const LayerForward& l, int threads) {
-    return make_plan(G, l.input_size, l.hidden_size, kDiagonal ? 1 : l.output_size, l.directions, l.sequence,
-                     size_of(l.dtype), l.layer_norm, threads);
-  }
-  static Member widest_member(const LayerForward& l, const Plan& plan) {
-    const bool split = l.directions == 2 && plan.threads > 1;
-    return Member{0, split ? (plan.threads + 1) / 2 : plan.threads, plan.divide, nullptr};
-  }
-  // The tile of the first product has the width that fits.
-  static UnitBlocks hidden_blocks(const LayerForward& l, const Member& m, int gates = G) {
-    UnitBlocks blocks = unit_blocks<S>(kFirst, l.hidden_size, m);
-    blocks.gates = gates;
-    return blocks;
-  }
-  static UnitBlocks output_blocks(const LayerForward& l, const Member& m) {
-    return unit_blocks<S>(1, l.output_size, m);
-  }
-  static bool projects(const LayerForward& l) { return l.direction[0].weights.w_hr != nullptr; }
-  // Rows whose igates are computed at once: about a quarter of a megabyte, and at least one step.
-  static int64_t capacity(const LayerForward& l, const Member& m) {
-    const int64_t columns = ld_gates(l, m);
-    const int64_t rows = std::max<int64_t>(l.sequence.batch, (256 << 10) / std::max<int64_t>(1, columns * sizeof(Acc)));
-    return std::min(rows, l.sequence.rows);
-  }
-  // The columns of a row of gates. With layer normalisation rows lie whole, else those of a block after each other.
-  // Whole rows a multiple of a large power of two apart would meet in one set of the cache.
-  static int64_t ld_gates(const LayerForward& l, const Member& m) {
-    return hidden_blocks(l, m).columns() + (l.layer_norm ? 64 / sizeof(Acc) : 0);
-  }
-  // With layer normalisation: rows whose products stand in the cache until the last unit's is there.
-  static int64_t norm_rows(const LayerForward& l, const Member& m) {
-    const int64_t rows = (128 << 10) / (ld_gates(l, m) * sizeof(Acc));
-    return std::min(l.sequence.batch, std::max<int64_t>(kTileRows, rows));
-  }
-  static int64_t saved_width(const LayerForward& l) { return (l.layer_norm ? 2 * G : Cell::kSaved) * l.hidden_size; }
-
-  static Shared carve_shared(const LayerForward& l, const Member& m, Carver& carver) {
-    const UnitBlocks hidden = hidden_blocks(l, m), output = output_blocks(l, m);
-    const int64_t batch = l.sequence.batch;
-    auto weights = [&](const UnitBlocks& blocks, int64_t k) {
-      if (GateMatrix<S>::in_place(l.sequence.rows, k)) return static_cast<Unit*>(nullptr);
-      return carver.take<Unit>(GateMatrix<S>::packed_units(blocks, k));
-    };
-    Shared s{};
-    s.w_ih = weights(hidden, l.input_size);
-    if (!kDiagonal) s.w_hh = weights(hidden_blocks(l, m, kFirst), l.output_size);
-    s.bias_ih = carver.take<Acc>(hidden.columns());
-    s.bias_hh = carver.take<Acc>(hidden.columns());
-    if constexpr (has_two_products<Cell>) {
-      const UnitBlocks second = hidden_blocks(l, m, G - kFirst);
-      s.w_second = weights(second, l.output_size);
-      s.bias_second = carver.take<Acc>(second.columns());
-      s.gated = carver.take<Unit>(batch * ld_units(l.output_size));
-    }
-    for (Unit*& h : s.h) h = carver.take<Unit>(batch * ld_units(l.output_size));
-    s.c = carver.take<Acc>(Cell::kStates > 1 ? batch * ld_acc(l.hidden_size) : 0);
-    if (projects(l)) {
-      s.w_hr = weights(output, l.hidden_size);
-      s.bias_hr = carver.take<Acc>(output.columns());
-      s.hidden = carver.take<Unit>(batch * ld_units(l.hidden_size));
-    }
-    if (l.noise.recurrent_dropout > 0) {
-      s.unmasked = carver.take<Unit>(batch * ld_units(l.output_size));
-      s.mask = carver.take<Acc>(batch * ld_draw(l.output_size));
-    }
-    if (l.layer_norm) s.norms = carver.take<Acc>(4 * hidden.columns());
-    return s;
-  }
-  static Own carve_own(const LayerForward& l, const Member& m, Carver& carver) {
-    const int64_t rows = capacity(l, m);
-    Own own{};
-    own.rows = carver.take<StepRow>(l.sequence.batch);
-    own.igates = carver.take<Acc>(rows * ld_gates(l, m));
-    own.inputs = carver.take<const Unit*>(rows);
-    if (!reads_in_place<S>(l.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(l.input_size));
-    const auto keep = [&](double p, int64_t units) {
-      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(l.noise, p, l.sequence.batch, units)) : nullptr;
-    };
-    own.keep_h = keep(l.noise.zoneout_h, l.output_size);
-    own.keep_c = keep(l.noise.zoneout_c, l.hidden_size);
-    if (l.layer_norm) {
-      own.hgates = carver.take<Acc>(norm_rows(l, m) * ld_gates(l, m));
-      if (Cell::kStates > 1) own.values = carver.take<Acc>(kTileRows * (Cell::kSaved + 1) * ld_acc(l.hidden_size));
-    }
-    return own;
-  }
-  // Rows of state are padded to whole vectors, so that loads and stores need no mask.
-  static int64_t ld_units(int64_t n) { return round_up(units_of<S>(n), kLanes); }
-  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
-
-  Forward(const LayerForward& layer, const DirectionForward& direction, const Member& member, Carver& carver)
-      : l_(layer),
+  Forward(const Workspace& sizes, const DirectionForward& direction, const Member& member, const Shared& shared,
+          const Own& own)
+      : l_(sizes.layer),
         d_(direction),
         m_(member),
-        s_(layer.sequence),
-        hidden_(hidden_blocks(layer, member)),
-        output_(output_blocks(layer, member)),
-        shared_(carve_shared(layer, member, carver)),
+        s_(sizes.layer.sequence),
+        sizes_(sizes),
+        shared_(shared),
+        own_(own),
+        hidden_(sizes.hidden_blocks(G)),
+        output_(sizes.output_blocks()),
         w_ih_(hidden_, static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih), l_.input_size,
               shared_.w_ih, shared_.bias_ih),
-        w_hh_(hidden_blocks(layer, member, kFirst), static_cast<const S*>(d_.weights.w_hh),
-              product_bias(d_.weights.b_hh), l_.output_size, shared_.w_hh, shared_.bias_hh),
-        w_second_(hidden_blocks(layer, member, G - kFirst),
+        w_hh_(sizes.hidden_blocks(kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
+              l_.output_size, shared_.w_hh, shared_.bias_hh),
+        w_second_(sizes.hidden_blocks(G - kFirst),
                   static_cast<const S*>(d_.weights.w_hh) + kFirst * l_.hidden_size * l_.output_size,
                   d_.weights.b_hh ? static_cast<const S*>(d_.weights.b_hh) + kFirst * l_.hidden_size : nullptr,
                   l_.output_size, shared_.w_second, shared_.bias_second),
@@ -207,12 +73,12 @@ class Forward {
         rows_(row_share(s_, member)),
         blocks_(block_share(hidden_.count(), member)),
         output_share_(block_share(output_.count(), member)),
-        ld_h_(ld_units(l_.output_size)),
-        ld_c_(ld_acc(l_.hidden_size)),
-        ld_hidden_(ld_units(l_.hidden_size)),
+        ld_h_(Workspace::ld_units(l_.output_size)),
+        ld_c_(Workspace::ld_acc(l_.hidden_size)),
+        ld_hidden_(Workspace::ld_units(l_.hidden_size)),
         columns_(hidden_.columns()),
-        ld_gates_(ld_gates(layer, member)) {
-    for (int i = 0; i <= member.rank; ++i) own_ = carve_own(layer, member, carver);
+        ld_gates_(sizes.ld_gates()),
+        capacity_(sizes.capacity()) {
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
     const Share& h_share = shared_.hidden ? output_share_ : blocks_;
     keep_h_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
@@ -227,9 +93,8 @@ class Forward {
   void run() {
     prepare();
     m_.wait();
-    const int64_t most = capacity(l_, m_);
     for (int64_t s = 0; s < s_.steps;) {
-      const int64_t end = project(s, most);
+      const int64_t end = project(s);
       if (l_.layer_norm) normalise_igates(s, end);
       for (int64_t row = 0; s < end; ++s) {
         varied_ ? step<true>(s, row) : step<false>(s, row);
@@ -247,7 +112,7 @@ class Forward {
   }
   Acc* igates(int64_t b) const {
     const int64_t column = hidden_.column(b) - hidden_.column(blocks_.begin);
-    return own_.igates + (l_.layer_norm ? column : column * capacity(l_, m_));
+    return own_.igates + (l_.layer_norm ? column : column * capacity_);
   }
   // From a row of gates to the next, in block b.
   int64_t gates_stride(int64_t b) const { return l_.layer_norm ? ld_gates_ : hidden_.vectors(b) * kLanes; }
@@ -295,9 +160,9 @@ class Forward {
   }
 
   // igates of the thread's rows and units for the steps [s, returned), as many as fit.
-  int64_t project(int64_t s, int64_t most) {
+  int64_t project(int64_t s) {
     int64_t count = 0;
-    for (; s < s_.steps && count + living(s) <= most; ++s) {
+    for (; s < s_.steps && count + living(s) <= capacity_; ++s) {
       const int64_t t = time(s);
       for (int64_t j = rows_.begin; j < rows_.begin + living(s); ++j, ++count) {
         const S* x = at<const S>(l_.input, s_, t, j);
@@ -466,7 +331,7 @@ class Forward {
   }
 
   S* saved_row(int64_t s, int64_t slot) const {
-    return d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(time(s)) + slot) * saved_width(l_) : nullptr;
+    return d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(time(s)) + slot) * sizes_.saved_width() : nullptr;
   }
 
   template <bool kVaried>
@@ -576,14 +441,15 @@ class Forward {
   const DirectionForward& d_;
   const Member m_;
   const Sequence& s_;
-  const UnitBlocks hidden_, output_;
+  const Workspace& sizes_;
   const Shared shared_;
+  const Own own_;
+  const UnitBlocks hidden_, output_;
   const GateMatrix<S> w_ih_;
   const HiddenMatrix w_hh_;
   const GateMatrix<S> w_second_, w_hr_;
-  Own own_{};
   const Share rows_, blocks_, output_share_;
-  const int64_t ld_h_, ld_c_, ld_hidden_, columns_, ld_gates_;
+  const int64_t ld_h_, ld_c_, ld_hidden_, columns_, ld_gates_, capacity_;
   Zoneout<Acc> keep_h_, keep_c_;
   bool varied_;
 };

@@ -176,17 +176,27 @@ inline S* at(const Rows& rows, const Sequence& s, int64_t t, int64_t slot) {
   return static_cast<S*>(rows.data) + rows.at(s, t, slot);
 }
 
+// The state before step t, null where it is zero: without data, without `first` [B, width], behind a reset.
+template <class S>
+inline const S* previous_state(const Sequence& s, const Rows& rows, const void* first, int64_t width, int64_t t,
+                               int64_t slot, bool reverse) {
+  if (starts_from_zero(s, t, slot, reverse)) return nullptr;
+  if (!has_previous(s, t, slot, reverse))
+    return first ? static_cast<const S*>(first) + s.batch_row(slot) * width : nullptr;
+  return rows.data ? at<const S>(rows, s, reverse ? t + 1 : t - 1, slot) : nullptr;
+}
+
 // Units a block: one vector for each gate, four vectors in all, so that a tile is one block. A small layer is one
 // block, whose gates lie side by side without padding between them.
 template <class S>
-inline UnitBlocks unit_blocks(int gates, int64_t hidden, const Member& m) {
+inline UnitBlocks unit_blocks(int gates, int64_t hidden, Divide divide) {
   constexpr int kLanes = Vec<acc_t<S>>::kLanes;
   UnitBlocks blocks;
   blocks.units = hidden;
   blocks.gates = gates;
   blocks.lanes = kLanes;
   blocks.block = kLanes * std::max(1, kMaxVectors / gates);
-  if (m.divide == Divide::rows && hidden <= kMaxVectors * kLanes) blocks.block = hidden;
+  if (divide == Divide::rows && hidden <= kMaxVectors * kLanes) blocks.block = hidden;
   return blocks;
 }
 // Where a share of blocks ends, in units.

@@ -55,7 +55,7 @@ void Forward<Cell, S>::normalise_igates(int64_t s, int64_t end) const {
 template <class Cell, class S>
 void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row) const {
   const Unit* h[kTileRows];
-  for_chunks(0, count, norm_rows(l_, m_), [&](int64_t first, int64_t chunk) {
+  for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t chunk) {
     StepRow* rows = own_.rows + first;
     const Acc* igates = own_.igates + (igates_row + first) * ld_gates_;
     for (int64_t b = 0; b < hidden_.count(); ++b)
@@ -138,8 +138,8 @@ struct Backward<Cell, S>::NormRow {
 template <class Cell, class S>
 void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* products) {
   // What a row's sums and roots wait for, others fill: each part for several rows after each other.
-  for_chunks(0, count, norm_rows(l_), [&](int64_t first, int64_t n) {
-    NormRow rows[kNormRows];
+  for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t n) {
+    NormRow rows[Workspace::kNormRows];
     for (int64_t r = 0; r < n; ++r)
       rows[r] = norm_row(t, rows_.begin + first + r, products + (first + r) * saved_width(), r);
     for (int64_t r = 0; r < n; ++r) forward_again(rows[r]);
@@ -166,7 +166,7 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
   row.keep_c = keep_c_.row(slot);
-  row.values = own_.norms + index * kNormVectors * ld_h_;
+  row.values = own_.norms + index * sizes_.norm_vectors() * ld_h_;
   row.last = row.values + Cell::kSaved * ld_h_;
   row.grad_c = row.last + ld_h_;
   row.grad_output_gate = row.grad_c + ld_h_;

@@ -70,7 +70,9 @@ class Tangent {
     return Member{0, split ? (plan.threads + 1) / 2 : plan.threads, plan.divide, nullptr};
   }
   // A block is one vector of units, or as many as fill four vectors of gates.
-  static UnitBlocks gate_blocks(const LayerTangent& l, const Member& m) { return unit_blocks<S>(G, l.hidden_size, m); }
+  static UnitBlocks gate_blocks(const LayerTangent& l, const Member& m) {
+    return unit_blocks<S>(G, l.hidden_size, m.divide);
+  }
   static UnitBlocks column_blocks(const LayerTangent& l, const Member& m) {
     UnitBlocks blocks;
     blocks.units = l.hidden_size;
@@ -111,11 +113,8 @@ class Tangent {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
   }
 
-  // The state before step t, null where it is zero.
   const S* previous(const Rows& rows, const void* first, int64_t t, int64_t slot) const {
-    if (starts_from_zero(s_, t, slot, d_.reverse)) return nullptr;
-    if (has_previous(s_, t, slot, d_.reverse)) return row_of(rows, d_.reverse ? t + 1 : t - 1, slot);
-    return first ? static_cast<const S*>(first) + s_.batch_row(slot) * H_ : nullptr;
+    return previous_state<S>(s_, rows, first, H_, t, slot, d_.reverse);
   }
   S* row_of(const Rows& rows, int64_t t, int64_t slot) const { return rows.data ? at<S>(rows, s_, t, slot) : nullptr; }
   template <class T>

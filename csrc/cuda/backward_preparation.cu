@@ -209,7 +209,7 @@ BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& 
   chunk_ = recomputed_rows(layer);
   if (!info.diagonal) hgates_ = workspace.take<char>(chunk_ * info.gates * H * std::max<int64_t>(element, 4));
   // Of a cell with two products the gradients of the gates are there before its gate is read.
-  const bool in_place = saved_values(layer) == info.gates && !info.two_products();
+  const bool in_place = saved_values(layer) == info.gates && !info.two_products;
   for (int k = 0; k < layer.directions && !in_place; ++k) {
     saved_[k] = workspace.take<char>(layer.sequence.rows * saved_values(layer) * H * element);
   }

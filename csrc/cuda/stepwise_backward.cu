@@ -287,7 +287,7 @@ struct BackwardWorkspace {
       if (info.states == 2) grad_c[k] = workspace.take<acc_t>(B * H);
       if (layer.direction[k].weights.w_hr != nullptr) grad_hidden[k] = workspace.take<acc_t>(B * H);
       if (layer.noise.recurrent_dropout > 0 && !info.diagonal) product[k] = workspace.take<acc_t>(B * P);
-      if (info.two_products()) grad_gated[k] = workspace.take<acc_t>(B * H);
+      if (info.two_products) grad_gated[k] = workspace.take<acc_t>(B * H);
       if (!layer.layer_norm) continue;
       values[k] = workspace.take<acc_t>(B * backward_norm_values(info) * H);
       if (NormSums<scalar_t>::wanted(layer)) sums[k] = workspace.take<acc_t>(B * norm_lines(info) * H);

@@ -234,7 +234,7 @@ struct ForwardWorkspace {
         projected[k] = workspace.take<acc_t>(B * P);
       }
       if (layer.noise.recurrent_dropout > 0) masked[k] = workspace.take<scalar_t>(B * P);
-      if (info.two_products()) gated[k] = workspace.take<scalar_t>(B * H);
+      if (info.two_products) gated[k] = workspace.take<scalar_t>(B * H);
       if (layer.layer_norm) values[k] = workspace.take<acc_t>(B * forward_norm_values(info) * H);
     }
     bytes = workspace.bytes();

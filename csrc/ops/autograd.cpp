@@ -74,7 +74,7 @@ Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(T
 // Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
 template <CellKind kind>
 bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList weights) {
-  return !cell_info(kind).two_products() && input.device().is_cpu() &&
+  return !cell_info(kind).two_products && input.device().is_cpu() &&
          (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
 }
 

@@ -37,7 +37,7 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
   check_gradients(of_given, given, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
   TORCH_CHECK(!of_given.projection, "rnnfast.", of_given.info.name,
               ": a layer with a projection has no kernel for gradients of groups");
-  TORCH_CHECK(!of_given.info.two_products(), "rnnfast.", of_given.info.name,
+  TORCH_CHECK(!of_given.info.two_products, "rnnfast.", of_given.info.name,
               ": a cell with two products a step has no kernel for gradients of groups");
   TORCH_CHECK_VALUE(groups > 0 && of_given.batch % groups == 0 && of_given.rows % groups == 0, "rnnfast.",
                     of_given.info.name, ": groups is ", groups, ", it takes a divisor of the batch, ", of_given.batch,

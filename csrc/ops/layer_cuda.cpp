@@ -221,7 +221,7 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Device
       at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
     };
     g.info.diagonal ? sum_diagonal(grad_hgates, h_prev[d], grads.w_hh) : grad_w_hh(0, first, h_prev[d]);
-    if (g.info.two_products()) grad_w_hh(first, others, gated[d]);
+    if (g.info.two_products) grad_w_hh(first, others, gated[d]);
     if (g.biases && !g.layer_norm) {
       at::sum_out(grads.b_ih, grad_igates, 0);
       g.info.split_gates ? at::sum_out(grads.b_hh, grad_hgates, 0) : grads.b_hh.copy_(grads.b_ih);
@@ -275,14 +275,14 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Engine engine(g, params.tf32, /*backward=*/true, noise.any());
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
-  const Tensor gated = rows_of(g.info.two_products() ? g.hidden_size : 0);
+  const Tensor gated = rows_of(g.info.two_products ? g.hidden_size : 0);
   const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
   cuda::BackwardProducts products[2];
   const bool recompute = saved.numel() == 0 && g.saved_values() > 0;
   const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
   for (int64_t d = 0; d < g.directions; ++d) {
     products[d].h_prev = h_prev[d].data_ptr();
-    if (g.info.two_products()) products[d].gated = gated[d].data_ptr();
+    if (g.info.two_products) products[d].gated = gated[d].data_ptr();
     if (g.projection) {
       products[d].grad_h = grad_h[d].data_ptr();
       products[d].hidden = hidden[d].data_ptr();

@@ -262,7 +262,7 @@ void check_tangent(const CellInfo& cell, const char* name, const OptionalTensor&
 void check_tangents(const Geometry& g, const LayerArguments& a, const OptionalTensor& t_input,
                     const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights) {
   TORCH_CHECK(!g.projection, "rnnfast.", g.info.name, ": a layer with a projection has no kernel for tangents");
-  TORCH_CHECK(!g.info.two_products(), "rnnfast.", g.info.name,
+  TORCH_CHECK(!g.info.two_products, "rnnfast.", g.info.name,
               ": a cell with two products a step has no kernel for tangents");
   check_tangent(g.info, "t_input", t_input, a.input);
   check_tangent(g.info, "t_h0", t_h0, a.h0);

@@ -1,0 +1,229 @@
+// Owns: backward's sizes and its workspace: what the threads of a direction share, what each thread has to itself.
+// Must not know: which cell it is, but for its numbers; equations, tensors.
+//
+// Included once per instruction set, after norm.h. Compiled once for all cells.
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+template <class S>
+class BackwardWorkspace {
+  using Unit = typename Product<S>::Unit;
+  using Operand = typename Product<S>::Operand;
+  using Acc = acc_t<S>;
+  static constexpr int kLanes = Vec<Acc>::kLanes;
+
+ public:
+  static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
+  static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
+  static constexpr int64_t kNormRows = 8;      // rows that go through a normalised step abreast, at most
+
+  // What a direction's loop leaves, and what it needs.
+  struct Shared {
+    Unit* w_hh;        // [G*H, P] in column panels; null: in place
+    Unit* w_hr;        // [P, H] in column panels; null: in place or no projection
+    Acc* grad_h;       // [B, ld_p] carried from step to step
+    Acc* grad_c;       // [B, ld_h]
+    Acc* grad_hidden;  // [B, ld_h] gradient of the state before the projection
+    Operand* igates;   // [N, ld_g] gradients of the input half of the gates
+    Operand* hgates;   // [N, ld_g] and of the hidden half
+    Operand* outputs;  // [N, ld_o] gradients of the projected state
+    S* hidden;         // [N, H] the state before the projection
+    // Of a cell with two products only; w_hh and forward_hh have the first gates then.
+    Unit *w_second, *forward_second;
+    Acc* bias_second;
+    S* gated;                          // [N, P] what the second product read
+    S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
+    Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
+    Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
+    Unit *forward_ih, *forward_hh;     // panels for recomputing
+    Acc *bias_ih, *bias_hh;
+    Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
+    Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
+  };
+  struct Own {
+    Unit* panels;           // of WeightGradient
+    Acc* grad_input;        // [kRowsAtOnce, columns of one block]
+    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all
+    Unit* gated;            // [kRowsAtOnce, units of P]
+    Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
+    S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
+    Acc *keep_h, *keep_c;   // of Zoneout
+    S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
+    Acc* norms;             // [norm_rows, norm_vectors, ld_h] of NormRow; null without layer normalisation
+  };
+
+  const LayerBackward& layer;
+  const CellTraits cell;
+  const int threads;  // the most there may be
+  const Plan plan;    // of the loop
+
+  BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
+      : layer(layer),
+        cell(cell),
+        threads(threads),
+        plan(make_plan(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs(), layer.directions,
+                       layer.sequence, size_of(layer.dtype), layer.layer_norm, threads)) {}
+
+  // How many threads the products over all steps take: they can use some that the loop cannot.
+  int team_size() const {
+    const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
+    return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
+  }
+  bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
+  bool recomputes() const { return saved_width() > 0 && !layer.direction[0].saved; }
+  int64_t gates() const { return cell.gates * layer.hidden_size; }
+  int64_t first_gates() const { return cell.first_gates * layer.hidden_size; }
+  int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
+  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
+  // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
+  int64_t ld_gates() const {
+    const int64_t width = round_up(gates(), Product<S>::kPair), line = 64 / sizeof(Operand);
+    return layer.direction[0].grad_igates || width % (8 * line) != 0 ? width : width + line;
+  }
+  int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
+  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
+  int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
+  // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
+  int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
+  // Of a NormRow: vectors with an element a unit.
+  int norm_vectors() const { return cell.saved + 3 + 2 * cell.gates; }
+  // As many as fit into the first-level cache.
+  int64_t norm_rows() const {
+    const int64_t rows = (24 << 10) / (norm_vectors() * ld_acc(layer.hidden_size) * sizeof(Acc));
+    return std::max<int64_t>(1, std::min(kNormRows, rows));
+  }
+
+  // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.
+  static UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
+    UnitBlocks blocks;
+    blocks.units = units;
+    blocks.gates = 1;
+    blocks.lanes = kLanes;
+    blocks.block = kMaxVectors * kLanes;
+    if (divide == Divide::units) {
+      int64_t best = -1;
+      for (int vectors = kMaxVectors; vectors > 0; --vectors) {
+        const int64_t longest = divide_up(divide_up(units, vectors * kLanes), size) * vectors;
+        if (best >= 0 && longest >= best) continue;
+        best = longest;
+        blocks.block = vectors * kLanes;
+      }
+    }
+    return blocks;
+  }
+  // For recomputing.
+  UnitBlocks gate_blocks(int gates) const {
+    UnitBlocks blocks = unit_blocks<S>(cell.first_gates, layer.hidden_size, Divide::rows);
+    blocks.gates = gates;
+    return blocks;
+  }
+
+  size_t bytes() const {
+    Carver carver(nullptr);
+    Shared shared[2];
+    Own own;
+    carve(carver, 0, shared, own);
+    return carver.used();
+  }
+  // The pieces of a workspace for each direction and for a thread.
+  void carve(void* workspace, int rank, Shared (&shared)[2], Own& own) const {
+    Carver carver(workspace);
+    carve(carver, rank, shared, own);
+  }
+
+ private:
+  // States that a unit sees.
+  int64_t hidden_inputs() const { return cell.diagonal ? 1 : layer.output_size; }
+
+  void carve(Carver& carver, int rank, Shared (&shared)[2], Own& own) const {
+    for (int d = 0; d < layer.directions; ++d) shared[d] = carve_shared(layer.direction[d], carver);
+    for (int r = 0; r < threads; ++r) {
+      const Own of_thread = carve_own(carver);
+      if (r == rank) own = of_thread;
+    }
+  }
+
+  Shared carve_shared(const DirectionBackward& direction, Carver& carver) const {
+    const int64_t N = layer.sequence.rows, B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
+    const int64_t I = layer.input_size;
+    const auto columns = [&](int64_t k, int64_t n) {
+      if (ColumnMatrix<S>::in_place(N, k, n)) return static_cast<Unit*>(nullptr);
+      // The narrowest blocks a team may choose pad no more than this.
+      return carver.take<Unit>(round_up(n, kMaxVectors * kLanes) * units_of<S>(k));
+    };
+    const auto sums = [&](int64_t m, int64_t n) {
+      return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
+    };
+    const auto gate_gradients = [&](void* given) {
+      return given ? static_cast<Operand*>(given) : carver.take<Operand>(N * ld_gates());
+    };
+    Shared s{};
+    if (!cell.diagonal) s.w_hh = columns(first_gates(), P);
+    s.grad_h = carver.take<Acc>(B * ld_acc(P));
+    if (cell.states > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
+    s.igates = gate_gradients(direction.grad_igates);
+    s.hgates = cell.split_gates || layer.layer_norm ? gate_gradients(direction.grad_hgates) : s.igates;
+    if (cell.two_products) {
+      s.w_second = columns(gates() - first_gates(), P);
+      s.gated = carver.take<S>(N * P);
+    }
+    if (projects()) {
+      s.w_hr = columns(P, H);
+      s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
+      s.outputs = carver.take<Operand>(N * ld_outputs());
+      s.hidden = carver.take<S>(N * H);
+      s.sums_hr = sums(P, H);
+    }
+    if (layer.grad_input.data) s.w_ih = columns(gates(), I);
+    if (direction.grad_w_hh) {
+      s.sums_ih = sums(gates(), I);
+      s.sums_hh = cell.diagonal ? carver.take<Acc>(DiagonalGradient<S>::sum_elements(cell.gates, H)) : sums(gates(), P);
+    }
+    if (recomputes()) {
+      const UnitBlocks all = gate_blocks(cell.gates), first = gate_blocks(cell.first_gates);
+      const auto panels = [&](const UnitBlocks& of, int64_t k) {
+        return GateMatrix<S>::in_place(N, k) ? nullptr : carver.take<Unit>(GateMatrix<S>::packed_units(of, k));
+      };
+      s.forward_ih = panels(all, I);
+      if (!cell.diagonal) s.forward_hh = panels(first, P);
+      s.bias_ih = carver.take<Acc>(all.columns());
+      s.bias_hh = carver.take<Acc>(first.columns());
+      if (cell.two_products) {
+        const UnitBlocks second = gate_blocks(cell.gates - cell.first_gates);
+        s.forward_second = panels(second, P);
+        s.bias_second = carver.take<Acc>(second.columns());
+      }
+      if (plan.divide == Divide::units) s.saved = carver.take<S>(window_rows() * saved_width());
+    }
+    if (layer.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
+    if (layer.layer_norm && direction.grad_w_hh)
+      s.sums = carver.take<Acc>(threads * NormSums<Acc>::elements(norm_lines(), ld_acc(H)));
+    return s;
+  }
+
+  Own carve_own(Carver& carver) const {
+    const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size, I = layer.input_size;
+    Own o{};
+    o.panels = carver.take<Unit>(WeightGradient<S>::panel_units(std::max(I, std::max(H, P))));
+    o.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
+    if (recomputes()) {
+      constexpr int64_t kBlock = kMaxBlockVectors * kLanes;
+      o.igates = carver.take<Acc>(kRowsAtOnce * (cell.two_products ? gate_blocks(cell.gates).columns() : kBlock));
+      if (cell.two_products) o.gated = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
+      o.hgates = carver.take<Acc>(kRowsAtOnce * kBlock);
+      o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
+      o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
+      if (plan.divide == Divide::rows) o.saved = carver.take<S>(window_rows() * saved_width());
+    }
+    const auto keep = [&](double p, int64_t units) {
+      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(layer.noise, p, B, units)) : nullptr;
+    };
+    o.keep_h = keep(layer.noise.zoneout_h, P);
+    o.keep_c = keep(layer.noise.zoneout_c, H);
+    if (layer.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
+    if (layer.layer_norm) o.norms = carver.take<Acc>(norm_rows() * norm_vectors() * ld_acc(H));
+    return o;
+  }
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

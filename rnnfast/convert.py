@@ -37,6 +37,17 @@ _OWN_ATTRIBUTES = (
     "_layer_names",
 )
 
+# Options under which a layer or cell has a counterpart in torch.nn, and the values they have then.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "nonlinearity": ("tanh", "relu"),
+    "weight_dropout": (0.0,),
+    "recurrent_dropout": (0.0,),
+    "zoneout": (0.0, (0.0, 0.0)),
+    "num_heads": (1,),
+    "layer_norm": (False,),
+    "reset_after": (True,),
+}
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -114,13 +125,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
         return [f"a cell of its own, {type(module).__name__}"]
     if isinstance(module, modules.IndRNN):
         return ["an independent recurrence"]
-    names = ("nonlinearity", "weight_dropout", "recurrent_dropout", "zoneout", "num_heads")
-    options = {name: getattr(module, name, None) for name in names}
-    none = (None, 0.0, (0.0, 0.0), 1, "tanh", "relu")
-    lone = [f"{name}={value!r}" for name, value in options.items() if value not in none]
-    # Where True would be the 1 that stands for no option above.
-    lone += ["layer_norm=True"] if getattr(module, "layer_norm", False) else []
-    return lone if getattr(module, "reset_after", True) else [*lone, "reset_after=False"]
+    options = {name: getattr(module, name, plain[0]) for name, plain in _PLAIN.items()}
+    return [f"{name}={value!r}" for name, value in options.items() if value not in _PLAIN[name]]
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:

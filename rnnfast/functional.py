@@ -117,8 +117,7 @@ def recurrent(
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
         TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
     """
-    if layer_norm and num_heads > 1:
-        raise ValueError(f"layer_norm: expected False with num_heads = {num_heads}, got True")
+    check_options(cell, num_heads, layer_norm)
     w_ih, w_hh = weights[0][:2]
     batch_sizes = sorted_indices = unsorted_indices = None
     batched = True
@@ -148,8 +147,6 @@ def recurrent(
     _check_input(x, w_ih, ValueError)
 
     form = reference.find_cell(cell)
-    if form.diagonal and num_heads > 1:
-        raise ValueError(f"num_heads: expected 1 for a diagonal cell, whose units are heads already, got {num_heads}")
     directions = 2 if bidirectional else 1
     slots = directions * len(weights)
     h_shape = (slots, batch, w_hh.shape[0] // form.gates if form.diagonal else w_hh.shape[1] * num_heads)
@@ -546,6 +543,16 @@ def _reset(
     if not batched:
         return reset.unsqueeze(1)
     return reset.transpose(0, 1) if batch_first else reset
+
+
+def check_options(cell: str, num_heads: int, layer_norm: bool) -> None:
+    """Raise ValueError unless a layer of the cell can have both."""
+    form = reference.find_cell(cell)
+    if form.diagonal and num_heads > 1:
+        raise ValueError(f"num_heads: expected 1 for a diagonal cell, whose units are heads already, got {num_heads}")
+    if layer_norm and (num_heads > 1 or not form.layer_norm):
+        other = f"num_heads = {num_heads}" if num_heads > 1 else f"the cell {cell}"
+        raise ValueError(f"layer_norm: expected False with {other}, got True")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -53,7 +53,8 @@ class _Layers(nn.RNNBase):
         batch_first: bool,
         dropout: float,
         bidirectional: bool,
-        proj_size: int,
+        *,
+        proj_size: int = 0,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
         recompute: bool,
@@ -61,8 +62,8 @@ class _Layers(nn.RNNBase):
         weight_dropout: float,
         recurrent_dropout: float,
         zoneout: float | tuple[float, float],
-        num_heads: int,
-        layer_norm: bool,
+        num_heads: int = 1,
+        layer_norm: bool = False,
         backend: str | None,
     ) -> None:
         _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
@@ -75,8 +76,6 @@ class _Layers(nn.RNNBase):
         if not _is_probability(recurrent_dropout):
             raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
         form = reference.find_cell(mode.lower())
-        if form.diagonal and num_heads > 1:
-            raise ValueError(f"num_heads: expected 1 with a diagonal recurrence, got {num_heads}")
         has_c = form.states == 2
         pair = has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2
         if not all(map(_is_probability, zoneout if pair else (zoneout,))):  # type: ignore[arg-type]
@@ -87,9 +86,7 @@ class _Layers(nn.RNNBase):
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
         _check_bools(recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm)
-        if layer_norm and (num_heads > 1 or not reference.find_cell(mode.lower()).layer_norm):
-            other = f"num_heads = {num_heads}" if num_heads > 1 else f"the cell {mode.lower()}"
-            raise ValueError(f"layer_norm: expected False with {other}, got True")
+        functional.check_options(mode.lower(), num_heads, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         # Of an Elman network RNNBase knows two nonlinearities, of a GRU one form; the parameters of all are the same.
         known_mode = "GRU" if mode.startswith("GRU") else mode if mode in ("LSTM", "RNN_RELU") else "RNN_TANH"
@@ -377,17 +374,16 @@ class RNN(_Layers):
             batch_first,
             dropout,
             bidirectional,
-            0,
-            device,
-            dtype,
-            recompute,
-            batch_invariant,
-            weight_dropout,
-            recurrent_dropout,
-            zoneout,
-            num_heads,
-            layer_norm,
-            backend,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+            batch_invariant=batch_invariant,
+            weight_dropout=weight_dropout,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            num_heads=num_heads,
+            layer_norm=layer_norm,
+            backend=backend,
         )
         self.nonlinearity = nonlinearity
 
@@ -455,17 +451,17 @@ class LSTM(_Layers):
             batch_first,
             dropout,
             bidirectional,
-            proj_size,
-            device,
-            dtype,
-            recompute,
-            batch_invariant,
-            weight_dropout,
-            recurrent_dropout,
-            zoneout,
-            num_heads,
-            layer_norm,
-            backend,
+            proj_size=proj_size,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+            batch_invariant=batch_invariant,
+            weight_dropout=weight_dropout,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            num_heads=num_heads,
+            layer_norm=layer_norm,
+            backend=backend,
         )
 
     def reset_parameters(self) -> None:
@@ -545,17 +541,16 @@ class GRU(_Layers):
             batch_first,
             dropout,
             bidirectional,
-            0,
-            device,
-            dtype,
-            recompute,
-            batch_invariant,
-            weight_dropout,
-            recurrent_dropout,
-            zoneout,
-            num_heads,
-            layer_norm,
-            backend,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+            batch_invariant=batch_invariant,
+            weight_dropout=weight_dropout,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            num_heads=num_heads,
+            layer_norm=layer_norm,
+            backend=backend,
         )
 
     @property
@@ -626,7 +621,6 @@ class IndRNN(_Layers):
             batch_first,
             dropout,
             bidirectional,
-            proj_size=0,
             device=device,
             dtype=dtype,
             recompute=recompute,
@@ -634,8 +628,6 @@ class IndRNN(_Layers):
             weight_dropout=weight_dropout,
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
-            num_heads=1,
-            layer_norm=False,
             backend=backend,
         )
         self.nonlinearity = nonlinearity

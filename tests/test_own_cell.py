@@ -162,7 +162,7 @@ def test_a_diagonal_recurrence(diagonal: Any, recompute: bool) -> None:
     for threads in (1, 4):  # four divide the units
         torch.set_num_threads(threads)
         torch.testing.assert_close(*both(layer, x, hx, reset=reset, lengths=lengths))
-    with pytest.raises(ValueError, match=r"^num_heads: expected 1 with a diagonal recurrence, got 2"):
+    with pytest.raises(ValueError, match=r"^num_heads: expected 1 for a diagonal cell.* got 2"):
         diagonal(5, 4, num_heads=2)
 
 

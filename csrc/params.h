@@ -243,11 +243,12 @@ struct Engine {
   void (*tangent_backward)(const LayerTangent& layer, void* workspace, int threads);
 };
 
-// The engine in use, of this CPU's best instruction set unless another was forced. A call takes it once: another thread
-// may change it, and instruction sets differ in the workspace they want.
-const Engine& engine();
+// The engine in use for a dtype, of this CPU's best instruction set unless another was forced. A call takes it once:
+// another thread may change it, and instruction sets differ in the workspace they want.
+const Engine& engine(Dtype dtype);
 
-// Instruction sets are "generic", "avx2", "avx512" and "avx512_bf16".
+// Instruction sets are "generic", "avx2", "avx512" and "avx512_bf16", which is avx512 but for bfloat16.
+const char* instruction_set();
 bool has_instruction_set(const char* name);
 // Forces one for the calls that begin later; returns false, and changes nothing, where this CPU lacks it or the name is
 // unknown.

@@ -426,7 +426,7 @@ class Backward {
       for (int64_t u = hidden_.first(b); u < hidden_.first(b) + hidden_.size(b); u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, hidden_.first(b) + hidden_.size(b) - u);
         V values[Cell::kSaved + 1], prev[2] = {V(Acc(0)), V(Acc(0))}, state[2] = {V(Acc(0)), V(Acc(0))}, grad[2];
-        V grad_igates[G], grad_hgates[G], grad_prev[2], kept[2];
+        V grad_igates[G], grad_hgates[G], grad_prev[2], kept[2] = {V(Acc(0)), V(Acc(0))};
         for (int k = 0; k < Cell::kSaved; ++k) values[k] = load(saved + k * H + u, n);
         Acc* carried_h = shared_.grad_h + slot * ld_p_ + u;
         Acc* carried_c = shared_.grad_c + slot * ld_h_ + u;

@@ -46,7 +46,15 @@ std::atomic<const Engine*>& current() {
 
 }  // namespace
 
-const Engine& engine() { return *current().load(std::memory_order_relaxed); }
+const Engine& engine(Dtype dtype) {
+  const Engine* in_use = current().load(std::memory_order_relaxed);
+#if defined(__x86_64__)
+  if (in_use == &avx512_bf16::kEngine && dtype != Dtype::bf16) return avx512::kEngine;
+#endif
+  return *in_use;
+}
+
+const char* instruction_set() { return current().load(std::memory_order_relaxed)->name; }
 
 bool has_instruction_set(const char* name) {
   return std::any_of(std::begin(kEngines), std::end(kEngines),

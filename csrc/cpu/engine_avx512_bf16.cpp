@@ -19,6 +19,9 @@
 #define RNNFAST_VECTOR_BYTES 64
 #define RNNFAST_HAS_AVX512
 #define RNNFAST_HAS_AVX512_BF16
+#ifndef RNNFAST_OWN_CELL  // which has no other engine
+#define RNNFAST_BF16_ONLY
+#endif
 #include "engine_body.h"
 
 #if defined(__clang__)

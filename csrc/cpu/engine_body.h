@@ -38,7 +38,10 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 namespace {
 
 template <class Cell, class F>
-auto with_dtype(Dtype dtype, const F& f) {
+auto with_dtype([[maybe_unused]] Dtype dtype, const F& f) {
+#ifdef RNNFAST_BF16_ONLY  // dispatch.cpp hands over no other
+  return f(static_cast<Cell*>(nullptr), bf16());
+#else
   switch (dtype) {
     case Dtype::f64:
       return f(static_cast<Cell*>(nullptr), double());
@@ -49,6 +52,7 @@ auto with_dtype(Dtype dtype, const F& f) {
     default:
       return f(static_cast<Cell*>(nullptr), float());
   }
+#endif
 }
 
 template <class F>
@@ -85,6 +89,11 @@ void backward(const LayerBackward& layer, void* workspace, int threads) {
 }
 
 // Tangents are float32 or float64. A cell with two products has no kernels for them, and the operators say so.
+#ifdef RNNFAST_BF16_ONLY
+constexpr decltype(Engine::tangent_workspace_bytes) tangent_workspace_bytes = nullptr;
+constexpr decltype(Engine::tangent_forward) tangent_forward = nullptr;
+constexpr decltype(Engine::tangent_backward) tangent_backward = nullptr;
+#else
 template <class F>
 auto with_wide_types(CellKind cell, Dtype dtype, const F& f) {
   switch (cell) {
@@ -115,6 +124,7 @@ void tangent_backward(const LayerTangent& layer, void* workspace, int threads) {
     Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run_backward(layer, workspace, threads);
   });
 }
+#endif
 
 }  // namespace
 

@@ -11,12 +11,16 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-// GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes of the caller.
+// GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #include "engine.h"

@@ -49,7 +49,7 @@ void set_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of rnnfast.";
   m.def("build_info", &build_info, "What the extension was built with.");
-  m.def("instruction_set", [] { return rnnfast::cpu::engine().name; }, "The CPU engine's instruction set in use.");
+  m.def("instruction_set", [] { return rnnfast::cpu::instruction_set(); }, "The CPU engine's instruction set in use.");
   m.def("instruction_sets", &instruction_sets, "The instruction sets that this CPU has.");
   m.def("set_instruction_set", &set_instruction_set, py::arg("name"), "Forces an instruction set.");
   rnnfast::ops::bind(m);

@@ -232,7 +232,7 @@ class TangentLayer {
 
   void run(void (*cpu::Engine::*loop)(const LayerTangent&, void*, int)) const {
     const int threads = max_threads();
-    const cpu::Engine& engine = cpu::engine();
+    const cpu::Engine& engine = cpu::engine(params_.dtype);
     Workspace workspace(engine.tangent_workspace_bytes(params_, threads));
     (engine.*loop)(params_, workspace.data(), threads);
   }

@@ -19,8 +19,8 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
-  return forward_operator<kind>().call(cast(input), cast(h0), cast(c0), cast(weights), batch_sizes, lengths, reset,
-                                       save, seed, noise, layer_norm);
+  return forward_operator(kind).call(cast(input), cast(h0), cast(c0), cast(weights), batch_sizes, lengths, reset, save,
+                                     seed, noise, layer_norm);
 }
 
 void without_autocast(const c10::OperatorHandle& derivative, torch::jit::Stack* stack) {

@@ -72,8 +72,7 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 // Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
-template <CellKind kind>
-bool has_tangent_kernel(const Tensor& input, const Tensor& h0, at::TensorList weights) {
+bool has_tangent_kernel(CellKind kind, const Tensor& input, const Tensor& h0, at::TensorList weights) {
   return !cell_info(kind).two_products && input.device().is_cpu() &&
          (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
 }
@@ -128,16 +127,21 @@ struct Duals {
   at::TensorList weights;
 };
 
-template <CellKind kind>
-struct Layer : torch::autograd::Function<Layer<kind>> {
+constexpr const char* kKind = "kind";
+void keep_kind(AutogradContext& context, CellKind kind) { context.saved_data[kKind] = static_cast<int64_t>(kind); }
+CellKind kept_kind(const AutogradContext& context) {
+  return static_cast<CellKind>(context.saved_data.at(kKind).toInt());
+}
+
+struct Layer : torch::autograd::Function<Layer> {
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
-                               const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm,
+                               const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm, CellKind kind,
                                const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, h_n, c_n, c, saved] = forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths,
-                                                                      reset, save, seed, noise, layer_norm);
+    auto [output, h_n, c_n, c, saved] =
+        forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm);
     variable_list kept = {duals ? duals->input : input,
                           duals ? duals->h0 : h0,
                           duals ? duals->c0 : c0.value_or(Tensor()),
@@ -153,12 +157,14 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     context->save_for_backward(std::move(kept));
     context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
+    keep_kind(*context, kind);
     if (any_noise(noise)) context->saved_data[kNoise] = noise.vec();
     if (layer_norm) context->saved_data[kLayerNorm] = true;
     return {output, h_n, c_n, c, saved};
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
+    const CellKind kind = kept_kind(*context);
     const variable_list kept = context->get_saved_variables();
     const Tensor &input = kept[0], &h0 = kept[1], &output = kept[6], &c = kept[7], &saved = kept[8];
     const auto c0 = optional(kept[2]), batch_sizes = optional(kept[3]), lengths = optional(kept[4]),
@@ -173,7 +179,7 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     const OutputMask mask = {context->needs_input_grad(0), context->needs_input_grad(1),
                              c0 && context->needs_input_grad(2),
                              context->needs_input_grad({{first_weight, first_weight + weights.size()}})};
-    auto [grad_input, grad_h0, grad_c0, grad_weights] = backward_operator<kind>().call(
+    auto [grad_input, grad_h0, grad_c0, grad_weights] = backward_operator(kind).call(
         optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), input, h0, c0, weights,
         batch_sizes, lengths, reset, output, c, saved, mask, seed, noise, layer_norm);
 
@@ -181,7 +187,7 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 8);  // batch_sizes, lengths, reset, save, seed, noise, layer_norm, duals
+    result.resize(result.size() + 9);  // batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals
     return result;
   }
 
@@ -190,29 +196,28 @@ struct Layer : torch::autograd::Function<Layer<kind>> {
 };
 
 // Forward, with a node for its backward if a gradient is wanted.
-template <CellKind kind>
-ForwardResult recorded(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                       const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                       int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm,
-                       const Duals* duals) {
+ForwardResult recorded(CellKind kind, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+                       at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                       const OptionalTensor& reset, int64_t save, const OptionalTensor& seed,
+                       at::ArrayRef<double> noise, bool layer_norm, const Duals* duals) {
   if (any_requires_grad(input, h0, c0, weights)) {
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
     auto result =
-        Layer<kind>::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, duals);
+        Layer::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals);
     return {result[0], result[1], result[2], result[3], result[4]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
-                                       layer_norm);
+  return forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
+                                     layer_norm);
 }
 
-template <CellKind kind>
-ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                      const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
-                      int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm) {
+ForwardResult forward(CellKind kind, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+                      at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                      const OptionalTensor& reset, int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise,
+                      bool layer_norm) {
   if (any_tangent(input, h0, c0, weights)) {
-    if (!has_tangent_kernel<kind>(input, h0, weights) || any_noise(noise) || layer_norm) {
+    if (!has_tangent_kernel(kind, input, h0, weights) || any_noise(noise) || layer_norm) {
       static const auto reference = find_operator<ReferenceSignature>("reference");
       auto [output, h_n, c_n, c] = reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths,
                                                   reset, seed, noise, layer_norm);
@@ -222,31 +227,30 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
     const OptionalTensor cell_state = primal(c0);
     const std::vector<Tensor> w = primal(weights);
     const Duals duals{{}, input, h0, undefined_unless(c0), weights};
-    auto [output, h_n, c_n, c, saved] =
-        recorded<kind>(x, h, cell_state, w, batch_sizes, lengths, reset, static_cast<int64_t>(Save::gates),
-                       std::nullopt, {}, false, &duals);
+    auto [output, h_n, c_n, c, saved] = recorded(kind, x, h, cell_state, w, batch_sizes, lengths, reset,
+                                                 static_cast<int64_t>(Save::gates), std::nullopt, {}, false, &duals);
     auto [t_output, t_h_n, t_c_n, t_c] =
-        jvp_operator<kind>().call(tangent(input), tangent(h0), tangent(c0), tangent(weights), x, h, cell_state, w,
-                                  batch_sizes, lengths, reset, output.detach(), c.detach(), saved);
+        jvp_operator(kind).call(tangent(input), tangent(h0), tangent(c0), tangent(weights), x, h, cell_state, w,
+                                batch_sizes, lengths, reset, output.detach(), c.detach(), saved);
     return {dual(output, t_output), dual(h_n, t_h_n), dual(c_n, t_c_n), dual(c, t_c), saved};
   }
-  return recorded<kind>(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, nullptr);
+  return recorded(kind, input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, nullptr);
 }
 
 // Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
 // no derivative of its own.
-template <CellKind kind>
-struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
+struct LayerBackward : torch::autograd::Function<LayerBackward> {
   static variable_list forward(AutogradContext* context, const OptionalTensor& grad_output,
                                const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
-                               const Tensor& c, const Tensor& saved, OutputMask output_mask, const Duals* duals) {
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask, CellKind kind,
+                               const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [grad_input, grad_h0, grad_c0, grad_weights] =
-        backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
+        backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                     lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
     variable_list kept = {undefined_unless(grad_output),
                           undefined_unless(grad_h_n),
                           undefined_unless(grad_c_n),
@@ -266,6 +270,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
     kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
     context->set_materialize_grads(false);
+    keep_kind(*context, kind);
     variable_list result = {grad_input, grad_h0, grad_c0};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     return result;
@@ -274,6 +279,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
   // <tangents, backward> is <J tangents, gradients>, J the layer's derivative: with respect to the gradients its
   // derivative is J tangents, and with respect to the arguments that of backward along the tangents.
   static variable_list backward(AutogradContext* context, variable_list tangents) {
+    const CellKind kind = kept_kind(*context);
     const variable_list kept = context->get_saved_variables();
     const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
     const Tensor &input = kept[4], &h0 = kept[5];
@@ -288,7 +294,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
     for (size_t i = 0; i < 7; ++i) wanted[i] = kept[i].defined() && context->needs_input_grad(index++);
     const OutputMask mask = {wanted[4], wanted[5], wanted[6],
                              context->needs_input_grad({{index, index + weights.size()}})};
-    auto [t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0, grad_weights] = backward_jvp_operator<kind>().call(
+    auto [t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0, grad_weights] = backward_jvp_operator(kind).call(
         {}, {}, {}, {}, t_states[0], t_states[1], t_states[2], t_weights, kept_or_none(0), kept_or_none(1),
         kept_or_none(2), kept_or_none(3), input, h0, kept_or_none(6), weights, kept_or_none(7), kept_or_none(8),
         kept_or_none(9), kept[10], kept[11], kept[12], mask);
@@ -298,32 +304,29 @@ struct LayerBackward : torch::autograd::Function<LayerBackward<kind>> {
       if (!wanted[i]) result[i] = Tensor();
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 8);  // batch_sizes, lengths, reset, output, c, saved, output_mask, duals
+    result.resize(result.size() + 9);  // batch_sizes, lengths, reset, output, c, saved, output_mask, kind, duals
     return result;
   }
 };
 
 // Backward, with a node for its own backward if a gradient is wanted.
-template <CellKind kind>
-BackwardResult recorded_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+BackwardResult recorded_backward(CellKind kind, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                  const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                                  const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                  const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                  const OptionalTensor& reset, const Tensor& output, const Tensor& c,
                                  const Tensor& saved, OutputMask output_mask, const Duals* duals) {
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
-    auto result =
-        LayerBackward<kind>::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                   lengths, reset, output.detach(), c.detach(), saved, output_mask, duals);
+    auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind, duals);
     return {result[0], result[1], result[2], {result.begin() + 3, result.end()}};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                        lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
+  return backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                      lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
 }
 
-template <CellKind kind>
-BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+BackwardResult backward(CellKind kind, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
                         const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                         const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
@@ -333,19 +336,19 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const bool noisy = any_noise(noise), varied = noisy || layer_norm;
   // Zoneout without a seed is its expectation, whose gradient has no kernel.
-  if (((has_tangent || requires_grad) && (!has_tangent_kernel<kind>(input, h0, weights) || varied)) ||
+  if (((has_tangent || requires_grad) && (!has_tangent_kernel(kind, input, h0, weights) || varied)) ||
       (noisy && !seed)) {
     return reference_backward().call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
                                      weights, batch_sizes, lengths, reset, output_mask, seed, noise, layer_norm);
   }
   if (varied) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_operator<kind>().call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                          lengths, reset, output, c, saved, output_mask, seed, noise, layer_norm);
+    return backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                        lengths, reset, output, c, saved, output_mask, seed, noise, layer_norm);
   }
   if (!has_tangent)
-    return recorded_backward<kind>(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                   lengths, reset, output, c, saved, output_mask, nullptr);
+    return recorded_backward(kind, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                             lengths, reset, output, c, saved, output_mask, nullptr);
 
   const Tensor x = primal(input), h = primal(h0), every_h = primal(output), every_c = primal(c);
   const OptionalTensor cell_state = primal(c0);
@@ -358,9 +361,9 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
       undefined_unless(c0),
       weights};
   auto [grad_input, grad_h0, grad_c0, grad_weights] =
-      recorded_backward<kind>(grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths, reset,
-                              every_h, every_c, saved, output_mask, &duals);
-  auto [t_output, t_h_n, t_c_n, t_c, t_input, t_h0, t_c0, t_weights] = backward_jvp_operator<kind>().call(
+      recorded_backward(kind, grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths, reset,
+                        every_h, every_c, saved, output_mask, &duals);
+  auto [t_output, t_h_n, t_c_n, t_c, t_input, t_h0, t_c0, t_weights] = backward_jvp_operator(kind).call(
       tangent(grad_output), tangent(grad_h_n), tangent(grad_c_n), tangent(grad_c), tangent(input), tangent(h0),
       tangent(c0), tangent(weights), grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths,
       reset, every_h, every_c, saved, output_mask);
@@ -369,8 +372,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
 }
 
 // Nothing else keeps a gradient from getting lost here.
-template <CellKind kind>
-BackwardResult grouped_backward(c10::DispatchKeySet keys, const OptionalTensor& grad_output,
+BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& grad_output,
                                 const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                 const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                 const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
@@ -380,18 +382,17 @@ BackwardResult grouped_backward(c10::DispatchKeySet keys, const OptionalTensor& 
                                   !any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights),
                               "rnnfast.", cell_info(kind).name, "_grouped_backward has no derivative");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return grouped_backward_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
-                                                      grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
-                                                      reset, output, c, saved, output_mask, groups);
+  return grouped_backward_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
+                                                    grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
+                                                    reset, output, c, saved, output_mask, groups);
 }
 
-template <CellKind kind>
-JvpResult jvp(c10::DispatchKeySet keys, const OptionalTensor& t_input, const OptionalTensor& t_h0,
+JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_input, const OptionalTensor& t_h0,
               const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& input, const Tensor& h0,
               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
               const Tensor& saved) {
-  if (!has_tangent_kernel<kind>(input, h0, weights) ||
+  if (!has_tangent_kernel(kind, input, h0, weights) ||
       any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights) ||
       any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
     static const auto reference = find_operator<ReferenceJvpSignature>("reference_jvp");
@@ -399,12 +400,11 @@ JvpResult jvp(c10::DispatchKeySet keys, const OptionalTensor& t_input, const Opt
                           lengths, reset);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return jvp_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, t_input, t_h0, t_c0, t_weights,
-                                         input, h0, c0, weights, batch_sizes, lengths, reset, output, c, saved);
+  return jvp_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, t_input, t_h0, t_c0, t_weights, input,
+                                       h0, c0, weights, batch_sizes, lengths, reset, output, c, saved);
 }
 
-template <CellKind kind>
-BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t_grad_output,
+BackwardJvpResult backward_jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_grad_output,
                                const OptionalTensor& t_grad_h_n, const OptionalTensor& t_grad_c_n,
                                const OptionalTensor& t_grad_c, const OptionalTensor& t_input,
                                const OptionalTensor& t_h0, const OptionalTensor& t_c0, at::TensorList t_weights,
@@ -418,7 +418,7 @@ BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t
     return any(t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output, grad_h_n,
                grad_c_n, grad_c, input, h0, c0, weights);
   };
-  if (!has_tangent_kernel<kind>(input, h0, weights) ||
+  if (!has_tangent_kernel(kind, input, h0, weights) ||
       holds([](const auto&... tensors) { return any_requires_grad(tensors...) || any_tangent(tensors...); })) {
     static const auto reference = find_operator<ReferenceBackwardJvpSignature>("reference_backward_jvp");
     return reference.call(cell_info(kind).name, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0,
@@ -426,21 +426,21 @@ BackwardJvpResult backward_jvp(c10::DispatchKeySet keys, const OptionalTensor& t
                           lengths, reset, output_mask);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return backward_jvp_operator<kind>().redispatch(keys & c10::after_ADInplaceOrView_keyset, t_grad_output, t_grad_h_n,
-                                                  t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output,
-                                                  grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                                  lengths, reset, output, c, saved, output_mask);
+  return backward_jvp_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, t_grad_output, t_grad_h_n,
+                                                t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output,
+                                                grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                                lengths, reset, output, c, saved, output_mask);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, Autograd, m) {
-#define RNNFAST_AUTOGRAD(name, Type)                                               \
-  m.impl(#name, TORCH_FN((forward<CellKind::name>)));                              \
-  m.impl(#name "_backward", TORCH_FN((backward<CellKind::name>)));                 \
-  m.impl(#name "_grouped_backward", TORCH_FN((grouped_backward<CellKind::name>))); \
-  m.impl(#name "_jvp", TORCH_FN((jvp<CellKind::name>)));                           \
-  m.impl(#name "_backward_jvp", TORCH_FN((backward_jvp<CellKind::name>)));
+#define RNNFAST_AUTOGRAD(name, Type)                                                            \
+  m.impl(#name, TORCH_FN((OfCell<forward, CellKind::name>::run)));                              \
+  m.impl(#name "_backward", TORCH_FN((OfCell<backward, CellKind::name>::run)));                 \
+  m.impl(#name "_grouped_backward", TORCH_FN((OfCell<grouped_backward, CellKind::name>::run))); \
+  m.impl(#name "_jvp", TORCH_FN((OfCell<jvp, CellKind::name>::run)));                           \
+  m.impl(#name "_backward_jvp", TORCH_FN((OfCell<backward_jvp, CellKind::name>::run)));
   RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOGRAD)
 #undef RNNFAST_AUTOGRAD
 }

@@ -15,8 +15,8 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
                       const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes,
                       const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
                       const OptionalTensor& seed, const std::vector<double>& noise, bool layer_norm) {
-  return forward_operator<kind>().call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
-                                       layer_norm);
+  return forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
+                                     layer_norm);
 }
 
 namespace py = pybind11;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cell/cells.h"
@@ -89,32 +90,44 @@ c10::TypedOperatorHandle<Signature> find_operator(const std::string& name) {
       .typed<Signature>();
 }
 
+// Of every cell, in the order of CellKind.
+template <class Signature>
+std::vector<c10::TypedOperatorHandle<Signature>> find_operators(const std::string& suffix) {
+  return {
+#define RNNFAST_FIND(name, Type) find_operator<Signature>(#name + suffix),
+      RNNFAST_FOR_EACH_CELL(RNNFAST_FIND)
+#undef RNNFAST_FIND
+  };
+}
+
 // Looked up once.
-template <CellKind kind>
-const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
-  static const auto handle = find_operator<ForwardSignature>(cell_info(kind).name);
-  return handle;
+inline const c10::TypedOperatorHandle<ForwardSignature>& forward_operator(CellKind kind) {
+  static const auto found = find_operators<ForwardSignature>("");
+  return found[static_cast<size_t>(kind)];
 }
-template <CellKind kind>
-const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
-  static const auto handle = find_operator<BackwardSignature>(std::string(cell_info(kind).name) + "_backward");
-  return handle;
+inline const c10::TypedOperatorHandle<BackwardSignature>& backward_operator(CellKind kind) {
+  static const auto found = find_operators<BackwardSignature>("_backward");
+  return found[static_cast<size_t>(kind)];
 }
-template <CellKind kind>
-const c10::TypedOperatorHandle<GroupedBackwardSignature>& grouped_backward_operator() {
-  static const auto handle =
-      find_operator<GroupedBackwardSignature>(std::string(cell_info(kind).name) + "_grouped_backward");
-  return handle;
+inline const c10::TypedOperatorHandle<GroupedBackwardSignature>& grouped_backward_operator(CellKind kind) {
+  static const auto found = find_operators<GroupedBackwardSignature>("_grouped_backward");
+  return found[static_cast<size_t>(kind)];
 }
-template <CellKind kind>
-const c10::TypedOperatorHandle<JvpSignature>& jvp_operator() {
-  static const auto handle = find_operator<JvpSignature>(std::string(cell_info(kind).name) + "_jvp");
-  return handle;
+inline const c10::TypedOperatorHandle<JvpSignature>& jvp_operator(CellKind kind) {
+  static const auto found = find_operators<JvpSignature>("_jvp");
+  return found[static_cast<size_t>(kind)];
 }
-template <CellKind kind>
-const c10::TypedOperatorHandle<BackwardJvpSignature>& backward_jvp_operator() {
-  static const auto handle = find_operator<BackwardJvpSignature>(std::string(cell_info(kind).name) + "_backward_jvp");
-  return handle;
+inline const c10::TypedOperatorHandle<BackwardJvpSignature>& backward_jvp_operator(CellKind kind) {
+  static const auto found = find_operators<BackwardJvpSignature>("_backward_jvp");
+  return found[static_cast<size_t>(kind)];
 }
+
+// A function of a cell's kind and of an operator's arguments, as that operator of one cell.
+template <auto function, CellKind kind>
+struct OfCell;
+template <class Result, class... Arguments, Result (*function)(CellKind, Arguments...), CellKind kind>
+struct OfCell<function, kind> {
+  static Result run(Arguments... arguments) { return function(kind, std::forward<Arguments>(arguments)...); }
+};
 
 }  // namespace rnnfast::ops

@@ -289,8 +289,8 @@ class Call {
     const LayerArguments wide{input, h0, c0, weights, a.batch_sizes, a.lengths, a.reset};
     Tensor gates = widen(saved);
     if (saved.numel() == 0 && given.info.saved > 0)
-      gates = std::get<4>(forward_operator<kind>().call(input, h0, c0, weights, a.batch_sizes, a.lengths, a.reset,
-                                                        static_cast<int64_t>(Save::gates), std::nullopt, {}, false));
+      gates = std::get<4>(forward_operator(kind).call(input, h0, c0, weights, a.batch_sizes, a.lengths, a.reset,
+                                                      static_cast<int64_t>(Save::gates), std::nullopt, {}, false));
     layer_.emplace(check_layer(kind, wide), wide, widen(t_input), widen(t_h0), widen(t_c0), widen(t_weights),
                    widen(output), widen(c), gates);
   }

@@ -5,46 +5,44 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// 32-bit words of neighbouring units.
+// 32-bit words of neighbouring units, those of even and of odd units apart, as the multiplication takes them: each in
+// the lower half of 64 bits. What the upper halves hold has no meaning.
 struct Words {
   static constexpr int kLanes = RNNFAST_VECTOR_BYTES / 4;
+  typedef uint64_t Half __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
   typedef uint32_t Native __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 
-  Native v;
+  Half even, odd;
 
   Words() = default;
-  RNNFAST_INLINE Words(uint32_t x) : v(x - Native{}) {}
+  RNNFAST_INLINE Words(uint32_t x) : even(x - Half{}), odd(even) {}
   static RNNFAST_INLINE Words count_from(uint32_t first) {
     Words x(first);
-    for (int i = 0; i < kLanes; ++i) x.v[i] += i;
+    for (int i = 0; i < kLanes; ++i) (i % 2 == 0 ? x.even : x.odd)[i / 2] += i;
     return x;
   }
   friend RNNFAST_INLINE Words operator^(Words a, Words b) {
-    a.v ^= b.v;
+    a.even ^= b.even;
+    a.odd ^= b.odd;
     return a;
   }
+  RNNFAST_INLINE Native in_order() const { return Native((even & 0xffffffffu) | odd << 32); }
 };
 
-// The products of even and of odd lanes, 64 bits each, then their halves side by side.
-RNNFAST_INLINE void multiply_wide(Words x, uint32_t by, Words& high, Words& low) {
+RNNFAST_INLINE Words::Half multiply_low(Words::Half x, uint32_t by) {
 #if defined(RNNFAST_HAS_AVX512)
-  const __m512i lanes = __m512i(x.v), factor = _mm512_set1_epi64(by);
-  const __m512i even = _mm512_mul_epu32(lanes, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(lanes, 32), factor);
-  low.v = Words::Native(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32)));
-  high.v = Words::Native(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
+  return Words::Half(_mm512_mul_epu32(__m512i(x), _mm512_set1_epi64(by)));
 #elif RNNFAST_VECTOR_BYTES == 32
-  const __m256i lanes = __m256i(x.v), factor = _mm256_set1_epi64x(by);
-  const __m256i even = _mm256_mul_epu32(lanes, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(lanes, 32), factor);
-  low.v = Words::Native(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
-  high.v = Words::Native(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+  return Words::Half(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi64x(by)));
 #else
-  for (int i = 0; i < Words::kLanes; ++i) {
-    uint32_t upper, lower;
-    rnnfast::multiply_wide(x.v[i], by, upper, lower);
-    high.v[i] = upper;
-    low.v[i] = lower;
-  }
+  return (x & 0xffffffffu) * uint64_t(by);
 #endif
+}
+RNNFAST_INLINE void multiply_wide(Words x, uint32_t by, Words& high, Words& low) {
+  low.even = multiply_low(x.even, by);
+  low.odd = multiply_low(x.odd, by);
+  high.even = low.even >> 32;
+  high.odd = low.odd >> 32;
 }
 
 // Writes for the units [first, last) and each of the steps of one call, `stride` apart, `below` where the number lies
@@ -52,14 +50,14 @@ RNNFAST_INLINE void multiply_wide(Words x, uint32_t by, Words& high, Words& low)
 template <class Acc>
 inline void draw(int64_t seed, int64_t step, uint32_t purpose, uint32_t threshold, Acc below, Acc otherwise, int steps,
                  int64_t first, int64_t last, Acc* to, int64_t stride) {
-  typedef int32_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
   typedef Acc Factors __attribute__((vector_size(Words::kLanes * sizeof(Acc))));
+  typedef typename Vec<Acc>::Bits Mask __attribute__((vector_size(Words::kLanes * sizeof(Acc))));
   for (int64_t u = first; u < last; u += Words::kLanes) {
     Words words[kPhiloxWords];
     philox(Words::count_from(uint32_t(u)), philox_step(step), purpose, seed, words);
     for (int w = 0; w < steps; ++w) {
-      const Bits is_below = Bits(words[w].v < Words(threshold).v) & 1;
-      const Factors factors = otherwise + __builtin_convertvector(is_below, Factors) * (below - otherwise);
+      const Mask is_below = __builtin_convertvector(words[w].in_order() < threshold, Mask);
+      const Factors factors = is_below ? below - Factors{} : otherwise - Factors{};
       memcpy(to + w * stride + u, &factors, sizeof factors);
     }
   }

@@ -1,5 +1,6 @@
 // Owns: the operator <cell>_grouped_backward on the CPU: backward with weight gradients of each group of rows apart,
 // the derivative of each sample where many share a batch. Must not know: equations, loops over time.
+#include <ATen/Functions.h>
 #include <torch/library.h>
 
 #include "products_cpu.h"

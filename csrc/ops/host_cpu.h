@@ -3,10 +3,11 @@
 // Must not know: engines, equations.
 #pragma once
 
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -16,17 +17,31 @@ namespace rnnfast::ops {
 
 inline int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// A step of a small layer takes microseconds, so its workspace is not worth an allocation.
+// Memory that comes anew from the system at every call can cost more than the call. So a thread keeps a workspace from
+// call to call, as large as it has needed so far; the work in a larger one outweighs that.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
-    if (bytes > sizeof(small_)) large_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
+    constexpr size_t kMostKept = 32 << 20;
+    if (bytes > kMostKept) {
+      passing_.reset(c10::alloc_cpu(bytes));
+    } else if (bytes > kept_bytes_) {
+      kept_bytes_ = 0;
+      kept_.reset();
+      kept_.reset(c10::alloc_cpu(bytes));
+      kept_bytes_ = bytes;
+    }
   }
-  void* data() { return large_.defined() ? large_.data_ptr() : small_; }  // the allocator aligns to 64, too
+  void* data() { return passing_ ? passing_.get() : kept_.get(); }  // the allocator aligns to 64, too
 
  private:
-  alignas(64) static inline thread_local char small_[32 << 10];
-  Tensor large_;
+  struct Free {
+    void operator()(void* memory) const { c10::free_cpu(memory); }
+  };
+  using Memory = std::unique_ptr<void, Free>;
+  static inline thread_local Memory kept_;
+  static inline thread_local size_t kept_bytes_ = 0;
+  Memory passing_;
 };
 
 // The arrays behind a Sequence.

@@ -1,5 +1,7 @@
 #include "products_cpu.h"
 
+#include <ATen/Functions.h>
+
 namespace rnnfast::ops {
 namespace {
 

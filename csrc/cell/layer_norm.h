@@ -19,7 +19,8 @@ constexpr double kNormEpsilon = 1e-5;
 
 template <class T>
 RNNFAST_HOST_DEVICE T norm_scale(T variance) {
-  return T(1) / std::sqrt(variance + T(kNormEpsilon));
+  using std::sqrt;
+  return T(1) / sqrt(variance + T(kNormEpsilon));
 }
 
 // scale: norm_scale of the row's variance

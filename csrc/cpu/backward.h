@@ -278,6 +278,7 @@ class Backward {
 
   // norm_layer.h
   struct NormRow;
+  struct NormRows;
   const S* norm_weights(int half) const {
     return static_cast<const S*>(half == 0 ? d_.weights.norm_ih : d_.weights.norm_hh);
   }
@@ -285,10 +286,10 @@ class Backward {
   void normalised_cells(int64_t t, int64_t count, const S* products);
   NormRow norm_row(int64_t t, int64_t slot, const S* products, int64_t index) const;
   V take_grad_h(const NormRow& row, int64_t u, int64_t n) const;
-  void forward_again(NormRow& row) const;
-  void back_to_c(NormRow& row);
-  void back_to_gates(NormRow& row);
-  void back_to_products(const NormRow& row) const;
+  void forward_again(NormRows& rows) const;
+  void back_to_c(NormRows& rows);
+  void back_to_gates(NormRows& rows);
+  void back_to_products(const NormRows& rows);
   void add_norm_sums();
 
   int64_t saved_width() const { return sizes_.saved_width(); }

@@ -15,7 +15,6 @@ class BackwardWorkspace {
  public:
   static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
   static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
-  static constexpr int64_t kNormRows = 8;      // rows that go through a normalised step abreast, at most
 
   // What a direction's loop leaves, and what it needs.
   struct Shared {
@@ -90,7 +89,7 @@ class BackwardWorkspace {
   // As many as fit into the first-level cache.
   int64_t norm_rows() const {
     const int64_t rows = (24 << 10) / (norm_vectors() * ld_acc(layer.hidden_size) * sizeof(Acc));
-    return std::max<int64_t>(1, std::min(kNormRows, rows));
+    return std::max<int64_t>(1, std::min<int64_t>(kNormRows<Acc>, rows));
   }
 
   // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.

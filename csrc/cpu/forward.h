@@ -184,10 +184,11 @@ class Forward {
   void prepare_norms() const;
   template <class F>
   void for_gates(const F& f) const;
-  void normalise(Acc* row, int half, S* kept) const;
+  void normalise(Acc* rows, int64_t count, int half, S* const* kept) const;
   void normalise_igates(int64_t s, int64_t end) const;
   void normalised_cells(int64_t count, int64_t igates_row) const;
-  void hidden_from_c(const StepRow& row) const;
+  void hidden_from_c(const StepRow* rows, int64_t count) const;
+  Acc* values(int64_t row) const { return own_.values + row * (Cell::kSaved + 1) * ld_c_; }
 
   // kVaried: with recurrent dropout, zoneout or layer normalisation.
   template <bool kVaried>
@@ -346,7 +347,6 @@ class Forward {
     row.output = at<S>(d_.output, s_, t, slot);
     row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
     row.saved = saved_row(s, slot);
-    row.values = nullptr;
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
     if constexpr (kVaried) {
       row.keep_h = keep_h_.row(slot);
@@ -371,19 +371,20 @@ class Forward {
     store_operand<S>(row.next_h + u, h, n);
   }
 
-  // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row.
-  template <bool kVaried, int N>
+  // The cell on N rows and the units of block b; igates and hgates hold the block's columns of each row. kToValues: h'
+  // waits for all of c', and the row's values take what it is made of.
+  template <bool kVaried, int N, bool kToValues = false>
   void cell(const StepRow* rows, int64_t b, const Acc* igates, const Acc* hgates) const {
     const int64_t first = hidden_.first(b), size = hidden_.size(b);
     const int64_t columns = kVaried ? gates_stride(b) : hidden_.vectors(b) * kLanes;
     int64_t u = 0;
     for (; u + kLanes <= size; u += kLanes)
-      cell_vectors<kVaried, N>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
-    if (u < size) cell_vectors<kVaried, N>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
+      cell_vectors<kVaried, N, kToValues>(rows, first + u, kLanes, size, columns, igates + u, hgates + u);
+    if (u < size) cell_vectors<kVaried, N, kToValues>(rows, first + u, size - u, size, columns, igates + u, hgates + u);
   }
 
   // n units from `unit` on; the gates of a unit lie `stride` apart, those of the next row `columns`.
-  template <bool kVaried, int N>
+  template <bool kVaried, int N, bool kToValues>
   inline __attribute__((always_inline)) void cell_vectors(const StepRow* rows, int64_t unit, int64_t n, int64_t stride,
                                                           int64_t columns, const Acc* igates, const Acc* hgates) const {
     using W = Batch<Acc, N>;
@@ -399,7 +400,7 @@ class Forward {
     for (int r = 0; r < N; ++r) {
       const StepRow& row = rows[r];
       if (Cell::kStates > 1) {
-        if (kVaried && row.values) {
+        if (kToValues) {
           for (int k = 0; k < Cell::kSaved; ++k) saved[k].part[r].store(row.values + k * ld_c_ + unit);
           state[1].part[r].store(row.values + Cell::kSaved * ld_c_ + unit);
         }
@@ -410,7 +411,7 @@ class Forward {
       }
       if (row.saved)
         for (int k = 0; k < Cell::kSaved; ++k) store(row.saved + k * l_.hidden_size + unit, saved[k].part[r], n);
-      if (kVaried && Cell::kStates > 1 && row.values) continue;  // h' wants all of c'
+      if (kToValues) continue;
       if (row.hidden) {
         store_operand<S>(row.hidden + unit, state[0].part[r], n);
       } else {

@@ -40,7 +40,7 @@ class ForwardWorkspace {
     S* c_output;       // [H] or null
     S* saved;          // [S*H] or null
     bool drop;         // the next step starts from zero
-    Acc* values;       // [S+1, ld_c] with layer normalisation, two states: what the cell kept, and c'; else null
+    Acc* values;       // [S+1, ld_c] with layer normalisation, two states: what the cell kept, and c'
     // With noise only. h and next_h are what products read, the cell reads prev_h.
     const Operand* prev_h;       // [P]
     Operand* unmasked;           // [P] the state after the step; null without recurrent dropout
@@ -56,7 +56,7 @@ class ForwardWorkspace {
     Acc *keep_h, *keep_c;  // of Zoneout
     // With layer normalisation only.
     Acc* hgates;  // [norm_rows, ld_gates]
-    Acc* values;  // [kTileRows, S+1, ld_c]
+    Acc* values;  // [kNormRows, S+1, ld_c]
   };
 
   const LayerForward& layer;
@@ -159,7 +159,7 @@ class ForwardWorkspace {
     own.keep_c = keep(layer.noise.zoneout_c, layer.hidden_size);
     if (layer.layer_norm) {
       own.hgates = carver.take<Acc>(norm_rows() * ld_gates());
-      if (cell.states > 1) own.values = carver.take<Acc>(kTileRows * (cell.saved + 1) * ld_acc(layer.hidden_size));
+      if (cell.states > 1) own.values = carver.take<Acc>(kNormRows<Acc> * (cell.saved + 1) * ld_acc(layer.hidden_size));
     }
     return own;
   }

@@ -5,29 +5,72 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-template <int kLanes, int kBy>
-struct Rotated {
-  static constexpr int source(int i) { return (i + kBy) % kLanes; }
-};
-// The sum of all lanes, in every lane.
-template <class T, int kBy = Vec<T>::kLanes / 2>
-RNNFAST_INLINE Vec<T> sum_lanes(Vec<T> x) {
-  if constexpr (kBy == 0) {
-    return x;
+// The sums over the lanes of N vectors, N a power of two: that of x[i] in the lanes from i * kLanes / N on. Each is
+// summed in the same order, whatever N and wherever it stands. What is at x is lost.
+template <int N, class T, int kPiece = Vec<T>::kLanes / 2>
+RNNFAST_INLINE Vec<T> sum_lanes(Vec<T>* x) {
+  if constexpr (kPiece == 0) {
+    return x[0];
   } else {
-    return sum_lanes<T, kBy / 2>(x + shuffle<Rotated<Vec<T>::kLanes, kBy>>(x, x));
+    constexpr int kLanes = Vec<T>::kLanes, kPairs = std::max(1, N / 2);
+    for (int i = 0; i < kPairs; ++i) {
+      const Vec<T> a = x[i], b = x[i + N / 2];  // the same where there is but one
+      x[i] = shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 0>>(a, b) +
+             shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 1>>(a, b);
+    }
+    return sum_lanes<kPairs, T, kPiece / 2>(x);
   }
 }
 
-// What the elements of a row are normalised by, in every lane.
-template <class Acc>
-struct Statistics {
-  Vec<Acc> mean, scale;
+// Lane i of the result is the first of the lanes of sum i of N.
+template <int kLanes, int N>
+struct Gathered {
+  static constexpr int source(int i) { return i % N * (kLanes / N); }
 };
 
-// Of the n numbers at x, summed in one order.
-template <class S>
-inline Statistics<acc_t<S>> statistics(const S* x, int64_t n) {
+// Rows that are summed at once: each of their sums waits for its own additions, and one root serves all.
+template <class Acc>
+constexpr int kNormRows = Vec<Acc>::kLanes;
+
+// A number for each of these rows.
+template <class Acc>
+struct PerRow {
+  alignas(Vec<Acc>) Acc lanes[kNormRows<Acc>];
+
+  RNNFAST_INLINE Vec<Acc> operator[](int64_t row) const { return Vec<Acc>(lanes[row]); }
+};
+
+// Sums over the elements of each of these rows, still apart in lanes.
+template <class Acc>
+struct RowSums {
+  using V = Vec<Acc>;
+  static constexpr int kRows = kNormRows<Acc>, kFew = std::min(4, kRows);
+  V of[kRows];
+
+  RNNFAST_INLINE V& operator[](int64_t row) { return of[row]; }
+  // The means of the first `count` rows, of n elements each, by lane. The sums are lost.
+  RNNFAST_INLINE V means(int64_t count, int64_t n) {
+    const V share(Acc(1) / Acc(n));
+    if (count == 1) return sum_lanes<1>(of) * share;
+    const bool few = count <= kFew;
+    for (int64_t row = count; row < (few ? kFew : kRows); ++row) of[row] = V(Acc(0));
+    if (!few) return sum_lanes<kRows>(of) * share;
+    const V sums = sum_lanes<kFew>(of) * share;
+    return shuffle<Gathered<kRows, kFew>>(sums, sums);
+  }
+};
+
+// What the elements of rows are normalised by.
+template <class Acc>
+struct Statistics {
+  PerRow<Acc> mean, scale;
+
+  RNNFAST_INLINE Vec<Acc> normal(Vec<Acc> x, int64_t row) const { return normalised(x, mean[row], scale[row]); }
+};
+
+// The sum of f(element) over n numbers at x, still apart in lanes, in one order.
+template <class S, class F>
+RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, int64_t n, const F& f) {
   using Acc = acc_t<S>;
   using V = Vec<Acc>;
   constexpr int kLanes = V::kLanes, kSums = 4;  // an addition takes as long as four that follow each other
@@ -36,23 +79,32 @@ inline Statistics<acc_t<S>> statistics(const S* x, int64_t n) {
     for (Acc& one : ones) one = 1;
     return ones;
   }();
-  const V share(Acc(1) / Acc(n));
-  const auto mean = [&](const auto& f) {
-    V sums[kSums];
-    for (V& sum : sums) sum = V(Acc(0));
-    int64_t e = 0;
-    for (; e + kSums * kLanes <= n; e += kSums * kLanes)
-      for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + f(load(x + e + k * kLanes));
-    for (; e + kLanes <= n; e += kLanes) sums[0] = sums[0] + f(load(x + e));
-    if (e < n) sums[1] = sums[1] + f(load(x + e, n - e)) * load(kOnes.data(), n - e);
-    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
-  };
-  const V centre = mean([](V element) { return element; });
-  const V variance = mean([&](V element) {
-    const V distance = element - centre;
-    return distance * distance;
-  });
-  return {centre, V(norm_scale(Acc(variance.v[0])))};
+  V sums[kSums];
+  for (V& sum : sums) sum = V(Acc(0));
+  int64_t e = 0;
+  for (; e + kSums * kLanes <= n; e += kSums * kLanes)
+    for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + f(load(x + e + k * kLanes));
+  for (; e + kLanes <= n; e += kLanes) sums[0] = sums[0] + f(load(x + e));
+  if (e < n) sums[1] = sums[1] + f(load(x + e, n - e)) * load(kOnes.data(), n - e);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Of `count` rows of n numbers, `stride` apart.
+template <class S>
+Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, int64_t n) {
+  using Acc = acc_t<S>;
+  using V = Vec<Acc>;
+  Statistics<Acc> of;
+  RowSums<Acc> sums;
+  for (int64_t r = 0; r < count; ++r) sums[r] = sum_vectors(rows + r * stride, n, [](V element) { return element; });
+  sums.means(count, n).store(of.mean.lanes);
+  for (int64_t r = 0; r < count; ++r)
+    sums[r] = sum_vectors(rows + r * stride, n, [centre = of.mean[r]](V element) {
+      const V distance = element - centre;
+      return distance * distance;
+    });
+  norm_scale(sums.means(count, n)).store(of.scale.lanes);
+  return of;
 }
 
 // The gradients of a direction's norms and biases, of a thread's rows: `lines` sums for each unit, of few rows first,
@@ -68,12 +120,13 @@ class NormSums {
 
   bool wanted() const { return total_ != nullptr; }
   void clear() { memset(total_, 0, elements(lines_, ld_) * sizeof(Acc)); }
+  // x: the sum of several rows.
   RNNFAST_INLINE void add(int line, int64_t unit, V x) {
     Acc* sum = total_ + (lines_ + line) * ld_ + unit;
     (V::load(sum) + x).store(sum);
   }
-  void end_row() {
-    if (++rows_ == kRows) flush();
+  void end_rows(int64_t count) {
+    if ((rows_ += count) >= kRows) flush();
   }
   void flush() {
     Acc* part = total_ + lines_ * ld_;
@@ -85,8 +138,8 @@ class NormSums {
 
  private:
   static constexpr int kRows = 32;
-  int lines_ = 0, rows_ = 0;
-  int64_t ld_ = 0;
+  int lines_ = 0;
+  int64_t ld_ = 0, rows_ = 0;
   Acc* total_ = nullptr;  // [lines, ld], then the sums of the last rows
 };
 

@@ -33,22 +33,43 @@ void Forward<Cell, S>::for_gates(const F& f) const {
           std::min<int64_t>(kLanes, size - u));
 }
 
-// One half of a row's gates where it lies: the product before, and norm LN(product) + bias behind. kept [G*H] or null
-// takes the product.
+// One half of the gates of `count` rows where they lie: the products before, and norm LN(product) + bias behind. Where
+// anything is saved, each row's kept [G*H] takes the products.
 template <class Cell, class S>
-void Forward<Cell, S>::normalise(Acc* row, int half, S* kept) const {
-  const Statistics<Acc> of = statistics(row, G * l_.hidden_size);  // only the last block's columns are padded
-  if (kept) for_gates([&](int64_t gate, int64_t column, int64_t n) { store(kept + gate, V::load(row + column), n); });
+void Forward<Cell, S>::normalise(Acc* rows, int64_t count, int half, S* const* kept) const {
+  // Only the last block's columns are padded.
+  const Statistics<Acc> of = statistics(rows, ld_gates_, count, G * l_.hidden_size);
+  if (d_.saved)
+    for_gates([&](int64_t gate, int64_t column, int64_t n) {
+      for (int64_t r = 0; r < count; ++r) store(kept[r] + gate, V::load(rows + r * ld_gates_ + column), n);
+    });
   const Acc *weights = shared_.norms + 2 * half * columns_, *shifts = weights + columns_;
-  for (int64_t e = 0; e < columns_; e += kLanes)
-    (normalised(V::load(row + e), of.mean, of.scale) * V::load(weights + e) + V::load(shifts + e)).store(row + e);
+  for (int64_t e = 0; e < columns_; e += kLanes) {
+    const V weight = V::load(weights + e), shift = V::load(shifts + e);
+    for (int64_t r = 0; r < count; ++r) {
+      Acc* at = rows + r * ld_gates_ + e;
+      (of.normal(V::load(at), r) * weight + shift).store(at);
+    }
+  }
 }
 
-// The input half of the gates of the steps [s, end), as project left them.
+// The input half of the gates of the steps [s, end), as project left them: rows at once, of whatever steps.
 template <class Cell, class S>
 void Forward<Cell, S>::normalise_igates(int64_t s, int64_t end) const {
-  for (Acc* row = own_.igates; s < end; ++s)
-    for (int64_t i = 0; i < living(s); ++i, row += ld_gates_) normalise(row, 0, saved_row(s, rows_.begin + i));
+  Acc* rows = own_.igates;
+  S* kept[kNormRows<Acc>];
+  int64_t count = 0;
+  const auto flush = [&] {
+    normalise(rows, count, 0, kept);
+    rows += count * ld_gates_;
+    count = 0;
+  };
+  for (; s < end; ++s)
+    for (int64_t i = 0; i < living(s); ++i) {
+      kept[count++] = saved_row(s, rows_.begin + i);
+      if (count == kNormRows<Acc>) flush();
+    }
+  flush();
 }
 
 // The cells of a step's `count` rows.
@@ -63,50 +84,55 @@ void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row) const
         for (int64_t r = 0; r < n; ++r) h[r] = reinterpret_cast<const Unit*>(rows[i + r].h);
         w_hh_.multiply(b, h, n, own_.hgates + i * ld_gates_ + hidden_.column(b), ld_gates_);
       });
-    // What a row's sums and roots wait for, others fill: each part for several rows after each other.
-    for_chunks(0, chunk, kTileRows, [&](int64_t i, int64_t n) {
+    for_chunks(0, chunk, kNormRows<Acc>, [&](int64_t i, int64_t n) {
       Acc* half = own_.hgates + i * ld_gates_;
+      S* kept[kNormRows<Acc>];
       for (int64_t r = 0; r < n; ++r) {
-        S* kept = std::exchange(rows[i + r].saved, nullptr);
-        normalise(half + r * ld_gates_, 1, kept ? kept + G * l_.hidden_size : nullptr);
-        if (Cell::kStates > 1) rows[i + r].values = own_.values + r * (Cell::kSaved + 1) * ld_c_;
+        S* saved = std::exchange(rows[i + r].saved, nullptr);  // the cell keeps nothing
+        if (saved) kept[r] = saved + G * l_.hidden_size;
+        if (Cell::kStates > 1) rows[i + r].values = values(r);
       }
+      normalise(half, n, 1, kept);
       for (int64_t b = 0; b < hidden_.count(); ++b) {
         const Acc *ig = igates + i * ld_gates_ + hidden_.column(b), *hg = half + hidden_.column(b);
+        constexpr bool kToValues = Cell::kStates > 1;
         int64_t r = 0;
         for (; r + kAbreast <= n; r += kAbreast)
-          cell<true, kAbreast>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
-        for (; r < n; ++r) cell<true, 1>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
+          cell<true, kAbreast, kToValues>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
+        for (; r < n; ++r) cell<true, 1, kToValues>(rows + i + r, b, ig + r * ld_gates_, hg + r * ld_gates_);
       }
-      if constexpr (Cell::kStates > 1)
-        for (int64_t r = 0; r < n; ++r) hidden_from_c(rows[i + r]);
+      if constexpr (Cell::kStates > 1) hidden_from_c(rows + i, n);
     });
   });
 }
 
-// h' of a row from all of c' and what the cell kept.
+// h' of rows from all of c' and what the cell kept.
 template <class Cell, class S>
-void Forward<Cell, S>::hidden_from_c(const StepRow& row) const {
+void Forward<Cell, S>::hidden_from_c(const StepRow* rows, int64_t count) const {
   const int64_t H = l_.hidden_size;
   const S *weight = static_cast<const S*>(d_.weights.norm_c), *shift = static_cast<const S*>(d_.weights.norm_bias_c);
-  const Acc* c = row.values + Cell::kSaved * ld_c_;
-  const Statistics<Acc> of_c = statistics(c, H);
-  for (int64_t u = 0; u < H; u += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, H - u);
-    V saved[Cell::kSaved + 1], state[2];
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = V::load(row.values + k * ld_c_ + u);
-    state[1] = normalised(V::load(c + u), of_c.mean, of_c.scale) * load(weight + u, n) + load(shift + u, n);
-    const V h = Cell::hidden(saved, state);
-    if (row.hidden) {
-      store_operand<S>(row.hidden + u, h, n);
-    } else {
-      write_h<true>(row, u, n, h);
+  const Acc* c = values(0) + Cell::kSaved * ld_c_;
+  const Statistics<Acc> of = statistics(c, values(1) - values(0), count, H);
+  for (int64_t r = 0; r < count; ++r) {
+    const StepRow& row = rows[r];
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      V saved[Cell::kSaved + 1], state[2];
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = V::load(row.values + k * ld_c_ + u);
+      const V c = V::load(row.values + Cell::kSaved * ld_c_ + u);
+      state[1] = of.normal(c, r) * load(weight + u, n) + load(shift + u, n);
+      const V h = Cell::hidden(saved, state);
+      if (row.hidden) {
+        store_operand<S>(row.hidden + u, h, n);
+      } else {
+        write_h<true>(row, u, n, h);
+      }
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------ backward
-// A row of a step, and what the parts of its way back hand on.
+// A row of a step.
 template <class Cell, class S>
 struct Backward<Cell, S>::NormRow {
   const S* products;  // [2, G*H] the two halves of the gates before they were normalised
@@ -116,15 +142,8 @@ struct Backward<Cell, S>::NormRow {
   const Acc *keep_h, *keep_c;
   Acc *values, *last;              // [S, ld_h] what the cell kept; [ld_h] h' or c'
   Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
-  Acc* grads;                      // [2, G, ld_h] of the gates before the norms' weights
-  Statistics<Acc> of[2], of_c;
-  V means[2][2], means_c[2];  // of the gradient, and of its product with what is normalised
+  Acc* grads;                      // [2, G, ld_h] of the gates
 
-  // The normalised product of gate g and a vector of units.
-  V normal(int half, int g, int64_t u, int64_t n, int64_t H) const {
-    return normalised(load(products + (half * G + g) * H + u, n), of[half].mean, of[half].scale);
-  }
-  V normal_c(int64_t u) const { return normalised(V::load(last + u), of_c.mean, of_c.scale); }
   void load_values(int64_t u, int64_t ld, V* to) const {
     for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
   }
@@ -134,19 +153,35 @@ struct Backward<Cell, S>::NormRow {
   }
 };
 
+// Rows whose parts of the way back run after each other, and what the parts hand on.
+template <class Cell, class S>
+struct Backward<Cell, S>::NormRows {
+  int64_t count;
+  NormRow row[kNormRows<Acc>];
+  Statistics<Acc> of[2], of_c;
+  PerRow<Acc> means[2][2], means_c[2];  // of the gradient, and of its product with what is normalised
+
+  // The normalised product of row r, gate g and a vector of units.
+  V normal(int64_t r, int half, int g, int64_t u, int64_t n, int64_t H) const {
+    return of[half].normal(load(row[r].products + (half * G + g) * H + u, n), r);
+  }
+  V normal_c(int64_t r, int64_t u) const { return of_c.normal(V::load(row[r].last + u), r); }
+};
+
 // The thread's `count` rows of step t; products [count, 2, G*H].
 template <class Cell, class S>
 void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* products) {
-  // What a row's sums and roots wait for, others fill: each part for several rows after each other.
   for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t n) {
-    NormRow rows[Workspace::kNormRows];
-    for (int64_t r = 0; r < n; ++r)
-      rows[r] = norm_row(t, rows_.begin + first + r, products + (first + r) * saved_width(), r);
-    for (int64_t r = 0; r < n; ++r) forward_again(rows[r]);
-    if constexpr (Cell::kStates > 1)
-      for (int64_t r = 0; r < n; ++r) back_to_c(rows[r]);
-    for (int64_t r = 0; r < n; ++r) back_to_gates(rows[r]);
-    for (int64_t r = 0; r < n; ++r) back_to_products(rows[r]);
+    const int64_t gates = G * l_.hidden_size;
+    const S* halves = products + first * saved_width();
+    NormRows rows;
+    rows.count = n;
+    for (int half = 0; half < 2; ++half) rows.of[half] = statistics(halves + half * gates, saved_width(), n, gates);
+    for (int64_t r = 0; r < n; ++r) rows.row[r] = norm_row(t, rows_.begin + first + r, halves + r * saved_width(), r);
+    forward_again(rows);
+    if constexpr (Cell::kStates > 1) back_to_c(rows);
+    back_to_gates(rows);
+    back_to_products(rows);
   });
 }
 
@@ -154,7 +189,6 @@ void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* prod
 template <class Cell, class S>
 typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64_t slot, const S* products,
                                                                 int64_t index) const {
-  const int64_t gates = G * l_.hidden_size;
   NormRow row;
   row.products = products;
   row.slot = slot;
@@ -171,26 +205,29 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.grad_c = row.last + ld_h_;
   row.grad_output_gate = row.grad_c + ld_h_;
   row.grads = row.grad_output_gate + ld_h_;
-  for (int half = 0; half < 2; ++half) row.of[half] = statistics(products + half * gates, gates);
   return row;
 }
 
 // The cell's values, and its last state.
 template <class Cell, class S>
-void Backward<Cell, S>::forward_again(NormRow& row) const {
+void Backward<Cell, S>::forward_again(NormRows& rows) const {
   const int64_t H = l_.hidden_size;
-  for (int64_t u = 0; u < H; u += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, H - u);
-    V gates[2][G], prev[2], state[2], values[Cell::kSaved + 1];
-    for (int half = 0; half < 2; ++half)
-      for (int g = 0; g < G; ++g) {
-        gates[half][g] = row.normal(half, g, u, n, H) * load(norm_weights(half) + g * H + u, n);
-        if (const S* bias = norm_bias(half)) gates[half][g] = gates[half][g] + load(bias + g * H + u, n);
-      }
-    row.load_prev(u, n, prev);
-    Cell::forward(gates[0], gates[1], prev, state, values);
-    for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
-    state[Cell::kStates - 1].store(row.last + u);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const NormRow& row = rows.row[r];
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      V gates[2][G], prev[2], state[2], values[Cell::kSaved + 1];
+      for (int half = 0; half < 2; ++half)
+        for (int g = 0; g < G; ++g) {
+          const S* bias = norm_bias(half);
+          const V shift = bias ? load(bias + g * H + u, n) : V(Acc(0));
+          gates[half][g] = rows.normal(r, half, g, u, n, H) * load(norm_weights(half) + g * H + u, n) + shift;
+        }
+      row.load_prev(u, n, prev);
+      Cell::forward(gates[0], gates[1], prev, state, values);
+      for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
+      state[Cell::kStates - 1].store(row.last + u);
+    }
   }
 }
 
@@ -207,95 +244,112 @@ Vec<acc_t<S>> Backward<Cell, S>::take_grad_h(const NormRow& row, int64_t u, int6
 
 // From h' to c as h' reads it.
 template <class Cell, class S>
-void Backward<Cell, S>::back_to_c(NormRow& row) {
+void Backward<Cell, S>::back_to_c(NormRows& rows) {
   const int64_t H = l_.hidden_size;
   const S *weight = static_cast<const S*>(d_.weights.norm_c), *bias = static_cast<const S*>(d_.weights.norm_bias_c);
-  row.of_c = statistics(row.last, H);
-  V sums[2] = {V(Acc(0)), V(Acc(0))};
-  for (int64_t u = 0; u < H; u += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, H - u);
-    V values[Cell::kSaved + 1], state[2], grad_gate;
-    row.load_values(u, ld_h_, values);
-    const V c = row.normal_c(u), by = load(weight + u, n);
-    state[1] = c * by + load(bias + u, n);
-    if (shared_.outputs) store(shared_.hidden + row.at * H + u, Cell::hidden(values, state), n);
-    V grad = Cell::hidden_backward(values, state, take_grad_h(row, u, n), grad_gate);
-    if (sums_.wanted()) {
-      sums_.add(4 * G, u, grad * c);
-      sums_.add(4 * G + 1, u, grad);
+  rows.of_c = statistics(rows.row[0].last, sizes_.norm_vectors() * ld_h_, rows.count, H);
+  RowSums<Acc> all_sums[2];
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const NormRow& row = rows.row[r];
+    V sums[2] = {V(Acc(0)), V(Acc(0))};
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      V values[Cell::kSaved + 1], state[2], grad_gate;
+      row.load_values(u, ld_h_, values);
+      const V c = rows.normal_c(r, u), by = load(weight + u, n);
+      state[1] = c * by + load(bias + u, n);
+      if (shared_.outputs) store(shared_.hidden + row.at * H + u, Cell::hidden(values, state), n);
+      V grad = Cell::hidden_backward(values, state, take_grad_h(row, u, n), grad_gate);
+      if (sums_.wanted()) {
+        sums_.add(4 * G, u, grad * c);
+        sums_.add(4 * G + 1, u, grad);
+      }
+      grad = grad * by;
+      sums[0] = sums[0] + grad;
+      sums[1] = sums[1] + grad * c;
+      grad.store(row.grad_c + u);
+      grad_gate.store(row.grad_output_gate + u);
     }
-    grad = grad * by;
-    sums[0] = sums[0] + grad;
-    sums[1] = sums[1] + grad * c;
-    grad.store(row.grad_c + u);
-    grad_gate.store(row.grad_output_gate + u);
+    for (int i = 0; i < 2; ++i) all_sums[i][r] = sums[i];
   }
-  for (int i = 0; i < 2; ++i) row.means_c[i] = sum_lanes(sums[i]) * V(Acc(1) / Acc(H));
+  for (int i = 0; i < 2; ++i) all_sums[i].means(rows.count, H).store(rows.means_c[i].lanes);
 }
 
 // To the gates.
 template <class Cell, class S>
-void Backward<Cell, S>::back_to_gates(NormRow& row) {
+void Backward<Cell, S>::back_to_gates(NormRows& rows) {
   const int64_t H = l_.hidden_size;
-  V sums[2][2];
-  for (auto& half : sums)
-    for (V& sum : half) sum = V(Acc(0));
-  for (int64_t u = 0; u < H; u += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, H - u);
-    V values[Cell::kSaved + 1], prev[2], grads[2][G], grad_prev[2];
-    row.load_values(u, ld_h_, values);
-    row.load_prev(u, n, prev);
-    if constexpr (Cell::kStates > 1) {
-      Acc* carried = shared_.grad_c + row.slot * ld_h_ + u;
-      V grad = V::load(carried), kept(Acc(0));
-      if (row.grad_cell) grad = grad + load(row.grad_cell + u, n);
-      if (row.keep_c) kept = divide_gradient(V::load(row.keep_c + u), grad);
-      grad = grad + normalised_backward(row.normal_c(u), row.of_c.scale, V::load(row.grad_c + u), row.means_c[0],
-                                        row.means_c[1]);
-      Cell::candidate_backward(values, prev, grad, V::load(row.grad_output_gate + u), grads[0], grads[1], grad_prev);
-      (row.zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
-    } else {
-      const V state[1] = {V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
-      Cell::backward(values, prev, state, grad, grads[0], grads[1], grad_prev);
-    }
-    // The part that does not pass W_hh; the product is added to it.
-    if (!shared_.outputs) {
-      Acc* carried = shared_.grad_h + row.slot * ld_p_ + u;
-      (V::load(carried) + grad_prev[0]).store(carried);
+  RowSums<Acc> all_sums[2][2];
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const NormRow& row = rows.row[r];
+    V sums[2][2];
+    for (auto& half : sums)
+      for (V& sum : half) sum = V(Acc(0));
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      V values[Cell::kSaved + 1], prev[2], grads[2][G], grad_prev[2];
+      row.load_values(u, ld_h_, values);
+      row.load_prev(u, n, prev);
+      if constexpr (Cell::kStates > 1) {
+        Acc* carried = shared_.grad_c + row.slot * ld_h_ + u;
+        V grad = V::load(carried), kept(Acc(0));
+        if (row.grad_cell) grad = grad + load(row.grad_cell + u, n);
+        if (row.keep_c) kept = divide_gradient(V::load(row.keep_c + u), grad);
+        grad = grad + normalised_backward(rows.normal_c(r, u), rows.of_c.scale[r], V::load(row.grad_c + u),
+                                          rows.means_c[0][r], rows.means_c[1][r]);
+        Cell::candidate_backward(values, prev, grad, V::load(row.grad_output_gate + u), grads[0], grads[1], grad_prev);
+        (row.zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
+      } else {
+        const V state[1] = {V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
+        Cell::backward(values, prev, state, grad, grads[0], grads[1], grad_prev);
+      }
+      // The part that does not pass W_hh; the product is added to it.
+      if (!shared_.outputs) {
+        Acc* carried = shared_.grad_h + row.slot * ld_p_ + u;
+        (V::load(carried) + grad_prev[0]).store(carried);
+      }
+      for (int half = 0; half < 2; ++half)
+        for (int g = 0; g < G; ++g) {
+          const V x = rows.normal(r, half, g, u, n, H), grad = grads[half][g] * load(norm_weights(half) + g * H + u, n);
+          sums[half][0] = sums[half][0] + grad;
+          sums[half][1] = sums[half][1] + grad * x;
+          grads[half][g].store(row.grads + (half * G + g) * ld_h_ + u);
+        }
     }
     for (int half = 0; half < 2; ++half)
-      for (int g = 0; g < G; ++g) {
-        const V x = row.normal(half, g, u, n, H);
-        V grad = grads[half][g];
-        if (sums_.wanted()) {
-          sums_.add(half * G + g, u, grad * x);
-          if (half == 0 || Cell::kSplitGates) sums_.add((2 + half) * G + g, u, grad);
-        }
-        grad = grad * load(norm_weights(half) + g * H + u, n);
-        sums[half][0] = sums[half][0] + grad;
-        sums[half][1] = sums[half][1] + grad * x;
-        grad.store(row.grads + (half * G + g) * ld_h_ + u);
-      }
+      for (int i = 0; i < 2; ++i) all_sums[half][i][r] = sums[half][i];
   }
-  if (sums_.wanted()) sums_.end_row();
   for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < 2; ++i) row.means[half][i] = sum_lanes(sums[half][i]) * V(Acc(1) / Acc(G * H));
+    for (int i = 0; i < 2; ++i) all_sums[half][i].means(rows.count, G * H).store(rows.means[half][i].lanes);
 }
 
 // To the products.
 template <class Cell, class S>
-void Backward<Cell, S>::back_to_products(const NormRow& row) const {
+void Backward<Cell, S>::back_to_products(const NormRows& rows) {
   const int64_t H = l_.hidden_size;
   for (int half = 0; half < 2; ++half) {
-    Operand* to = (half == 0 ? shared_.igates : shared_.hgates) + row.at * ld_g_;
+    Operand* const gates = half == 0 ? shared_.igates : shared_.hgates;
     for (int g = 0; g < G; ++g)
       for (int64_t u = 0; u < H; u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, H - u);
-        const V grad = V::load(row.grads + (half * G + g) * ld_h_ + u), x = row.normal(half, g, u, n, H);
-        store(to + g * H + u, normalised_backward(x, row.of[half].scale, grad, row.means[half][0], row.means[half][1]),
-              n);
+        const V weight = load(norm_weights(half) + g * H + u, n);
+        V grad_weight(Acc(0)), grad_bias(Acc(0));
+        for (int64_t r = 0; r < rows.count; ++r) {
+          const NormRow& row = rows.row[r];
+          const V x = rows.normal(r, half, g, u, n, H), grad = V::load(row.grads + (half * G + g) * ld_h_ + u);
+          grad_weight = grad_weight + grad * x;
+          grad_bias = grad_bias + grad;
+          store(gates + row.at * ld_g_ + g * H + u,
+                normalised_backward(x, rows.of[half].scale[r], grad * weight, rows.means[half][0][r],
+                                    rows.means[half][1][r]),
+                n);
+        }
+        if (!sums_.wanted()) continue;
+        sums_.add(half * G + g, u, grad_weight);
+        if (half == 0 || Cell::kSplitGates) sums_.add((2 + half) * G + g, u, grad_bias);
       }
   }
+  if (sums_.wanted()) sums_.end_rows(rows.count);
 }
 
 // The gradients of norms and biases, from the sums of all threads, which share the units out.

@@ -58,6 +58,12 @@ RNNFAST_INLINE Vec<T> relu_mask(Vec<T> y) {
   return Vec<T>::of(y.v > T(0) ? Vec<T>(T(1)).v : typename Vec<T>::Native{});
 }
 
+template <class T>
+RNNFAST_INLINE Vec<T> sqrt(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::kLanes; ++i) x.v[i] = std::sqrt(x.v[i]);
+  return x;
+}
+
 // NaN stays NaN: the comparisons are false for it, and the instructions return their second operand.
 RNNFAST_INLINE VecF clamp(VecF x, float low, float high) {
 #if defined(RNNFAST_HAS_AVX512)

@@ -293,6 +293,7 @@ def test_a_head_that_overflows_leaves_the_others_alone() -> None:
 def test_masks_do_not_depend_on_who_shares_a_call(
     name: str, option: dict[str, float], training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In float64 another mask would show far above 1e-12, which leaves room for sums in another order."""
     module = make(name, num_heads=4, **option).train(training)
     input = torch.randn(T, B, I, dtype=torch.float64)
     outputs = []
@@ -356,7 +357,10 @@ def test_heads_in_every_dtype(
 
 @each_layer
 def test_derivatives_of_heads_that_share_a_call(name: str, device: str) -> None:
-    """Second and forward-mode ones, and per-sample gradients, equal those of the formula with the matrix as a whole."""
+    """Second and forward-mode ones, and per-sample gradients, equal those of the formula with the matrix as a whole.
+
+    1e-10 is float64's rounding in sums of some hundred products, in another order; a wrong term is larger by far.
+    """
     module = getattr(rnnfast, name)(2, 4, num_heads=2, dtype=torch.float64, device=device)
     parameters = {key: weight.detach() for key, weight in module.named_parameters()}
     input = torch.randn(4, 2, 2, dtype=torch.float64, device=device)

@@ -1,56 +1,116 @@
 """Owns: the cells' parameters and torch.nn's interface to them. Must not know: how a step runs.
 
 A cell is one step of a layer; its parameters, their initial values and the forms of its input are those of the
-torch.nn cell of the same name, by way of ``torch.nn.RNNCellBase``.
+torch.nn cell of the same name, by way of ``torch.nn.RNNCellBase``. A layer's parameter has its cell's name, with the
+layer's number behind.
 """
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .modules import initial_norm, new_norm, norm_names
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# What a torch.nn cell's state, or an old one, may lack.
+_DEFAULTS = {"zoneout": 0.0, "layer_norm": False, "backend": None}
 
 
 class _Cell(nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share."""
 
+    zoneout: float | tuple[float, float]
+    layer_norm: bool
     backend: str | None
     _gates: int
 
     def __init__(
         self,
+        cell: str,
         input_size: int,
         hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        bias: bool,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
         *,
-        backend: str | None = None,
+        zoneout: float | tuple[float, float],
+        layer_norm: bool,
+        backend: str | None,
     ) -> None:
+        zoneout = functional.check_zoneout(cell, zoneout)
+        functional.check_bools(layer_norm=layer_norm)
+        functional.check_options(cell, 1, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
+        self.zoneout = zoneout
+        self.layer_norm = layer_norm
         self.backend = backend
+        if layer_norm:
+            for name in norm_names(cell):
+                self.register_parameter(name, new_norm(name, self.weight_ih, hidden_size))
+        self._name_weights()
 
-    def _weights(self) -> list[Tensor]:
-        """The weights as they are now."""
-        names = _NAMES if self.bias else _NAMES[:2]
+    @property
+    def cell(self) -> str:
+        """The name of its equations in :mod:`rnnfast.reference`."""
+        raise NotImplementedError
+
+    def _step(self, input: Tensor, hx: functional.State | None, generator: torch.Generator | None) -> Any:
         parameters: dict[str, Any] = self._parameters
         try:
-            return [parameters[name] for name in names]  # half a microsecond a weight less than an attribute
+            weights = [parameters[name] for name in self._names]  # half a microsecond a weight less than an attribute
         except KeyError:  # a parametrization or weight_norm keeps some elsewhere
-            return [getattr(self, name) for name in names]
+            weights = [getattr(self, name) for name in self._names]
+        if not self.zoneout and not self.layer_norm:  # a call of a few microseconds, where keywords count
+            return functional.step(self.cell, input, hx, weights, backend=self.backend)
+        return functional.step(
+            self.cell,
+            input,
+            hx,
+            weights,
+            zoneout=self.zoneout,
+            training=self.training,
+            layer_norm=self.layer_norm,
+            generator=generator,
+            backend=self.backend,
+        )
+
+    def _noisy(self) -> bool:
+        """Whether a call made now has zoneout."""
+        return self.zoneout not in (0.0, (0.0, 0.0))
+
+    def _name_weights(self) -> None:
+        names = ["weight_ih", "weight_hh"]
+        if self.bias:
+            names += ["bias_ih", "bias_hh"]
+        if self.layer_norm:
+            names += norm_names(self.cell)
+        self._names = tuple(names)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as torch.nn does; norms start from 1, or 0 as a bias, and are not drawn."""
+        bound = 1 / sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm"):
+                nn.init.constant_(parameter, initial_norm(name))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend is None else f", backend={self.backend}")
+        text = super().extra_repr()
+        for name in ("zoneout", "layer_norm"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        return text + ("" if self.backend is None else f", backend={self.backend}")
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Take this class's state, or that of the torch.nn cell of the same name."""
-        super().__setstate__({"backend": None, **state})  # type: ignore[no-untyped-call]
+        """Take this class's state, or that of the torch.nn cell of the same name, of any age."""
+        super().__setstate__({**_DEFAULTS, **state})  # type: ignore[no-untyped-call]
+        self._name_weights()
 
 
 class RNNCell(_Cell):
@@ -64,7 +124,24 @@ class RNNCell(_Cell):
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         nonlinearity: f: ``"tanh"``, ``"relu"``, ``"sigmoid"``, ``"identity"``, or ``"leaky_relu"`` with slope 0.01.
         device, dtype: of the parameters.
+        zoneout: as for :class:`rnnfast.RNN`: in training every call draws a mask of its own, in evaluation the state is
+            the expectation.
+        layer_norm: as for :class:`rnnfast.RNN`, with parameters ``norm_weight_ih`` and ``norm_weight_hh``, of an LSTM
+            also ``norm_weight_c`` and ``norm_bias_c``.
         backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
+
+    The weights of a layer load into a cell with the number taken off their names::
+
+        cell.load_state_dict({name.removesuffix("_l0"): weight for name, weight in layer.state_dict().items()})
+
+    There is no ``recurrent_dropout``, nor ``weight_dropout``: they have one mask for a whole sequence, and a step does
+    not know where one begins. In evaluation a layer has neither. To train steps with the first, draw a mask where a
+    sequence begins and multiply h by it before each call, ``cell(x, mask * h)`` or ``cell(x, (mask * h, c))``: without
+    zoneout that is what RNN and LSTM do, while GRU also has h without the mask.
+
+    Raises:
+        ValueError: a zoneout outside [0, 1), an unknown nonlinearity or backend.
+        TypeError: layer_norm is no bool.
     """
 
     nonlinearity: str
@@ -79,41 +156,95 @@ class RNNCell(_Cell):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
         backend: str | None = None,
     ) -> None:
         functional.check_choice("nonlinearity", nonlinearity, functional.NONLINEARITIES)
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
-        self.nonlinearity = nonlinearity
+        self.nonlinearity = nonlinearity  # before the parameters, whose names ask for the cell
+        super().__init__(
+            self.cell,
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            backend=backend,
+        )
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    @property
+    def cell(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the next hidden state ``[B, hidden_size]`` for ``input [B, input_size]`` and ``hx [B, hidden_size]``.
 
-        Without B both are unbatched. ``hx`` None means zeros. Raises ValueError for a wrong rank, RuntimeError for a
-        wrong size, dtype or device.
+        Without B both are unbatched. ``hx`` None means zeros; ``generator`` is what the mask of zoneout is drawn from,
+        of the weights' device, None torch's default. Raises ValueError for a wrong rank, RuntimeError for a wrong size,
+        dtype or device.
         """
-        return functional.step(f"rnn_{self.nonlinearity}", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
+        return self._step(input, hx, generator)  # type: ignore[no-any-return]
 
 
 class LSTMCell(_Cell):
     """One step of a long short-term memory, see :class:`rnnfast.LSTM`; takes torch.nn.LSTMCell's place.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend: as for :class:`RNNCell`.
+        input_size, hidden_size, bias, device, dtype, layer_norm, backend: as for :class:`RNNCell`.
+        zoneout: as for :class:`RNNCell`, of h and of c; or two probabilities, of h and of c.
+
+    Raises:
+        ValueError: a zoneout outside [0, 1), an unknown backend.
+        TypeError: layer_norm is no bool.
     """
 
+    cell = "lstm"
     _gates = 4
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            self.cell,
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            backend=backend,
+        )
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the next states ``(h, c)``, each ``[B, hidden_size]``, as :meth:`RNNCell.forward` does its one."""
-        return functional.step("lstm", input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
+        return self._step(input, hx, generator)  # type: ignore[no-any-return]
 
 
 class GRUCell(_Cell):
     """One step of a gated recurrent unit, see :class:`rnnfast.GRU`; takes torch.nn.GRUCell's place.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend: as for :class:`RNNCell`.
+        input_size, hidden_size, bias, device, dtype, zoneout, layer_norm, backend: as for :class:`RNNCell`.
         reset_after: as for :class:`rnnfast.GRU`.
+
+    Raises:
+        ValueError: a zoneout outside [0, 1), an unknown backend, layer_norm with ``reset_after=False``, which is no
+            bool.
+        TypeError: layer_norm is no bool.
     """
 
     reset_after: bool = True
@@ -127,21 +258,32 @@ class GRUCell(_Cell):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
         reset_after: bool = True,
         backend: str | None = None,
     ) -> None:
         functional.check_choice("reset_after", reset_after, (True, False))
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
-        self.reset_after = reset_after
+        self.reset_after = reset_after  # before the parameters, whose names ask for the cell
+        super().__init__(
+            self.cell,
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            backend=backend,
+        )
 
     @property
     def cell(self) -> str:
-        """The name of its equations in :mod:`rnnfast.reference`."""
         return "gru" if self.reset_after else "gru_reset_before"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the next hidden state, as :meth:`RNNCell.forward` does."""
-        return functional.step(self.cell, input, hx, self._weights(), backend=self.backend)  # type: ignore[return-value]
+        return self._step(input, hx, generator)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")

@@ -35,6 +35,7 @@ _OWN_ATTRIBUTES = (
     "forget_bias",
     "reset_after",
     "_layer_names",
+    "_names",
 )
 
 # Options under which a layer or cell has a counterpart in torch.nn, and the values they have then.

@@ -112,7 +112,7 @@ def _cuda_engine(
     extension: Any = ops.extension
     index = parameter.device.index
     problem = {
-        "cell": _cell_name(part),
+        "cell": part.mode.lower() if isinstance(part, modules._Layers) else part.cell,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "steps": steps,
         "batch": batch,
@@ -120,7 +120,7 @@ def _cuda_engine(
         "directions": 2 if getattr(part, "bidirectional", False) else 1,
         "projection": getattr(part, "proj_size", 0) > 0,
         "tf32": extension.tf32_allowed(),
-        "noise": isinstance(part, modules._Layers) and part._noisy(),
+        "noise": part._noisy(),
         "layer_norm": getattr(part, "layer_norm", False),
         "device": extension.cuda_device(-1 if index is None else index),
     }
@@ -136,11 +136,3 @@ def _cuda_engine(
         if name in plan["against"]
     }
     return engine, "; ".join(reasons)
-
-
-def _cell_name(part: modules._Layers | cells._Cell) -> str:
-    if isinstance(part, modules._Layers):
-        return part.mode.lower()
-    if isinstance(part, cells.RNNCell):
-        return f"rnn_{part.nonlinearity}"
-    return part.cell if isinstance(part, cells.GRUCell) else "lstm"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -174,11 +175,7 @@ def recurrent(
         weights = _with_w_hh(weights, directions, partial(_dropped, probability=weight_dropout, generator=generator))
     noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
     if noise and training:
-        # generator=None is another overload than none, which takes no symbolic batch.
-        draw: Callable[..., Tensor] = (
-            torch.randint if generator is None else partial(torch.randint, generator=generator)
-        )
-        seeds = draw(2**63 - 1, (len(weights), num_heads, batch), device=x.device)
+        seeds = _seeds((len(weights), num_heads, batch), x, generator)
         seeds = seeds if sorted_indices is None else seeds.index_select(2, sorted_indices)
     shared = heads_a_call(cell, h_shape[2], num_heads, seeds is not None) if num_heads > 1 else 1
     if shared > 1:
@@ -234,11 +231,23 @@ def recurrent(
     return formed(output), state, States(tuple(map(formed, h)), () if c0 is None else tuple(map(formed, c)))
 
 
-def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], *, backend: str | None = None) -> State:
+def step(
+    cell: str,
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    zoneout: float | tuple[float, float] = 0.0,
+    training: bool = True,
+    layer_norm: bool = False,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> State:
     """Run one step of one cell, with the forms of torch.nn's cells.
 
     ``input`` is ``[B, I]`` or ``[I]``; ``hx`` and the result are ``[B, H]`` or ``[H]``, for LSTM a pair of them; None
-    means zeros. Raises ValueError for a wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
+    means zeros. The options are those of :func:`recurrent`; zoneout's masks are a call's own. Raises ValueError for a
+    wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
     """
     w_ih = weights[0]
     if not isinstance(input, Tensor):
@@ -261,7 +270,9 @@ def step(cell: str, input: Tensor, hx: State | None, weights: Sequence[Tensor], 
     else:
         h0, c0 = _cell_state("hx", hx, shape, batched, x), None
 
-    _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, backend=backend)
+    noise = _noise(cell, 0.0, zoneout) if zoneout else ()
+    seed = _seeds((shape[1],), x, generator) if noise and training else None
+    _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, seed=seed, noise=noise, layer_norm=layer_norm, backend=backend)
     if not cell.startswith("rnn_"):
         h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
     h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
@@ -423,6 +434,13 @@ def _noise(cell: str, recurrent_dropout: float, zoneout: float | tuple[float, fl
     return noise if any(noise) else ()
 
 
+def _seeds(shape: tuple[int, ...], input: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What the masks of noise are drawn from."""
+    # generator=None is another overload than none, which takes no symbolic batch.
+    draw: Callable[..., Tensor] = torch.randint if generator is None else partial(torch.randint, generator=generator)
+    return draw(2**63 - 1, shape, device=input.device)
+
+
 def _save(
     inputs: Sequence[Tensor | None], weights: Sequence[Sequence[Tensor]], recompute: bool, return_states: bool
 ) -> int:
@@ -553,6 +571,28 @@ def check_options(cell: str, num_heads: int, layer_norm: bool) -> None:
     if layer_norm and (num_heads > 1 or not form.layer_norm):
         other = f"num_heads = {num_heads}" if num_heads > 1 else f"the cell {cell}"
         raise ValueError(f"layer_norm: expected False with {other}, got True")
+
+
+def check_zoneout(cell: str, zoneout: Any) -> float | tuple[float, float]:
+    """``zoneout`` in floats; raise ValueError unless it is a probability below 1, or with c one for each of h and c."""
+    has_c = reference.find_cell(cell).states == 2
+    each: Sequence[Any] = zoneout if has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2 else (zoneout,)
+    if not all(map(is_probability, each)):
+        takes = "a probability below 1" + (" or two, of h and c" if has_c else "")
+        raise ValueError(f"zoneout: expected {takes}, got {zoneout!r}")
+    return (float(each[0]), float(each[1])) if len(each) == 2 else float(each[0])
+
+
+def is_probability(value: object) -> bool:
+    """Whether it is one below 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+
+
+def check_bools(**values: object) -> None:
+    """Raise TypeError for a value that is no bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -73,19 +73,14 @@ class _Layers(nn.RNNBase):
         for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
             if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
-        if not _is_probability(recurrent_dropout):
+        if not functional.is_probability(recurrent_dropout):
             raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
-        form = reference.find_cell(mode.lower())
-        has_c = form.states == 2
-        pair = has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2
-        if not all(map(_is_probability, zoneout if pair else (zoneout,))):  # type: ignore[arg-type]
-            takes = "a probability below 1" + (" or two, of h and c" if has_c else "")
-            raise ValueError(f"zoneout: expected {takes}, got {zoneout!r}")
+        zoneout = functional.check_zoneout(mode.lower(), zoneout)
         if isinstance(proj_size, Integral) and not 0 <= proj_size < hidden_size:
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
-        _check_bools(recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm)
+        functional.check_bools(recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm)
         functional.check_options(mode.lower(), num_heads, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         # Of an Elman network RNNBase knows two nonlinearities, of a GRU one form; the parameters of all are the same.
@@ -108,13 +103,14 @@ class _Layers(nn.RNNBase):
         self.batch_invariant = batch_invariant
         self.weight_dropout = float(weight_dropout)
         self.recurrent_dropout = float(recurrent_dropout)
-        self.zoneout = (float(zoneout[0]), float(zoneout[1])) if isinstance(zoneout, (tuple, list)) else float(zoneout)
+        self.zoneout = zoneout
         self.num_heads = num_heads
         self.layer_norm = layer_norm
         self.backend = backend
         self._name_layers()
         if layer_norm:
             self._make_norms()
+        form = reference.find_cell(mode.lower())
         if num_heads > 1 or form.diagonal:
             columns = 0 if form.diagonal else slice(hidden_size // num_heads)
             for name in self._flat_weights_names:
@@ -206,7 +202,7 @@ class _Layers(nn.RNNBase):
         if self.proj_size:
             names += ["weight_hr"]
         if self.layer_norm:
-            names += self._norms
+            names += norm_names(self.mode.lower())
         suffixes = ["", "_reverse"] if self.bidirectional else [""]
         self._all_weights = [
             [f"{name}_l{layer}{suffix}" for name in names] for layer in range(self.num_layers) for suffix in suffixes
@@ -218,25 +214,18 @@ class _Layers(nn.RNNBase):
             for layer in range(self.num_layers)
         ]
 
-    @property
-    def _norms(self) -> list[str]:
-        """The parameters of layer normalisation, but for the layer's number."""
-        of_c = ["norm_weight_c", "norm_bias_c"] if self.mode == "LSTM" else []
-        return ["norm_weight_ih", "norm_weight_hh", *of_c]
-
     def _make_norms(self) -> None:
         w_ih: Tensor = self._parameters["weight_ih_l0"]  # type: ignore[assignment]
         for name in self._flat_weights_names:
             if name.startswith("norm"):
-                units = self.hidden_size if "_c_" in name else w_ih.shape[0]
-                self.register_parameter(name, nn.Parameter(w_ih.new_full((units,), _initial_norm(name))))
+                self.register_parameter(name, new_norm(name, w_ih, self.hidden_size))
 
     def reset_parameters(self) -> None:
         """Draw the parameters as torch.nn does; norms start from 1, or 0 as a bias, and are not drawn."""
         bound = 1 / sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
             if name.startswith("norm"):
-                nn.init.constant_(parameter, _initial_norm(name))
+                nn.init.constant_(parameter, initial_norm(name))
             else:
                 nn.init.uniform_(parameter, -bound, bound)
 
@@ -531,7 +520,7 @@ class GRU(_Layers):
         backend: str | None = None,
     ) -> None:
         _check_no_projection(proj_size)
-        _check_bools(reset_after=reset_after)
+        functional.check_bools(reset_after=reset_after)
         super().__init__(
             "GRU" if reset_after else "GRU_RESET_BEFORE",
             input_size,
@@ -643,7 +632,20 @@ class IndRNN(_Layers):
         return super().extra_repr() + ("" if self.nonlinearity == "relu" else f", nonlinearity={self.nonlinearity}")
 
 
-def _initial_norm(name: str) -> float:
+def norm_names(cell: str) -> tuple[str, ...]:
+    """The parameters of a cell's layer normalisation, but for the layer's number."""
+    of_c = ("norm_weight_c", "norm_bias_c") if reference.find_cell(cell).states == 2 else ()
+    return "norm_weight_ih", "norm_weight_hh", *of_c
+
+
+def new_norm(name: str, w_ih: Tensor, hidden_size: int) -> nn.Parameter:
+    """The parameter of that name as it starts, beside ``w_ih [gates * hidden_size, input_size]``."""
+    units = hidden_size if name.startswith(("norm_weight_c", "norm_bias_c")) else w_ih.shape[0]
+    return nn.Parameter(w_ih.new_full((units,), initial_norm(name)))
+
+
+def initial_norm(name: str) -> float:
+    """What a parameter of layer normalisation starts from."""
     return 0.0 if name.startswith("norm_bias") else 1.0
 
 
@@ -653,17 +655,6 @@ def _check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name}: expected an int, got {size!r}")
         if size <= 0:
             raise ValueError(f"{name}: expected an int above 0, got {size}")
-
-
-def _check_bools(**values: bool) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {value!r}")
-
-
-def _is_probability(value: object) -> bool:
-    """Whether it is one below 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
 
 
 def _check_no_projection(proj_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,12 +52,16 @@ def test_without_an_extension(model: nn.Module, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def lstm_on_cuda(hidden_size: int, **options: int) -> nn.Module:
+def on_cuda(module: nn.Module) -> nn.Module:
     """No GPU is needed: fake tensors have any device."""
-    lstm = rnnfast.LSTM(3, hidden_size, **options)
+    name, weight = next(module.named_parameters())
     with FakeTensorMode():
-        lstm.weight_ih_l0 = nn.Parameter(torch.empty(4 * hidden_size, 3, device="cuda", dtype=torch.bfloat16))
-    return lstm
+        setattr(module, name, nn.Parameter(torch.empty(weight.shape, device="cuda", dtype=torch.bfloat16)))
+    return module
+
+
+def lstm_on_cuda(hidden_size: int, **options: Any) -> nn.Module:
+    return on_cuda(rnnfast.LSTM(3, hidden_size, **options))
 
 
 def test_cuda_needs_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +97,14 @@ def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.Mon
         assert layer.reason.startswith("persistent_cta: it has no recurrent dropout or zoneout")
         (layer,) = rnnfast.explain(module.eval()).layers
         assert (layer.engine == "cuda persistent_cta") == (option == "recurrent_dropout")
+    for option, value, reason in (
+        ("zoneout", 0.5, "persistent_cta: it has no recurrent dropout or zoneout"),
+        ("layer_norm", True, "persistent_cta: it has no layer normalisation"),
+        ("layer_norm", False, ""),
+    ):
+        (layer,) = rnnfast.explain(on_cuda(rnnfast.LSTMCell(3, 4, **{option: value}))).layers
+        assert layer.engine == ("cuda stepwise" if reason else "cuda persistent_cta")
+        assert layer.reason.startswith(reason)
 
 
 def test_heads_and_their_calls() -> None:

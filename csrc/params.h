@@ -95,6 +95,7 @@ struct Noise {
   // probability itself (forward alone).
   const int64_t* seeds = nullptr;
   double recurrent_dropout = 0, zoneout_h = 0, zoneout_c = 0;  // probabilities below 1
+  int64_t first_unit = 0;  // the call's first unit, as the masks count them: a head's are those of the whole layer
 };
 
 struct DirectionForward {

@@ -79,8 +79,7 @@ def _calls(part: modules._Layers | cells._Cell) -> int:
     """How often the engine runs for a layer: heads may share a call."""
     if isinstance(part, cells._Cell) or part.num_heads == 1:
         return 1
-    drawn = part.training and part._noisy()
-    return part.num_heads // functional.heads_a_call(part.mode.lower(), part.hidden_size, part.num_heads, drawn)
+    return part.num_heads // functional.heads_a_call(part.mode.lower(), part.hidden_size, part.num_heads)
 
 
 def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tuple[str, str]:

@@ -175,9 +175,9 @@ def recurrent(
         weights = _with_w_hh(weights, directions, partial(_dropped, probability=weight_dropout, generator=generator))
     noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
     if noise and training:
-        seeds = _seeds((len(weights), num_heads, batch), x, generator)
-        seeds = seeds if sorted_indices is None else seeds.index_select(2, sorted_indices)
-    shared = heads_a_call(cell, h_shape[2], num_heads, seeds is not None) if num_heads > 1 else 1
+        seeds = _seeds((len(weights), batch), x, generator)
+        seeds = seeds if sorted_indices is None else seeds.index_select(1, sorted_indices)
+    shared = heads_a_call(cell, h_shape[2], num_heads) if num_heads > 1 else 1
     if shared > 1:
         weights = _with_w_hh(weights, directions, partial(_joined_blocks, num_heads=shared))
         num_heads //= shared
@@ -293,7 +293,7 @@ def _layers(
     lengths: Tensor | None,
     reset: Tensor | None,
     num_heads: int,
-    seeds: Tensor | None,  # [L, heads, B]
+    seeds: Tensor | None,  # [L, B]
     noise: Sequence[float],
     layer_norm: bool,
     save: int,
@@ -302,14 +302,12 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stack itself, time first: (output, h_n, c_n)."""
     run = partial(ops.layer, cell, batch_sizes=batch_sizes, lengths=lengths, reset=reset, save=save, backend=backend)
-    if noise:
-        run = partial(run, noise=noise)
     if layer_norm:
         run = partial(run, layer_norm=True)
     if num_heads > 1:
         run = partial(_heads, run, num_heads, states is not None)
-    elif seeds is not None:
-        seeds = seeds.squeeze(1)
+    if noise:
+        run = partial(run, noise=noise)
     if len(weights) == 1:
         if seeds is not None:
             run = partial(run, seed=seeds[0])
@@ -341,9 +339,11 @@ def _heads(
     h0: Tensor,  # [D, B, H]
     c0: Tensor | None,
     weights: Sequence[Tensor],
-    seed: Tensor | None = None,  # [heads, B]
+    seed: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> LayerResult:
-    """One layer. A head does not see the others' states: it is a layer of its own, with its rows of the weights.
+    """One layer. A head does not see the others' states: it is a layer of its own, with its rows of the weights and the
+    masks of its units in the whole one.
 
     Without ``all_states`` the result's ``c`` is the first head's.
     """
@@ -359,7 +359,8 @@ def _heads(
             h0s[head],
             None if c0s is None else c0s[head],
             [w[head] for w in of_heads],
-            seed=None if seed is None else seed[head],
+            seed=seed,
+            noise=(*noise, float(head * size)) if noise else (),
         )
         for head in range(num_heads)
     ]
@@ -374,7 +375,7 @@ def _heads(
     return joined(output), torch.cat(h_n, -1), torch.cat(c_n, -1), joined(c) if all_states and c0s else c[0]
 
 
-def heads_a_call(cell: str, hidden_size: int, num_heads: int, drawn: bool) -> int:
+def heads_a_call(cell: str, hidden_size: int, num_heads: int) -> int:
     """How many neighbouring heads share a call of the operator, their blocks written out as one matrix with zeros.
 
     A call of a few units takes its time for the way there, the input and the cells, not for the product with W_hh; and
@@ -385,11 +386,11 @@ def heads_a_call(cell: str, hidden_size: int, num_heads: int, drawn: bool) -> in
     decide, neither rows nor steps: so a sequence fed in pieces has the bits of the whole, and one compilation serves
     every T and B.
 
-    A head has a call of its own where sharing would change what it computes: with masks that are ``drawn``, from a seed
-    a head, by the units of a call; and where nothing bounds the cell's state, for 0 * inf is nan, and a head that
-    overflowed would spoil the others.
+    A head has a call of its own where nothing bounds the cell's state, for 0 * inf is nan, and a head that overflowed
+    would spoil the others. Otherwise who shares a call changes no bit of outputs and states: zeros add nothing, and
+    masks count a head's units in the whole layer.
     """
-    if drawn or not reference.find_cell(cell).bounded:
+    if not reference.find_cell(cell).bounded:
         return 1
     if hidden_size <= WHOLE_UNITS:
         return num_heads

@@ -310,8 +310,8 @@ class RNN(_Layers):
             2024, for the sLSTM's heads; Hafner et al., "Mastering Diverse Domains through World Models", 2023, for the
             GRU's blocks). The heads of a layer of up to 128 units are one call of the operator, with W_hh written out;
             in a larger one neighbours share a call that have at most 64 units together, and larger heads have a call
-            each. So have all with masks of recurrent_dropout or zoneout, or a nonlinearity that does not bound h. In a
-            shared call an infinite or nan weight, initial state or gradient of one head makes nan of the others.
+            each. So have all with a nonlinearity that does not bound h. In a shared call an infinite or nan weight,
+            initial state or gradient of one head makes nan of the others.
         layer_norm: whether both halves of the gates are normalised over all gates of a row, before b_ih and b_hh are
             added: :math:`W_{ih} x_t` becomes :math:`w_{ih} \odot \mathrm{LN}(W_{ih} x_t)`, and :math:`W_{hh} h_{t-1}`
             likewise, with :math:`\mathrm{LN}(x) = (x - \mathrm{mean}) / \sqrt{\mathrm{variance} + 10^{-5}}`. An LSTM

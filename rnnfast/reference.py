@@ -131,7 +131,7 @@ def find_cell(name: str) -> Cell:
 
 
 class Noise(NamedTuple):
-    """What changes at random inside the recurrence; probabilities below 1.
+    """What changes at random inside the recurrence: probabilities below 1, and which units they are for.
 
     Recurrent dropout multiplies h, where it meets W_hh, by a mask of 0 and 1 / (1 - p), one a row and unit for all
     steps. Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NIPS
@@ -145,6 +145,7 @@ class Noise(NamedTuple):
     recurrent_dropout: float = 0.0
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0
+    first_unit: float = 0  # a whole number: the masks count the units from it on, as those of a part of a layer
 
     def masks(
         self, seed: Tensor | None, reverse: bool, steps: int, outputs: int, hidden: int, dtype: torch.dtype
@@ -159,7 +160,7 @@ class Noise(NamedTuple):
                 return None
             if seed is None:
                 return torch.tensor(probability, dtype=dtype)
-            unit = torch.arange(units, device=seed.device)
+            unit = int(self.first_unit) + torch.arange(units, device=seed.device)
             fours = torch.arange((steps + 3) // 4, device=seed.device).view(-1, 1, 1)
             words = philox(unit, fours, 2 * purpose + reverse, seed.unsqueeze(1))  # each of the next of four steps
             numbers = torch.stack(words, 1).flatten(0, 1)[:steps]
@@ -405,8 +406,10 @@ def _zoned(keep: Tensor | None, step: int, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _check_noise(seed: Tensor | None, noise: Sequence[float], cell: Cell, batch: int) -> None:
-    takes = "no values, or 3 probabilities from 0 to below 1"
-    if len(noise) not in (0, 3) or not all(0 <= p < 1 for p in noise):
+    takes = "no values, or 3 probabilities from 0 to below 1 and perhaps the number of the first unit, below 2^32"
+    first_unit = noise[3] if len(noise) == 4 else 0
+    known = len(noise) in (0, 3, 4) and 0 <= first_unit < 2**32 and first_unit == int(first_unit)
+    if not known or not all(0 <= p < 1 for p in noise[:3]):
         raise ValueError(f"noise: expected {takes}, got {tuple(noise)}")
     if noise and noise[2] and cell.states == 1:
         raise ValueError(f"noise: expected 0 for c of a cell with one state, got {noise[2]}")

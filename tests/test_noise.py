@@ -97,6 +97,16 @@ def test_masks_are_independent() -> None:
         assert abs(agreement - 0.5) < 5 * math.sqrt(0.25 / one.numel())
 
 
+def test_masks_of_a_part_of_the_units() -> None:
+    whole = reference.Noise(0.5, 0.4, 0.3).masks(seeds(4), True, 5, 9, 9, torch.float64)
+    for first, units in ((0, 4), (3, 6), (8, 1)):
+        part = reference.Noise(0.5, 0.4, 0.3, first).masks(seeds(4), True, 5, units, units, torch.float64)
+        for mask, of_whole in zip(part, whole, strict=True):
+            assert mask is not None
+            assert of_whole is not None
+            assert torch.equal(mask, of_whole[..., first : first + units])
+
+
 # ------------------------------------------------------------------------------------------------------- the layers
 def loop(
     cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], masks: reference.Masks
@@ -176,7 +186,8 @@ def run(layer: Callable[..., Any], sample: Sample, device: str, noise: Sequence[
 @each_sample
 def test_operators_against_reference(sample: Sample, device: str) -> None:
     """The same masks from the same seed: results and gradients, with the gates kept and recomputed."""
-    for index, noise in enumerate(noises(sample.cell)):
+    for index, (noise, first_unit) in enumerate(zip(noises(sample.cell), ((), (37,), (2**31,)), strict=True)):
+        noise = (*noise, *first_unit)
         ours = run(ops.layer, sample, device, noise, save=1 + index % 2)
         theirs = run(reference.layer, sample, device, noise)
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -424,6 +435,11 @@ def test_zoneout_of_c_is_for_lstm(name: str) -> None:
         (seeds(3), (0.0, -0.5, 0.0), ValueError),
         (seeds(3), (0.0, math.nan, 0.0), ValueError),
         (seeds(3), (0.0, 0.0, 0.5), ValueError),  # of c, which a GRU has not
+        (seeds(3), (0.5, 0.0, 0.0, -1), ValueError),
+        (seeds(3), (0.5, 0.0, 0.0, 1.5), ValueError),
+        (seeds(3), (0.5, 0.0, 0.0, 2**32), ValueError),
+        (seeds(3), (0.5, 0.0, 0.0, math.nan), ValueError),
+        (seeds(3), (0.5, 0.0, 0.0, 0, 0), ValueError),
         (None, (0.5, 0.0, 0.0), RuntimeError),
         (seeds(2), (0.5, 0.0, 0.0), RuntimeError),
         (seeds(3).double(), (0.5, 0.0, 0.0), (ValueError, RuntimeError)),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import ops, reference
+from rnnfast import functional, ops, reference
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no operators")
 
@@ -54,6 +54,8 @@ class Configuration:
     zoneout_c: float
     training: bool
     layer_norm: bool
+    num_heads: int
+    shared_units: int  # of heads in one call
 
     @property
     def noise(self) -> tuple[float, float, float]:
@@ -100,16 +102,27 @@ class Configuration:
             zoneout_c=random.choice([0.0, 0.1, 0.5]) if cell in TWO_STATES and coin() else 0.0,
             training=random.random() < 0.8,
             layer_norm=random.random() < 0.25,
+            num_heads=1,
+            shared_units=random.choice([1, 8, 128]),
         )
         if dtype != "float64" and configuration.zoneout_h:  # which stops up to half of the units
-            return replace(configuration, hidden_size=max(hidden_size, 26))
-        return configuration
+            configuration = replace(configuration, hidden_size=max(hidden_size, 26))
+        if random.random() < 0.6 or configuration.normalised or configuration.proj_size or cell.startswith("indrnn"):
+            return configuration
+        heads = [n for n in range(2, configuration.hidden_size + 1) if configuration.hidden_size % n == 0]
+        return replace(configuration, num_heads=random.choice(heads or [1]))
+
+    @property
+    def normalised(self) -> bool:
+        return self.layer_norm and reference.CELLS[self.cell].layer_norm
 
     def __str__(self) -> str:
         switches = ("bidirectional", "bias", "batch_first", "hx", "reset", "recompute", "return_states", "layer_norm")
         sizes = f"T{self.steps} B{self.batch} I{self.input_size} H{self.hidden_size} P{self.proj_size} L{self.layers}"
         words = [str(self.number), self.cell, self.dtype, self.form, sizes]
         words += [name for name in switches if getattr(self, name)]
+        if self.num_heads > 1:
+            words.append(f"{self.num_heads} heads, {self.shared_units} units a call")
         return " ".join([*words, f"noise{self.noise}"] if any(self.noise) else words)
 
 
@@ -151,8 +164,10 @@ class Values:
         options: dict[str, Any] = {"zoneout": c.zoneout_h}
         if c.cell == "lstm":
             options = {"proj_size": c.proj_size, "zoneout": (c.zoneout_h, c.zoneout_c)}
-        if c.layer_norm and reference.CELLS[c.cell].layer_norm:
+        if c.normalised:
             options["layer_norm"] = True
+        if c.num_heads > 1:
+            options["num_heads"] = c.num_heads
         name, _, nonlinearity = c.cell.partition("_")
         if name == "gru":
             options["reset_after"] = c.cell == "gru"
@@ -221,8 +236,20 @@ def from_module(values: Values) -> list[Tensor]:
     return [taken(output), *last, *every]
 
 
+def whole(w_hh: Tensor, num_heads: int) -> Tensor:
+    """With zeros for what the heads do not see of each other."""
+    size = w_hh.shape[1]
+    gates = w_hh.unflatten(0, (-1, num_heads, size))
+    return torch.cat([torch.block_diag(*blocks) for blocks in gates])
+
+
 def from_reference(values: Values) -> list[Tensor]:
-    c, x, weights = values.configuration, values.input, [w for group in values.module.all_weights for w in group]
+    c, x = values.configuration, values.input
+    weights = [
+        whole(weight, c.num_heads) if index == 1 and c.num_heads > 1 else weight
+        for group in values.module.all_weights
+        for index, weight in enumerate(group)
+    ]
     h0, c0 = (values.h0, values.c0) if c.hx else (torch.zeros_like(values.h0), torch.zeros_like(values.c0))
     each = len(weights) // c.layers
     options: dict[str, Any] = {"lengths": values.lengths.to(x.device), "reset": values.reset, "noise": c.noise}
@@ -263,7 +290,9 @@ def in_double(values: Values, device: str) -> Values:
     return double
 
 
-def test_configuration(configuration: Configuration, device: str) -> None:
+def test_configuration(configuration: Configuration, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WHOLE_UNITS", "SHARED_UNITS"):
+        monkeypatch.setattr(functional, name, configuration.shared_units)
     torch.set_num_threads(configuration.threads)
     in_use = ops.extension.instruction_set()
     ops.extension.set_instruction_set(configuration.instruction_set)

@@ -45,16 +45,17 @@ RNNFAST_INLINE void multiply_wide(Words x, uint32_t by, Words& high, Words& low)
   high.odd = low.odd >> 32;
 }
 
-// Writes for the units [first, last) and each of the steps of one call, `stride` apart, `below` where the number lies
-// below the threshold and `otherwise` elsewhere; up to a vector beyond `last`.
+// Writes for the units [first, last), which masks count from `first_unit` on, and each of the steps of one call,
+// `stride` apart, `below` where the number lies below the threshold and `otherwise` elsewhere; up to a vector beyond
+// `last`.
 template <class Acc>
 inline void draw(int64_t seed, int64_t step, uint32_t purpose, uint32_t threshold, Acc below, Acc otherwise, int steps,
-                 int64_t first, int64_t last, Acc* to, int64_t stride) {
+                 int64_t first_unit, int64_t first, int64_t last, Acc* to, int64_t stride) {
   typedef Acc Factors __attribute__((vector_size(Words::kLanes * sizeof(Acc))));
   typedef typename Vec<Acc>::Bits Mask __attribute__((vector_size(Words::kLanes * sizeof(Acc))));
   for (int64_t u = first; u < last; u += Words::kLanes) {
     Words words[kPhiloxWords];
-    philox(Words::count_from(uint32_t(u)), philox_step(step), purpose, seed, words);
+    philox(Words::count_from(uint32_t(first_unit + u)), philox_step(step), purpose, seed, words);
     for (int w = 0; w < steps; ++w) {
       const Mask is_below = __builtin_convertvector(words[w].in_order() < threshold, Mask);
       const Factors factors = is_below ? below - Factors{} : otherwise - Factors{};
@@ -70,7 +71,8 @@ inline int64_t ld_draw(int64_t units) { return round_up(units, Words::kLanes) + 
 template <class Acc>
 inline void draw_dropout(const Noise& noise, bool reverse, int64_t row, int64_t units, Acc* mask) {
   draw<Acc>(noise.seeds[row], 0, philox_purpose(Draw::recurrent_dropout, reverse),
-            philox_threshold(noise.recurrent_dropout), 0, Acc(1 / (1 - noise.recurrent_dropout)), 1, 0, units, mask, 0);
+            philox_threshold(noise.recurrent_dropout), 0, Acc(1 / (1 - noise.recurrent_dropout)), 1, noise.first_unit,
+            0, units, mask, 0);
 }
 
 // m h as a product reads it.
@@ -96,6 +98,7 @@ class Zoneout {
         purpose_(philox_purpose(draw, reverse)),
         threshold_(philox_threshold(p)),
         rows_(rows),
+        first_unit_(noise.first_unit),
         first_(first),
         last_(last),
         ld_(noise.seeds ? ld_draw(units) : 0),
@@ -116,8 +119,8 @@ class Zoneout {
     drawn_ = t / kPhiloxWords;
     const int64_t first_step = drawn_ * kPhiloxWords;  // has the most living rows
     for (int64_t slot = rows_.begin; slot < std::min(rows_.end, sequence_->batch_size(first_step)); ++slot)
-      draw<Acc>(seeds_[sequence_->batch_row(slot)], first_step, purpose_, threshold_, 1, 0, kPhiloxWords, first_, last_,
-                buffer_ + (slot - rows_.begin) * ld_, stride_);
+      draw<Acc>(seeds_[sequence_->batch_row(slot)], first_step, purpose_, threshold_, 1, 0, kPhiloxWords, first_unit_,
+                first_, last_, buffer_ + (slot - rows_.begin) * ld_, stride_);
   }
   // The k of a slot at the step that was reached, by unit; null: off.
   const Acc* row(int64_t slot) const {
@@ -130,7 +133,7 @@ class Zoneout {
   const int64_t* seeds_ = nullptr;
   uint32_t purpose_ = 0, threshold_ = 0;
   Share rows_;
-  int64_t first_ = 0, last_ = 0, ld_ = 0, stride_ = 0, at_ = 0, drawn_ = -1;
+  int64_t first_unit_ = 0, first_ = 0, last_ = 0, ld_ = 0, stride_ = 0, at_ = 0, drawn_ = -1;
   Acc* buffer_ = nullptr;
 };
 

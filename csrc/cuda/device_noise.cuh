@@ -13,6 +13,7 @@ template <class acc_t>
 struct DeviceNoise {
   const int64_t* seeds = nullptr;                // [B]; null: zoneout takes its expectation
   uint32_t dropped = 0, kept_h = 0, kept_c = 0;  // thresholds
+  uint32_t first_unit = 0;                       // by which masks count the call's units
   bool dropout = false;
   acc_t scale = 1;                     // 1 / (1 - p) of recurrent dropout
   acc_t zoneout_h = 0, zoneout_c = 0;  // probabilities
@@ -23,6 +24,7 @@ struct DeviceNoise {
         dropped(philox_threshold(noise.recurrent_dropout)),
         kept_h(philox_threshold(noise.zoneout_h)),
         kept_c(philox_threshold(noise.zoneout_c)),
+        first_unit(static_cast<uint32_t>(noise.first_unit)),
         dropout(noise.recurrent_dropout > 0),
         scale(static_cast<acc_t>(1 / (1 - noise.recurrent_dropout))),
         zoneout_h(static_cast<acc_t>(noise.zoneout_h)),
@@ -44,7 +46,8 @@ struct DeviceNoise {
   __device__ __forceinline__ bool below(uint32_t threshold, Draw draw, bool reverse, int64_t step, int64_t row,
                                         int64_t unit) const {
     uint32_t words[kPhiloxWords];
-    philox(static_cast<uint32_t>(unit), philox_step(step), philox_purpose(draw, reverse), seeds[row], words);
+    philox(first_unit + static_cast<uint32_t>(unit), philox_step(step), philox_purpose(draw, reverse), seeds[row],
+           words);
     const int word = static_cast<int>(step % kPhiloxWords);  // not as an index, or words would lie in local memory
     return (word < 2 ? (word == 0 ? words[0] : words[1]) : (word == 2 ? words[2] : words[3])) < threshold;
   }

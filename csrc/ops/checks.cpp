@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <cmath>
 #include <initializer_list>
 
 namespace rnnfast::ops {
@@ -211,9 +212,10 @@ Noise check_noise(const Geometry& g, const Tensor& input, const OptionalTensor& 
   }
   Noise result;
   if (noise.empty()) return result;
-  TORCH_CHECK_VALUE(noise.size() == 3, "rnnfast.", g.info.name, ": noise has ", noise.size(),
-                    " values, it takes none, or the probabilities of recurrent dropout and of zoneout of h and c");
-  for (const double p : noise)
+  TORCH_CHECK_VALUE(noise.size() == 3 || noise.size() == 4, "rnnfast.", g.info.name, ": noise has ", noise.size(),
+                    " values, it takes none, or the probabilities of recurrent dropout and of zoneout of h and c, and "
+                    "perhaps the first unit");
+  for (const double p : noise.slice(0, 3))
     TORCH_CHECK_VALUE(p >= 0 && p < 1, "rnnfast.", g.info.name, ": noise has ", p,
                       ", it takes probabilities from 0 to below 1");
   TORCH_CHECK_VALUE(noise[2] == 0 || g.info.states == 2, "rnnfast.", g.info.name, ": noise has ", noise[2],
@@ -222,6 +224,12 @@ Noise check_noise(const Geometry& g, const Tensor& input, const OptionalTensor& 
   result.recurrent_dropout = noise[0];
   result.zoneout_h = noise[1];
   result.zoneout_c = noise[2];
+  if (noise.size() == 4) {
+    constexpr double kUnits = 4294967296;  // as many as philox.h counts
+    TORCH_CHECK_VALUE(noise[3] >= 0 && noise[3] < kUnits && noise[3] == std::floor(noise[3]), "rnnfast.", g.info.name,
+                      ": noise has ", noise[3], " as the first unit, it takes an integer from 0 to below 2^32");
+    result.first_unit = static_cast<int64_t>(noise[3]);
+  }
   return result;
 }
 

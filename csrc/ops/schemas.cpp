@@ -10,7 +10,8 @@
 #define RNNFAST_TANGENT_ARGUMENTS "Tensor? t_input, Tensor? t_h0, Tensor? t_c0, Tensor[] t_weights"
 #define RNNFAST_GRADIENT_TANGENT_ARGUMENTS \
   "Tensor? t_grad_output, Tensor? t_grad_h_n, Tensor? t_grad_c_n, Tensor? t_grad_c"
-// Recurrent dropout and zoneout: noise is empty or has their probabilities, of h's zoneout second and of c's third.
+// Recurrent dropout and zoneout: noise is empty or has their probabilities, of h's zoneout second and of c's third, and
+// perhaps, fourth, the number of the call's first unit in the layer that the seeds belong to.
 // With layer_norm, the weights of a direction end with norm_ih, norm_hh and, with two states, norm_c, norm_bias_c.
 #define RNNFAST_VARIANTS "Tensor? seed=None, float[] noise=[], bool layer_norm=False"
 #define RNNFAST_KEPT "Tensor output, Tensor c, Tensor saved"

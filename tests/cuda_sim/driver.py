@@ -64,6 +64,7 @@ class Noise(Structure):
     _fields_ = [
         ("seeds", c_void_p),
         *[(name, c_double) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")],
+        ("first_unit", c_int64),
     ]
 
 

@@ -182,9 +182,8 @@ struct LayerBackward {
 };
 
 // ---------------------------------------------------------------------------------------------------- tangents
-// The derivative of a layer along a direction (a tangent of each of its arguments), and that of its backward. An engine
-// runs the two loops; products over all steps are the operators'. Only float32 and float64, without a projection.
-// Where data is null, a tangent or a gradient is zero.
+// The derivative of a layer along a direction (a tangent of each of its arguments), and that of its backward. Only
+// float32 and float64, without a projection. Where data is null, a tangent or a gradient is zero.
 struct DualRows {
   Rows value, tangent;
 };
@@ -193,37 +192,44 @@ struct DualPointer {
 };
 
 struct DirectionTangent {
+  DualPointer w_ih;  // [G*H, I]
   DualPointer w_hh;  // [G*H, P]; [G*H] for a diagonal cell
   DualPointer h0;    // [B, P]
   DualPointer c0;    // [B, H]
   bool reverse = false;
 
   const void* saved = nullptr;  // compact [N, S*H], as forward left it
-  void* t_saved = nullptr;      // compact [N, S*H]: written by forward unless null, read by backward
   DualRows output;              // rows of P; forward writes the tangent
   DualRows c;                   // rows of H; forward writes the tangent
 
-  // forward: rows of G*H, the tangents of the gates without the path h' W_hh^T that the loop adds. For a cell without
-  // split gates t_igates has both halves, and t_hgates is not used.
+  // forward: rows of G*H, the part of the gates' tangents that comes from those of weights and biases. For a cell
+  // without split gates t_igates has both halves, and t_hgates is not used.
   Rows t_igates, t_hgates;
   Rows igates, hgates;    // forward, for a cell without a tangent of its own: the gates themselves, rows of G*H
   void* t_h_n = nullptr;  // [B, P]
   void* t_c_n = nullptr;  // [B, H]
 
-  // backward. For a cell without split gates grad_igates stands for grad_hgates, which is not used.
-  DualRows grad_output, grad_c;       // rows of P, rows of H
-  DualPointer grad_h_n, grad_c_n;     // [B, P], [B, H]
-  DualRows grad_igates, grad_hgates;  // rows of G*H, all written
-  void* t_grad_h0 = nullptr;          // [B, P]
-  void* t_grad_c0 = nullptr;          // [B, H]
+  // backward
+  DualRows grad_output, grad_c;    // rows of P, rows of H
+  DualPointer grad_h_n, grad_c_n;  // [B, P], [B, H]
+  void* t_grad_h0 = nullptr;       // [B, P]
+  void* t_grad_c0 = nullptr;       // [B, H]
+  // Null: not wanted, all together; those of the biases also where there are none.
+  void* t_grad_w_ih = nullptr;  // [G*H, I]
+  void* t_grad_w_hh = nullptr;  // as w_hh
+  void* t_grad_b_ih = nullptr;  // [G*H]
+  void* t_grad_b_hh = nullptr;  // [G*H]
 };
 
 struct LayerTangent {
   CellKind cell{};
   Dtype dtype{};
-  int64_t hidden_size = 0;
+  int64_t input_size = 0, hidden_size = 0;
   int directions = 1;
+  bool backward = false;  // whether backward's tangent follows that of forward
   Sequence sequence;
+  DualRows input;     // rows of I
+  Rows t_grad_input;  // rows of I, the sum over directions; data null: not wanted
   DirectionTangent direction[2];
 };
 
@@ -238,10 +244,8 @@ struct Engine {
   void (*forward)(const LayerForward& layer, void* workspace, int threads);
   size_t (*backward_workspace_bytes)(const LayerBackward& layer, int threads);
   void (*backward)(const LayerBackward& layer, void* workspace, int threads);
-  // One workspace serves both.
   size_t (*tangent_workspace_bytes)(const LayerTangent& layer, int threads);
-  void (*tangent_forward)(const LayerTangent& layer, void* workspace, int threads);
-  void (*tangent_backward)(const LayerTangent& layer, void* workspace, int threads);
+  void (*tangent)(const LayerTangent& layer, void* workspace, int threads);
 };
 
 // The engine in use for a dtype, of this CPU's best instruction set unless another was forced. A call takes it once:

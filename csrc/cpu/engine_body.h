@@ -32,6 +32,11 @@
 #include "forward.h"
 //
 #include "norm_layer.h"
+//
+#include "tangent_workspace.h"
+//
+#include "tangent_products.h"
+//
 #include "tangent.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
@@ -91,8 +96,7 @@ void backward(const LayerBackward& layer, void* workspace, int threads) {
 // Tangents are float32 or float64. A cell with two products has no kernels for them, and the operators say so.
 #ifdef RNNFAST_BF16_ONLY
 constexpr decltype(Engine::tangent_workspace_bytes) tangent_workspace_bytes = nullptr;
-constexpr decltype(Engine::tangent_forward) tangent_forward = nullptr;
-constexpr decltype(Engine::tangent_backward) tangent_backward = nullptr;
+constexpr decltype(Engine::tangent) tangent = nullptr;
 #else
 template <class F>
 auto with_wide_types(CellKind cell, Dtype dtype, const F& f) {
@@ -114,14 +118,9 @@ size_t tangent_workspace_bytes(const LayerTangent& layer, int threads) {
     return Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::workspace_bytes(layer, threads);
   });
 }
-void tangent_forward(const LayerTangent& layer, void* workspace, int threads) {
+void tangent(const LayerTangent& layer, void* workspace, int threads) {
   with_wide_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
-    Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run_forward(layer, workspace, threads);
-  });
-}
-void tangent_backward(const LayerTangent& layer, void* workspace, int threads) {
-  with_wide_types(layer.cell, layer.dtype, [&](auto* cell, auto scalar) {
-    Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run_backward(layer, workspace, threads);
+    Tangent<std::remove_pointer_t<decltype(cell)>, decltype(scalar)>::run(layer, workspace, threads);
   });
 }
 #endif
@@ -132,6 +131,6 @@ void tangent_backward(const LayerTangent& layer, void* workspace, int threads) {
 #define RNNFAST_STRING(x) RNNFAST_STRING_(x)
 extern const Engine kEngine = {
     RNNFAST_STRING(RNNFAST_ISA), forward_workspace_bytes, forward,         backward_workspace_bytes, backward,
-    tangent_workspace_bytes,     tangent_forward,         tangent_backward};
+    tangent_workspace_bytes,     tangent};
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,111 +1,65 @@
 // Owns: the derivative of a layer along a tangent of its arguments, and that of its backward: the two loops over time.
-// Must not know: equations (the cell has them), products over all steps, tensors.
+// Must not know: equations (the cell has them), tensors.
 //
-// Forward: a step adds h' W_hh^T, h' the tangent of the state before it, to the tangents of its gates, and the cell
-// makes the tangent of the new state of them. Every state and gate is known.
-// Backward: from the last step to the first, the cell on dual numbers turns the gradient of a step's state, with its
-// tangent, into those of the gates; then, of the step before,
+// Forward: a step adds h' W_hh^T, h' the tangent of the state before it, and x' W_ih^T to the tangents of its gates,
+// and the cell makes the tangent of the new state of them. Every state and gate is known. Backward: from the last step
+// to the first, the cell on dual numbers turns the gradient of a step's state, with its tangent, into those of the
+// gates; then, of the step before,
 //   grad_h = grad_hgates W_hh       grad_h' = grad_hgates' W_hh + grad_hgates W_hh'
-// States are read where the tensors have them, so only backward carries anything from step to step.
+// States are read where the tensors have them, so only backward carries anything from step to step. The gradients of
+// the input and of the weights come behind it, from tangent_products.h.
 //
-// Included once per instruction set, after layer.h. Storage and arithmetic have one type here.
+// Included once per instruction set, after tangent_products.h. Storage and arithmetic have one type here.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 template <class Cell, class S>
 class Tangent {
-  static_assert(std::is_same_v<S, acc_t<S>>, "tangents are float32 or float64");
   using V = Vec<S>;
   using W = Dual<V>;
   static constexpr int kLanes = V::kLanes;
   static constexpr int G = Cell::kGates;
   using HiddenMatrix = std::conditional_t<is_diagonal<Cell>, GateDiagonal<S>, GateMatrix<S>>;
   using HiddenColumns = std::conditional_t<is_diagonal<Cell>, ColumnDiagonal<S>, ColumnMatrix<S>>;
-
-  struct Shared {
-    S* gate_panels;    // forward: W_hh as a GateMatrix
-    S* bias;           // zeros
-    S* column_panels;  // backward: W_hh as a ColumnMatrix
-    S* t_panels;       // and its tangent
-    S* zeros;          // [H]
-    S* grad_h;         // [B, 2, ld]: each row's gradient, then its tangent
-    S* grad_c;         // [B, 2, ld]
-  };
+  using Workspace = TangentWorkspace<S>;
+  using Shared = typename Workspace::Shared;
 
  public:
-  static size_t workspace_bytes(const LayerTangent& l, int threads) {
-    Carver carver(nullptr);
-    for (int d = 0; d < l.directions; ++d) carve(l, widest_member(l, plan_of(l, threads)), carver);
-    return carver.used();
+  static size_t workspace_bytes(const LayerTangent& layer, int threads) {
+    return Workspace(layer, traits_of<Cell>, threads).bytes();
   }
-  static void run_forward(const LayerTangent& l, void* workspace, int threads) {
-    run(l, workspace, threads, [](const Tangent& direction) { direction.forward(); });
-  }
-  static void run_backward(const LayerTangent& l, void* workspace, int threads) {
-    run(l, workspace, threads, [](const Tangent& direction) { direction.backward(); });
+
+  static void run(const LayerTangent& layer, void* workspace, int threads) {
+    const Workspace sizes(layer, traits_of<Cell>, threads);
+    Barrier barriers[2];
+    run_team(sizes.plan.threads, [&](int rank, int size) {
+      FlushDenormals flush;
+      Shared shared[2];
+      typename Workspace::Own own;
+      sizes.carve(workspace, rank, shared, own);
+      for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+        const Tangent direction(sizes, layer.direction[d], member, shared[d]);
+        direction.forward();
+        if (layer.backward) direction.backward();
+      });
+    });
+    if (layer.backward) TangentProducts<S>::run(sizes, workspace);
   }
 
  private:
-  template <class F>
-  static void run(const LayerTangent& l, void* workspace, int threads, const F& f) {
-    const Plan plan = plan_of(l, threads);
-    const size_t part = workspace_bytes(l, threads) / l.directions;
-    Barrier barriers[2];
-    run_team(plan.threads, [&](int rank, int size) {
-      FlushDenormals flush;
-      for_directions(l.directions, rank, size, plan.divide, barriers, [&](int d, const Member& member) {
-        Carver carver(static_cast<char*>(workspace) + d * part);
-        f(Tangent(l, l.direction[d], member, carve(l, widest_member(l, plan), carver)));
-      });
-    });
-  }
-
-  static Plan plan_of(const LayerTangent& l, int threads) {
-    const int64_t inputs = is_diagonal<Cell> ? 1 : l.hidden_size;
-    return make_plan(G, inputs, l.hidden_size, inputs, l.directions, l.sequence, sizeof(S), /*whole_rows=*/false,
-                     threads);
-  }
-  static Member widest_member(const LayerTangent& l, const Plan& plan) {
-    const bool split = l.directions == 2 && plan.threads > 1;
-    return Member{0, split ? (plan.threads + 1) / 2 : plan.threads, plan.divide, nullptr};
-  }
-  // A block is one vector of units, or as many as fill four vectors of gates.
-  static UnitBlocks gate_blocks(const LayerTangent& l, const Member& m) {
-    return unit_blocks<S>(G, l.hidden_size, m.divide);
-  }
-  static UnitBlocks column_blocks(const LayerTangent& l, const Member& m) {
-    UnitBlocks blocks;
-    blocks.units = l.hidden_size;
-    blocks.lanes = kLanes;
-    blocks.block = kLanes * (m.divide == Divide::units ? 1 : kMaxVectors);
-    return blocks;
-  }
-  static int64_t ld(const LayerTangent& l) { return round_up(l.hidden_size, kLanes); }
-
-  static Shared carve(const LayerTangent& l, const Member& m, Carver& carver) {
-    const UnitBlocks gates = gate_blocks(l, m);
-    const int64_t H = l.hidden_size, B = l.sequence.batch;
-    Shared s{};
-    s.gate_panels = carver.take<S>(HiddenMatrix::packed_units(gates, H));
-    s.bias = carver.take<S>(gates.columns());
-    s.column_panels = carver.take<S>(HiddenColumns::packed_units(column_blocks(l, m), G * H));
-    s.t_panels = carver.take<S>(HiddenColumns::packed_units(column_blocks(l, m), G * H));
-    s.zeros = carver.take<S>(H);
-    s.grad_h = carver.take<S>(B * 2 * ld(l));
-    s.grad_c = carver.take<S>(B * 2 * ld(l));
-    return s;
-  }
-
-  Tangent(const LayerTangent& layer, const DirectionTangent& direction, const Member& member, const Shared& shared)
-      : l_(layer),
+  Tangent(const Workspace& sizes, const DirectionTangent& direction, const Member& member, const Shared& shared)
+      : sizes_(sizes),
+        l_(sizes.layer),
         d_(direction),
         m_(member),
-        s_(layer.sequence),
-        H_(layer.hidden_size),
-        ld_(ld(layer)),
+        s_(l_.sequence),
+        H_(l_.hidden_size),
+        ld_(sizes.ld_states()),
+        ld_g_(sizes.ld_gates()),
         shared_(shared),
-        gates_(gate_blocks(layer, member)),
-        columns_(column_blocks(layer, member)),
+        gates_(sizes.gate_blocks()),
+        columns_(sizes.state_blocks()),
+        w_ih_(gates_, static_cast<const S*>(d_.w_ih.value), nullptr, l_.input_size, shared.w_ih, shared.bias),
         rows_(row_share(s_, member)) {}
 
   int64_t time(int64_t s) const { return d_.reverse ? s_.steps - 1 - s : s; }
@@ -121,20 +75,30 @@ class Tangent {
   T* saved_row(T* data, int64_t t, int64_t slot) const {
     return data ? data + (s_.offset(t) + slot) * Cell::kSaved * H_ : nullptr;
   }
+  // A row's gate gradients; their tangents stand ld_g_ further.
+  S* gate_row(S* data, int64_t t, int64_t slot) const { return data + (s_.offset(t) + slot) * 2 * ld_g_; }
   static V load_or_zero(const S* row, int64_t unit, int64_t n) { return row ? load(row + unit, n) : V(S(0)); }
 
   // ------------------------------------------------------------------------------------------------- forward
   void forward() const {
-    const HiddenMatrix w_hh(gates_, static_cast<const S*>(d_.w_hh.value), nullptr, H_, shared_.gate_panels,
-                            shared_.bias);
+    const HiddenMatrix w_hh(gates_, static_cast<const S*>(d_.w_hh.value), nullptr, H_, shared_.w_hh, shared_.bias);
     const Share all(gates_.count(), m_.rank, m_.size);
-    for (int64_t b = all.begin; b < all.end; ++b) w_hh.prepare(b);
+    for (int64_t b = all.begin; b < all.end; ++b) {
+      w_hh.prepare(b);
+      if (sizes_.projects()) w_ih_.prepare(b);
+    }
     if (m_.rank == 0) memset(shared_.zeros, 0, H_ * sizeof(S));
     m_.wait();
     const Share blocks = block_share(gates_.count(), m_);
     alignas(64) S products[kTileRows * kMaxBlockVectors * kLanes];
+    int64_t projected = 0;  // steps
+    const S* of_input = nullptr;
     for (int64_t s = 0; s < s_.steps; ++s) {
       const int64_t t = time(s), count = living(s);
+      if (sizes_.projects() && s == projected) {
+        projected = project(s, blocks);
+        of_input = window();
+      }
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const int64_t width = gates_.vectors(b) * kLanes;
         for_chunks(rows_.begin, rows_.begin + count, w_hh.row_chunk(b), [&](int64_t first, int64_t n) {
@@ -144,9 +108,14 @@ class Tangent {
             t_h[i] = row ? row : shared_.zeros;
           }
           w_hh.multiply(b, t_h, n, products, width);
-          for (int64_t i = 0; i < n; ++i) forward_cell(t, first + i, b, products + i * width);
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t row = first - rows_.begin + i;
+            forward_cell(t, first + i, b, of_input ? of_input + row * gates_.columns() + gates_.column(b) : nullptr,
+                         products + i * width);
+          }
         });
       }
+      if (of_input) of_input += count * gates_.columns();
       m_.wait_step();
     }
     const Share rows = m_.divide == Divide::rows ? rows_ : Share(s_.batch, m_.rank, m_.size);
@@ -156,7 +125,32 @@ class Tangent {
     }
   }
 
-  void forward_cell(int64_t t, int64_t slot, int64_t b, const S* products) const {
+  // The thread's rows of the window; the blocks of other threads stand in the same rows.
+  S* window() const { return shared_.window + rows_.begin * sizes_.window_steps() * gates_.columns(); }
+
+  // x' W_ih^T for the steps [s, returned) into the window, row after row.
+  int64_t project(int64_t s, const Share& blocks) const {
+    const int64_t end = std::min(s_.steps, s + sizes_.window_steps());
+    const S* rows[Workspace::kRowsAtOnce];
+    int64_t count = 0;
+    S* to = window();
+    const auto multiply = [&] {
+      for (int64_t b = blocks.begin; b < blocks.end; ++b)
+        w_ih_.multiply(b, rows, count, to + gates_.column(b), gates_.columns());
+      to += count * gates_.columns();
+      count = 0;
+    };
+    for (; s < end; ++s)
+      for (int64_t i = 0; i < living(s); ++i) {
+        rows[count++] = row_of(l_.input.tangent, time(s), rows_.begin + i);
+        if (count == Workspace::kRowsAtOnce) multiply();
+      }
+    multiply();
+    return end;
+  }
+
+  // of_input, of_state: the tangents of the gates that come from those of the input and of the state before.
+  void forward_cell(int64_t t, int64_t slot, int64_t b, const S* of_input, const S* of_state) const {
     const Rows& state_rows = Cell::kStates > 1 ? d_.c.value : d_.output.value;
     const Rows& t_state_rows = Cell::kStates > 1 ? d_.c.tangent : d_.output.tangent;
     const DualPointer& initial = Cell::kStates > 1 ? d_.c0 : d_.h0;
@@ -165,7 +159,7 @@ class Tangent {
     const S* prev_row = previous(state_rows, initial.value, t, slot);
     const S* t_prev_row = previous(t_state_rows, initial.tangent, t, slot);
     const S* saved_row = this->saved_row(static_cast<const S*>(d_.saved), t, slot);
-    S* t_saved_row = this->saved_row(static_cast<S*>(d_.t_saved), t, slot);
+    S* t_saved_row = this->saved_row(shared_.t_saved, t, slot);
     const S* t_igates_row = row_of(d_.t_igates, t, slot);
     const S* t_hgates_row = Cell::kSplitGates ? row_of(d_.t_hgates, t, slot) : nullptr;
     [[maybe_unused]] const S* igates_row = row_of(d_.igates, t, slot);
@@ -180,7 +174,8 @@ class Tangent {
       for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(saved_row + k * H_ + unit, n);
       for (int g = 0; g < G; ++g) {
         t_igates[g] = load_or_zero(t_igates_row, g * H_ + unit, n);
-        t_hgates[g] = V::load(products + g * size + u);
+        if (of_input) t_igates[g] = t_igates[g] + V::load(of_input + g * size + u);
+        t_hgates[g] = V::load(of_state + g * size + u);
         if (Cell::kSplitGates) t_hgates[g] = t_hgates[g] + load_or_zero(t_hgates_row, g * H_ + unit, n);
       }
       state[kState] = load(state_row + unit, n);
@@ -219,8 +214,8 @@ class Tangent {
 
   // ------------------------------------------------------------------------------------------------- backward
   void backward() const {
-    const HiddenColumns w_hh(columns_, static_cast<const S*>(d_.w_hh.value), G * H_, shared_.column_panels);
-    const HiddenColumns t_w_hh(columns_, static_cast<const S*>(d_.w_hh.tangent), G * H_, shared_.t_panels);
+    const HiddenColumns w_hh(columns_, static_cast<const S*>(d_.w_hh.value), G * H_, shared_.columns_hh);
+    const HiddenColumns t_w_hh(columns_, static_cast<const S*>(d_.w_hh.tangent), G * H_, shared_.t_columns_hh);
     const Share all(columns_.count(), m_.rank, m_.size);
     for (int64_t b = all.begin; b < all.end; ++b) {
       w_hh.prepare(b);
@@ -233,7 +228,6 @@ class Tangent {
     }
     m_.wait();
     const Share blocks = block_share(columns_.count(), m_);
-    const DualRows& hgates = Cell::kSplitGates ? d_.grad_hgates : d_.grad_igates;
     for (int64_t s = s_.steps - 1; s >= 0; --s) {
       const int64_t t = time(s), count = living(s);
       for (int64_t i = 0; i < count; ++i)
@@ -246,13 +240,13 @@ class Tangent {
         for_chunks(0, 2 * count, chunk, [&](int64_t first, int64_t n) {
           for (int64_t i = 0; i < n; ++i) {
             const int64_t row = first + i;
-            operands[i] = row_of(row % 2 ? hgates.tangent : hgates.value, t, rows_.begin + row / 2);
+            operands[i] = gate_row(shared_.grad_hgates, t, rows_.begin + row / 2) + row % 2 * ld_g_;
           }
           w_hh.multiply(b, operands, n, grad + first * ld_, grad + first * ld_, ld_);
         });
         if (d_.w_hh.tangent)
           for_chunks(0, count, chunk, [&](int64_t first, int64_t n) {
-            for (int64_t i = 0; i < n; ++i) operands[i] = row_of(hgates.value, t, rows_.begin + first + i);
+            for (int64_t i = 0; i < n; ++i) operands[i] = gate_row(shared_.grad_hgates, t, rows_.begin + first + i);
             S* tangent = grad + (2 * first + 1) * ld_;
             t_w_hh.multiply(b, operands, n, tangent, tangent, 2 * ld_);
           });
@@ -297,9 +291,7 @@ class Tangent {
     const auto read = [&](const DualRows& rows) {
       return Pair{row_of(rows.value, t, slot), row_of(rows.tangent, t, slot)};
     };
-    const auto write = [&](const DualRows& rows) {
-      return Target{row_of(rows.value, t, slot), row_of(rows.tangent, t, slot)};
-    };
+    const auto pair = [](S* row, int64_t ld) { return Target{row, row + ld}; };
     constexpr int kState = Cell::kStates - 1;  // the state that the cell reads
     const DualRows& states = kState ? d_.c : d_.output;
     const DualPointer& initial = kState ? d_.c0 : d_.h0;
@@ -307,10 +299,11 @@ class Tangent {
     const Pair prev_rows = {previous(states.value, initial.value, t, slot),
                             previous(states.tangent, initial.tangent, t, slot)};
     const Pair saved_rows = {saved_row(static_cast<const S*>(d_.saved), t, slot),
-                             saved_row(static_cast<const S*>(d_.t_saved), t, slot)};
-    const Target igates = write(d_.grad_igates), hgates = write(d_.grad_hgates);
-    const Target carried_h = {shared_.grad_h + 2 * slot * ld_, shared_.grad_h + (2 * slot + 1) * ld_};
-    const Target carried_c = {shared_.grad_c + 2 * slot * ld_, shared_.grad_c + (2 * slot + 1) * ld_};
+                             saved_row(static_cast<const S*>(shared_.t_saved), t, slot)};
+    const Target igates = pair(gate_row(shared_.grad_igates, t, slot), ld_g_);
+    const Target hgates = pair(gate_row(shared_.grad_hgates, t, slot), ld_g_);
+    const Target carried_h = pair(shared_.grad_h + 2 * slot * ld_, ld_);
+    const Target carried_c = pair(shared_.grad_c + 2 * slot * ld_, ld_);
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
     const int64_t end = columns_.first(b) + columns_.size(b);
     for (int64_t u = columns_.first(b); u < end; u += kLanes) {
@@ -333,13 +326,15 @@ class Tangent {
     }
   }
 
+  const Workspace& sizes_;
   const LayerTangent& l_;
   const DirectionTangent& d_;
   const Member m_;
   const Sequence& s_;
-  const int64_t H_, ld_;
-  const Shared shared_;
+  const int64_t H_, ld_, ld_g_;
+  const Shared& shared_;
   const UnitBlocks gates_, columns_;
+  const GateMatrix<S> w_ih_;
   const Share rows_;
 };
 

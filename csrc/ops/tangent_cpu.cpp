@@ -1,5 +1,5 @@
-// Owns: the operators <cell>_jvp and <cell>_backward_jvp on the CPU: the products over all steps, and the call of the
-// engine's two loops.
+// Owns: the operators <cell>_jvp and <cell>_backward_jvp on the CPU: the call of the engine, and beforehand what the
+// tangents of weights and biases give to those of the gates.
 // Must not know: equations, loops over time.
 #include <ATen/Functions.h>
 #include <torch/library.h>
@@ -54,25 +54,28 @@ class TangentLayer {
         h0_{layer_.h0, contiguous_or_undefined(t_h0)},
         c0_{layer_.c0, contiguous_or_undefined(t_c0)},
         saved_(saved),
-        gaps_(arguments.lengths.has_value()) {
+        lengths_(arguments.lengths),
+        gaps_(lengths_.has_value()) {
     const Tensor& like = layer_.input;
     const bool two_states = g_.info.states == 2;
     output_ = {contiguous_features(output), empty_steps(g_, like, g_.directions * g_.output_size, gaps_)};
     if (two_states) c_ = {contiguous_features(c), empty_steps(g_, like, g_.directions * g_.hidden_size, gaps_)};
     t_h_n_ = at::empty_like(layer_.h0);
     t_c_n_ = two_states ? at::empty_like(layer_.c0) : Tensor();
-    x_ = {rows_within_lengths(g_, arguments.lengths, layer_.input),
-          t_input ? rows_within_lengths(g_, arguments.lengths, *t_input) : Tensor()};
+    input_ = {layer_.input, t_input ? contiguous_features(*t_input) : Tensor()};
     for (size_t i = 0; i < layer_.weights.size(); ++i)
       weights_.push_back({layer_.weights[i], t_weights.empty() ? Tensor() : t_weights[i].contiguous()});
     params_.cell = g_.cell;
     params_.dtype = g_.dtype;
+    params_.input_size = g_.input_size;
     params_.hidden_size = g_.hidden_size;
     params_.directions = static_cast<int>(g_.directions);
     params_.sequence = host_.sequence();
+    params_.input = input_.rows(g_);
     for (int64_t d = 0; d < g_.directions; ++d) {
       DirectionTangent& direction = params_.direction[d];
       direction.reverse = d == 1;
+      direction.w_ih = weight(d, 0).pointer();
       direction.w_hh = weight(d, 1).pointer();
       direction.h0 = h0_.pointer(d);
       direction.output = output_.rows(g_, d * g_.output_size);
@@ -85,99 +88,59 @@ class TangentLayer {
     }
   }
 
-  // for_backward: whether backward is to follow.
-  void forward(bool for_backward) {
+  // The tangents of the results.
+  JvpResult forward() {
     if (empty()) {
-      output_.tangent.zero_();
-      if (c_.tangent.defined()) c_.tangent.zero_();
-      pass(t_h_n_, h0_.tangent);
-      if (t_c_n_.defined()) pass(t_c_n_, c0_.tangent);
-      return;
+      pass_states();
+    } else {
+      run();
     }
-    if (for_backward && g_.info.saved > 0) t_saved_ = at::empty_like(saved_);
-    std::vector<Tensor> gates;  // keeps alive what the engine reads
-    for (int64_t d = 0; d < g_.directions; ++d) {
-      const DualTensor &w_ih = weight(d, 0), &w_hh = weight(d, 1);
-      Tensor igates;
-      add_product(igates, x_.tangent, w_ih.value.t());
-      if (w_ih.tangent.defined()) add_product(igates, x_.value, w_ih.tangent.t());
-      Tensor hgates = g_.info.split_gates ? Tensor() : igates;
-      if (w_hh.tangent.defined()) add_hidden_product(hgates, previous(output_.value, h0_.value, d), w_hh.tangent);
-      if (g_.biases && w_hh.tangent.defined()) {  // weights have tangents all together
-        igates.add_(weight(d, 2).tangent);
-        hgates.add_(weight(d, 3).tangent);
-      }
-      DirectionTangent& direction = params_.direction[d];
-      direction.t_igates = gate_rows(g_.info.split_gates ? igates : hgates);
-      if (g_.info.split_gates) direction.t_hgates = gate_rows(hgates);
-      direction.t_saved = block(t_saved_, d);
-      gates.push_back(igates);
-      gates.push_back(hgates);
-      if (g_.info.tangent) continue;
-      for (const bool hidden : {false, true}) {
-        Tensor values;
-        if (hidden) {
-          add_hidden_product(values, previous(output_.value, h0_.value, d), w_hh.value);
-        } else {
-          add_product(values, x_.value, w_ih.value.t());
-        }
-        if (g_.biases) values.add_(weight(d, hidden ? 3 : 2).value);
-        (hidden ? direction.hgates : direction.igates) = gate_rows(values);
-        gates.push_back(values);
-      }
-    }
-    run(&cpu::Engine::tangent_forward);
+    return result();
   }
 
-  // After forward: the tangents of the gradients that the mask wants.
-  BackwardResult backward(const Gradients& grads, const Gradients& t_grads, const OutputMask& mask) {
+  // These, and the tangents of the gradients that the mask wants.
+  BackwardJvpResult backward(const Gradients& grads, const Gradients& t_grads, const OutputMask& mask) {
     const Tensor& like = layer_.input;
     const DualTensor grad_output = steps_pair(grads[0], t_grads[0]), grad_h_n = contiguous_pair(grads[1], t_grads[1]);
     const DualTensor grad_c_n = contiguous_pair(grads[2], t_grads[2]), grad_c = steps_pair(grads[3], t_grads[3]);
     const bool two_states = g_.info.states == 2;
-    Tensor t_grad_input, t_grad_h0 = at::empty_like(layer_.h0);
-    Tensor t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
-    std::vector<Tensor> t_grad_weights(mask[3] ? weights_.size() : 0);
-    if (!mask[0] && !mask[1] && !mask[2] && !mask[3]) {
-      // The tangents of the results were all that was wanted.
-    } else if (empty()) {
+    Tensor t_grad_input = mask[0] ? empty_steps(g_, like, g_.input_size, gaps_) : nothing();
+    Tensor t_grad_h0 = at::empty_like(layer_.h0), t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
+    std::vector<Tensor> t_grad_weights;
+    if (mask[3])
+      for (const Tensor& weight : layer_.weights) t_grad_weights.push_back(at::empty_like(weight));
+    if (empty()) {
+      pass_states();
       pass(t_grad_h0, grad_h_n.tangent);
       if (two_states) pass(t_grad_c0, grad_c_n.tangent);
+      t_grad_input.zero_();
+      for (Tensor& grad : t_grad_weights) grad.zero_();
     } else {
-      DualTensor igates[2], hgates[2];
+      // Without any of them the tangents of the results were all that was wanted.
+      params_.backward = mask[0] || mask[1] || mask[2] || mask[3];
+      if (mask[0]) params_.t_grad_input = rows_of(g_, t_grad_input, 0);
       for (int64_t d = 0; d < g_.directions; ++d) {
-        igates[d] = gate_gradients();
-        hgates[d] = g_.info.split_gates ? gate_gradients() : igates[d];
         DirectionTangent& direction = params_.direction[d];
         direction.grad_output = grad_output.rows(g_, d * g_.output_size);
         direction.grad_h_n = grad_h_n.pointer(d);
-        direction.grad_igates = {gate_rows(igates[d].value), gate_rows(igates[d].tangent)};
-        if (g_.info.split_gates) direction.grad_hgates = {gate_rows(hgates[d].value), gate_rows(hgates[d].tangent)};
         direction.t_grad_h0 = block(t_grad_h0, d);
-        if (!two_states) continue;
-        direction.grad_c = grad_c.rows(g_, d * g_.hidden_size);
-        direction.grad_c_n = grad_c_n.pointer(d);
-        direction.t_grad_c0 = block(t_grad_c0, d);
-      }
-      run(&cpu::Engine::tangent_backward);
-      for (int64_t d = 0; d < g_.directions; ++d) {
-        if (mask[0]) {
-          add_product(t_grad_input, igates[d].tangent, weight(d, 0).value);
-          add_product(t_grad_input, igates[d].value, weight(d, 0).tangent);
+        if (two_states) {
+          direction.grad_c = grad_c.rows(g_, d * g_.hidden_size);
+          direction.grad_c_n = grad_c_n.pointer(d);
+          direction.t_grad_c0 = block(t_grad_c0, d);
         }
-        if (mask[3]) grad_weights(d, igates[d], hgates[d], &t_grad_weights[d * g_.weights_per_direction()]);
+        if (!mask[3]) continue;
+        const Tensor* of_direction = &t_grad_weights[d * g_.weights_per_direction()];
+        direction.t_grad_w_ih = of_direction[0].data_ptr();
+        direction.t_grad_w_hh = of_direction[1].data_ptr();
+        if (!g_.biases) continue;
+        direction.t_grad_b_ih = of_direction[2].data_ptr();
+        direction.t_grad_b_hh = of_direction[3].data_ptr();
       }
+      run();
     }
-    if (mask[0]) t_grad_input = t_grad_input.defined() ? t_grad_input.view(like.sizes()) : at::zeros_like(like);
-    for (size_t i = 0; i < t_grad_weights.size(); ++i)
-      if (!t_grad_weights[i].defined()) t_grad_weights[i] = at::zeros_like(weights_[i].value);
-    return {mask[0] ? t_grad_input : nothing(), mask[1] ? t_grad_h0 : nothing(), mask[2] ? t_grad_c0 : nothing(),
-            t_grad_weights};
-  }
-
-  JvpResult result() const {
-    if (g_.info.states == 1) return {output_.tangent, t_h_n_, nothing(), nothing()};
-    return {output_.tangent, t_h_n_, t_c_n_, c_.tangent};
+    return std::tuple_cat(result(), BackwardResult(t_grad_input, mask[1] ? t_grad_h0 : nothing(),
+                                                   mask[2] ? t_grad_c0 : nothing(), t_grad_weights));
   }
 
  private:
@@ -186,30 +149,27 @@ class TangentLayer {
   const DualTensor& weight(int64_t d, int64_t i) const { return weights_[d * g_.weights_per_direction() + i]; }
   static void pass(Tensor& to, const Tensor& from) { from.defined() ? to.copy_(from) : to.zero_(); }
 
+  void pass_states() {
+    output_.tangent.zero_();
+    pass(t_h_n_, h0_.tangent);
+    if (g_.info.states == 1) return;
+    c_.tangent.zero_();
+    pass(t_c_n_, c0_.tangent);
+  }
+
+  JvpResult result() const {
+    if (g_.info.states == 1) return {output_.tangent, t_h_n_, nothing(), nothing()};
+    return {output_.tangent, t_h_n_, t_c_n_, c_.tangent};
+  }
+
   Tensor previous(const Tensor& states, const Tensor& first, int64_t d) const {
     return previous_states(g_, host_.sequence(), states, first, d);
   }
-  DualTensor gate_gradients() const {
-    const std::array<int64_t, 2> sizes = {g_.rows, g_.info.gates * g_.hidden_size};
-    const auto buffer = [&] {
-      return gaps_ ? at::zeros(sizes, layer_.input.options()) : at::empty(sizes, layer_.input.options());
-    };
-    return {buffer(), buffer()};
-  }
-  // Of a contiguous [N, G*H].
-  Rows gate_rows(const Tensor& gates) const {
+  // Of a contiguous [N, G*H], which is kept alive for the engine.
+  Rows gate_rows(const Tensor& gates) {
     if (!gates.defined()) return {};
+    gates_.push_back(gates);
     return {gates.data_ptr(), g_.packed ? 0 : g_.batch * gates.stride(0), gates.stride(0)};
-  }
-
-  void grad_weights(int64_t d, const DualTensor& igates, const DualTensor& hgates, Tensor* to) {
-    add_product(to[0], igates.tangent.t(), x_.value);
-    add_product(to[0], igates.value.t(), x_.tangent);
-    add_state_product(to[1], hgates.tangent, output_.value, h0_.value, d);
-    add_state_product(to[1], hgates.value, output_.tangent, h0_.tangent, d);
-    if (!g_.biases) return;
-    to[2] = igates.tangent.sum(0);
-    to[3] = g_.info.split_gates ? hgates.tangent.sum(0) : to[2].clone();
   }
 
   // sum + what the gates take of states [N, P] by w_hh.
@@ -218,23 +178,45 @@ class TangentLayer {
     add_term(sum, diagonal_product(g_, states, w_hh));
   }
 
-  // sum + gates^T (the state that each step of direction d reads).
-  void add_state_product(Tensor& sum, const Tensor& gates, const Tensor& states, const Tensor& first, int64_t d) const {
-    const Sequence& s = params_.sequence;
-    if (g_.info.diagonal) return add_term(sum, diagonal_product(g_, previous(states, first, d), gates).sum(0));
-    if (s.batch_sizes || s.reset) return add_product(sum, gates.t(), previous(states, first, d));
-    // Of whole steps, the states of one are the states that its neighbour reads: no copy is needed.
-    const int64_t later = g_.rows - g_.batch;
-    const Tensor rows = states.reshape({g_.rows, -1}).narrow(1, d * g_.output_size, g_.output_size);
-    add_product(sum, gates.narrow(0, d ? 0 : g_.batch, later).t(), rows.narrow(0, d ? g_.batch : 0, later));
-    if (first.defined()) add_product(sum, gates.narrow(0, d ? later : 0, g_.batch).t(), first[d]);
+  Tensor input_rows() const { return rows_within_lengths(g_, lengths_, input_.value); }
+
+  // The parts of the gates' tangents that come from those of weights and biases, which are there all together.
+  void add_weight_tangents(int64_t d) {
+    Tensor igates, hgates;
+    add_product(igates, input_rows(), weight(d, 0).tangent.t());
+    add_hidden_product(g_.info.split_gates ? hgates : igates, previous(output_.value, h0_.value, d),
+                       weight(d, 1).tangent);
+    if (g_.biases) {
+      igates.add_(weight(d, 2).tangent);
+      (g_.info.split_gates ? hgates : igates).add_(weight(d, 3).tangent);
+    }
+    params_.direction[d].t_igates = gate_rows(igates);
+    params_.direction[d].t_hgates = gate_rows(hgates);
   }
 
-  void run(void (*cpu::Engine::*loop)(const LayerTangent&, void*, int)) const {
+  // The gates themselves, for a cell without a tangent of its own.
+  void add_gates(int64_t d) {
+    for (const bool hidden : {false, true}) {
+      Tensor values;
+      if (hidden) {
+        add_hidden_product(values, previous(output_.value, h0_.value, d), weight(d, 1).value);
+      } else {
+        add_product(values, input_rows(), weight(d, 0).value.t());
+      }
+      if (g_.biases) values.add_(weight(d, hidden ? 3 : 2).value);
+      (hidden ? params_.direction[d].hgates : params_.direction[d].igates) = gate_rows(values);
+    }
+  }
+
+  void run() {
+    for (int64_t d = 0; d < g_.directions; ++d) {
+      if (weight(d, 0).tangent.defined()) add_weight_tangents(d);
+      if (!g_.info.tangent) add_gates(d);
+    }
     const int threads = max_threads();
     const cpu::Engine& engine = cpu::engine(params_.dtype);
     Workspace workspace(engine.tangent_workspace_bytes(params_, threads));
-    (engine.*loop)(params_, workspace.data(), threads);
+    engine.tangent(params_, workspace.data(), threads);
   }
 
   const Geometry g_;
@@ -242,10 +224,12 @@ class TangentLayer {
   const HostSequence host_;
   const DualTensor h0_, c0_;
   const Tensor saved_;
+  const OptionalTensor lengths_;
   const bool gaps_;
-  DualTensor output_, c_, x_;
+  DualTensor output_, c_, input_;
   std::vector<DualTensor> weights_;
-  Tensor t_h_n_, t_c_n_, t_saved_;
+  std::vector<Tensor> gates_;
+  Tensor t_h_n_, t_c_n_;
   LayerTangent params_;
 };
 
@@ -310,8 +294,7 @@ JvpResult jvp(const OptionalTensor& t_input, const OptionalTensor& t_h0, const O
               const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved) {
   Call<kind> call(t_input, t_h0, t_c0, t_weights, {input, h0, c0, weights, batch_sizes, lengths, reset}, {}, output, c,
                   saved);
-  call.layer().forward(/*for_backward=*/false);
-  const auto [t_output, t_h_n, t_c_n, t_c] = call.layer().result();
+  const auto [t_output, t_h_n, t_c_n, t_c] = call.layer().forward();
   return {call.narrow(t_output), call.narrow(t_h_n), call.narrow(t_c_n), call.narrow(t_c)};
 }
 
@@ -331,12 +314,11 @@ BackwardJvpResult backward_jvp(const OptionalTensor& t_grad_output, const Option
   Call<kind> call(t_input, t_h0, t_c0, t_weights, arguments, grads, output, c, saved);
   const Geometry geometry = check_layer(kind, arguments);
   check_gradients(geometry, arguments, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, output, c, saved);
-  call.layer().forward(/*for_backward=*/true);
   for (Gradients* gradients : {&grads, &t_grads})
     for (OptionalTensor& gradient : *gradients) gradient = widen(gradient);
-  auto [t_grad_input, t_grad_h0, t_grad_c0, t_grad_weights] = call.layer().backward(grads, t_grads, output_mask);
+  auto [t_output, t_h_n, t_c_n, t_c, t_grad_input, t_grad_h0, t_grad_c0, t_grad_weights] =
+      call.layer().backward(grads, t_grads, output_mask);
   for (Tensor& gradient : t_grad_weights) gradient = call.narrow(gradient);
-  const auto [t_output, t_h_n, t_c_n, t_c] = call.layer().result();
   return {call.narrow(t_output),     call.narrow(t_h_n),     call.narrow(t_c_n),     call.narrow(t_c),
           call.narrow(t_grad_input), call.narrow(t_grad_h0), call.narrow(t_grad_c0), t_grad_weights};
 }

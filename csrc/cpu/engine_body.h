@@ -129,8 +129,12 @@ void tangent(const LayerTangent& layer, void* workspace, int threads) {
 
 #define RNNFAST_STRING_(x) #x
 #define RNNFAST_STRING(x) RNNFAST_STRING_(x)
-extern const Engine kEngine = {
-    RNNFAST_STRING(RNNFAST_ISA), forward_workspace_bytes, forward,         backward_workspace_bytes, backward,
-    tangent_workspace_bytes,     tangent};
+extern const Engine kEngine = {RNNFAST_STRING(RNNFAST_ISA),
+                               forward_workspace_bytes,
+                               forward,
+                               backward_workspace_bytes,
+                               backward,
+                               tangent_workspace_bytes,
+                               tangent};
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

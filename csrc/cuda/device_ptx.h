@@ -44,7 +44,11 @@ class SharedLayout {
   template <class T>
   __host__ __device__ T* take(size_t count) {
     bytes_ = align(bytes_);
+#ifdef __CUDA_ARCH__  // where the choice would hide from the compiler that the array is in shared memory
+    T* array = reinterpret_cast<T*>(base_ + bytes_);
+#else
     T* array = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+#endif
     bytes_ += count * sizeof(T);
 #ifdef CUDA_SIM
     const size_t end = bytes_;
@@ -62,6 +66,15 @@ class SharedLayout {
   char* base_;
   size_t bytes_ = 0;
 };
+
+// The value, of which the compiler knows nothing more. It would take a word apart where it was loaded, and so wait for
+// it there.
+__device__ __forceinline__ uint32_t opaque(uint32_t word) {
+#ifndef CUDA_SIM
+  asm("" : "+r"(word));
+#endif
+  return word;
+}
 
 // d = a b + c on a warp's tile, 16 x 8 x 16, float accumulators; fragments as the PTX ISA lays them out.
 template <bool kBfloat16>

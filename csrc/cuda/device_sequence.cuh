@@ -72,9 +72,11 @@ struct DeviceRows {
       : data(static_cast<scalar_t*>(rows.data)), stride_t(rows.stride_t), stride_b(rows.stride_b) {}
 
   __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int step, int slot) const {
-    const int64_t offset =
-        sequence.offsets != nullptr ? sequence.row(step, slot) * stride_b : step * stride_t + slot * stride_b;
-    return data + offset;
+    return at(sequence, sequence.row(step, slot), step, slot);
+  }
+  // Where sequence.row is known.
+  __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int64_t row, int step, int slot) const {
+    return data + (sequence.offsets != nullptr ? row * stride_b : step * stride_t + slot * stride_b);
   }
 };
 

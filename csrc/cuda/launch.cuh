@@ -16,14 +16,21 @@ struct LaunchShape {
   unsigned cluster_blocks = 1;  // along x; sm_90
 };
 
-// Shared memory above 48 KB and clusters above 8 blocks must be asked for, kernel by kernel.
+// Shared memory above 48 KB and clusters above 8 blocks must be asked for, kernel by kernel and device by device. The
+// limit becomes the device's own, whatever the launch needs: another thread may launch the same kernel with less.
 template <class... Parameters>
 cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr size_t kSharedBytes = 48 * 1024;
   constexpr unsigned kClusterBlocks = 8;
   if (shape.shared_bytes > kSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    int device = 0, most_bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+    }
     if (error != cudaSuccess) return error;
   }
   if (shape.cluster_blocks > kClusterBlocks) {
@@ -54,8 +61,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
     config.numAttrs = 1;
   }
   if (const cudaError_t error = allow(kernel, shape); error != cudaSuccess) return error;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Ends the calling function with the error of expression, if any.

@@ -28,12 +28,12 @@ class ClusterExchange {
 
   // Two neighbouring units of a part, in a row of the team. Each block begins with itself, so that no block receives
   // from all others at once.
-  __device__ __forceinline__ void publish(int row, int part, int unit, const Packet<Operand, 2>& pair) {
+  __device__ __forceinline__ void publish(int row, int part, int unit, const Pair<Operand>& pair) {
     Operand* place = vectors(turn_) + row * sizes_.stride + part * sizes_.part + unit;
     const unsigned blocks = sizes_.blocks;
     unsigned rank = blockIdx.x;
     for (unsigned i = 0; i < blocks; ++i) {
-      device::store_remote(reinterpret_cast<Packet<Operand, 2>*>(place), rank, pair);
+      device::store_remote(reinterpret_cast<Pair<Operand>*>(place), rank, pair);
       rank = rank + 1 == blocks ? 0 : rank + 1;
     }
   }

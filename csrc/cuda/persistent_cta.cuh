@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
     for (int j = 0; j < 2; ++j) {
       float value[2];
       lane.operand(j, value);
-      store_operand<Math>(value, h + of_lane.row(j) * shared.stride + first_unit + of_lane.unit(0));
+      operand_pair<Math>(value).store(h + of_lane.row(j) * shared.stride + first_unit + of_lane.unit(0));
     }
   };
   lane.fetch(lane.first());
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
     lane.step(index, hgates);
     publish(operand(index + 1));
     __syncthreads();
+    lane.store(index);
   }
   lane.finish();
 }
@@ -151,13 +152,12 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        float value[2];
-        lane.operand(g, j, value);
-        store_operand<Math>(value,
-                            operand + of_lane.row(j) * shared.stride + g * shared.gate + first_unit + of_lane.unit(0));
+        operand_pair<Math>(lane.operand(g, j))
+            .store(operand + of_lane.row(j) * shared.stride + g * shared.gate + first_unit + of_lane.unit(0));
       }
     }
     __syncthreads();
+    lane.store(index);
     constexpr int kSums = kOnTensorCores<Math> ? kGates : 1;
     typename Math::Sums sums[kSums];
     w_hh.multiply_each(sums, operand, shared.stride, shared.gate);

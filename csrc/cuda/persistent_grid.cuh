@@ -30,9 +30,9 @@ class GridExchange {
   }
 
   // Two neighbouring units of a part, in a row of the team.
-  __device__ __forceinline__ void publish(int row, int part, int unit, const Packet<Operand, 2>& pair) {
+  __device__ __forceinline__ void publish(int row, int part, int unit, const Pair<Operand>& pair) {
     Operand* place = vectors(turn_) + (row * shape_.sizes.parts + part) * shape_.sizes.units + unit;
-    *reinterpret_cast<Packet<Operand, 2>*>(place) = pair;
+    pair.store(place);
   }
 
   __device__ __forceinline__ void arrive() {

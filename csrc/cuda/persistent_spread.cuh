@@ -163,12 +163,6 @@ class SpreadProduct {
   WeightTile<Math, kGates, spread_register_depth(kGates, kBackward, kOnTensorCores<Math>)> weights_;
 };
 
-// A lane's two units of one batch row, in the exchanged vector.
-template <class Math>
-__device__ __forceinline__ Packet<typename Math::Operand, 2> operand_pair(const float (&value)[2]) {
-  return {{Math::to_operand(value[0]), Math::to_operand(value[1])}};
-}
-
 // ------------------------------------------------------------------------------------------------ forward
 // The exchanged vector is h.
 template <class Cell, class scalar_t, class Math, class Exchange>
@@ -224,9 +218,12 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       product.sum(hgates);
       lane.step(index, hgates);
     }
-    if (index + 1 == steps.last) break;
-    publish();
-    exchange.arrive();
+    const bool last = index + 1 == steps.last;
+    if (!last) {
+      publish();
+      exchange.arrive();
+    }
+    if (warp.owner) lane.store(index);
   }
   lane.finish();
 }
@@ -271,14 +268,13 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          float grad[2];
-          lane.operand(g, j, grad);
           exchange.publish(warp.split * kTileRows + of_lane.row(j), g, first_unit + of_lane.unit(0),
-                           operand_pair<Math>(grad));
+                           operand_pair<Math>(lane.operand(g, j)));
         }
       }
     }
     exchange.arrive();
+    if (warp.owner) lane.store(index);
     product.multiply(exchange.wait(), grad_h);
     __syncthreads();
     if (warp.owner) product.sum(grad_h);

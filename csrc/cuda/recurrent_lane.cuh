@@ -8,12 +8,14 @@
 //     for index in lane.first() .. lane.last():
 //       hgates = W_hh lane.operand()                    the engine's
 //       lane.step(index, hgates)                        and fetches index + 1, a reset before which cuts
+//       lane.store(index)                               behind what others wait for, lane.operand()
 //     lane.finish()                                     h_n, c_n
 //
 //     BackwardLane lane(...);                           gradients of h_n, c_n
 //     lane.fetch(last - 1)                              what forward left, and the gradient of the output
 //     for index in lane.last() - 1 .. lane.first():
 //       lane.step(index, product)                       and fetches index - 1
+//       lane.store(index)                               behind what others wait for, lane.operand()
 //       product = sum over gates of W_hh^T lane.operand()
 //     lane.finish(product)                              gradients of h0, c0
 //
@@ -115,11 +117,12 @@ class LaneRows {
   __device__ __forceinline__ bool ended(int index, int j) const {
     return sequence_.offsets == nullptr && exists(j) && !lives(index, j);
   }
-  // Whether a reset cuts the state on the way into a step. Forward crosses the border before it, reverse the one
-  // behind.
-  __device__ __forceinline__ bool cut(int index, int j) const {
+  // Whether a reset cuts the state on the way into a step, as the byte that says so: not 0. Forward crosses the border
+  // before it, reverse the one behind. As a byte lest the load be waited for here.
+  __device__ __forceinline__ unsigned cut(int index, int j) const {
     const int border = reverse_ ? step(index) + 1 : step(index);
-    return sequence_.reset != nullptr && border < length_[j] && sequence_.reset[sequence_.row(border, slot_[j])];
+    if (sequence_.reset == nullptr || border >= length_[j]) return 0;
+    return reinterpret_cast<const unsigned char*>(sequence_.reset)[sequence_.row(border, slot_[j])];
   }
 
  private:
@@ -128,7 +131,7 @@ class LaneRows {
   bool reverse_;
 };
 
-// The two units of a lane.
+// The two units of a lane. Without any, it loads and stores nothing.
 struct LaneUnits {
   int hidden_size, first, count;
   bool paired;
@@ -139,24 +142,57 @@ struct LaneUnits {
     count = left < 0 ? 0 : left > 2 ? 2 : left;
   }
 
-  // Block `part` of a row of [parts, H].
+  // All blocks of a row of [parts, H].
+  template <int kParts, class scalar_t>
+  __device__ __forceinline__ void load(const scalar_t* row, Pair<scalar_t>* parts) const {
+    row += first;
+    if (paired) {
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) parts[n] = Pair<scalar_t>::load(row + static_cast<int64_t>(n) * hidden_size);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) {
+        parts[n] = Pair<scalar_t>::load(row + static_cast<int64_t>(n) * hidden_size, count);
+      }
+    }
+  }
+  template <int kParts, class scalar_t>
+  __device__ __forceinline__ void store(const Pair<scalar_t>* parts, scalar_t* row) const {
+    row += first;
+    if (paired) {
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) parts[n].store(row + static_cast<int64_t>(n) * hidden_size);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) parts[n].store(row + static_cast<int64_t>(n) * hidden_size, count);
+    }
+  }
+
+  // A row of [H].
   template <class scalar_t>
-  __device__ __forceinline__ Pair<scalar_t> load(const scalar_t* row, int part = 0) const {
-    return Pair<scalar_t>::load(row + static_cast<int64_t>(part) * hidden_size + first, count, paired);
+  __device__ __forceinline__ Pair<scalar_t> load(const scalar_t* row) const {
+    Pair<scalar_t> pair;
+    load<1>(row, &pair);
+    return pair;
   }
   template <class scalar_t>
-  __device__ __forceinline__ void store(const float (&value)[2], scalar_t* row, int part = 0) const {
-    store_pair(value, row + static_cast<int64_t>(part) * hidden_size + first, count, paired);
+  __device__ __forceinline__ void store(const Pair<scalar_t>& pair, scalar_t* row) const {
+    store<1>(&pair, row);
   }
 };
 
-// Two units into value[2 i + j], for batch row j.
+// Two units into value[2 i + j], for batch row j; and from there.
 template <class scalar_t>
 __device__ __forceinline__ void spread(const Pair<scalar_t>& pair, float (&value)[4], int j) {
   float units[2];
   pair.unpack(units);
   value[j] = units[0];
   value[2 + j] = units[1];
+}
+template <class scalar_t>
+__device__ __forceinline__ Pair<scalar_t> gather(const float (&value)[4], int j) {
+  const float units[2] = {value[j], value[2 + j]};
+  return Pair<scalar_t>(units);
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -172,6 +208,7 @@ class ForwardLane {
         direction_(direction),
         rows_(layer.sequence, direction.reverse, first_row),
         units_(layer.hidden_size, first_unit, layer.paired) {
+    if (units_.count == 0) return;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
@@ -180,8 +217,10 @@ class ForwardLane {
       if constexpr (kStates == 2) spread(units_.load(direction_.c0 + at), state_[1], j);
     }
     if (direction_.b_hh != nullptr) {
+      Pair<scalar_t> bias[kGates];
+      units_.template load<kGates>(direction_.b_hh, bias);
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) units_.load(direction_.b_hh, g).unpack(bias_[g]);
+      for (int g = 0; g < kGates; ++g) bias[g].unpack(bias_[g]);
     }
   }
 
@@ -202,90 +241,96 @@ class ForwardLane {
 
   // hgates[gate][2 i + j] is W_hh h, without bias, of unit i and batch row j.
   __device__ __forceinline__ void step(int index, const float (&hgates)[kGates][4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      step_row(j, hgates);
+      fetch_row(index + 1, j);
+    }
+  }
+
+  // Stores the step computed last.
+  __device__ __forceinline__ void store(int index) const {
     const int step = rows_.step(index);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float igates[kGates][2];
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) igates_[g][j].unpack(igates[g]);
-      const bool live = live_[j], cut = cut_[j];
-      fetch_row(index + 1, j);
-      if (!live) {
-        if (rows_.ended(index, j)) store_end(step, j);
+      if (!lived_[j]) {
+        if (ended(index, j)) store_end(step, j);
         continue;
       }
-      float state[kStates][2], saved[kSaved + 1][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = 2 * i + j;
-        number_t from_x[kGates], from_h[kGates], before[kStates], after[kStates], save[kSaved + 1];
-#pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          from_x[g] = number_t(igates[g][i]);
-          from_h[g] = number_t(hgates[g][at] + bias_[g][i]);
-        }
-#pragma unroll
-        for (int s = 0; s < kStates; ++s) before[s] = number_t(cut ? 0.0f : state_[s][at]);
-        Cell::forward(from_x, from_h, before, after, save);
-#pragma unroll
-        for (int s = 0; s < kStates; ++s) state_[s][at] = state[s][i] = float(after[s]);
-        state_[0][at] = rounded(state[0][i]);
-#pragma unroll
-        for (int s = 0; s < kSaved; ++s) saved[s][i] = float(save[s]);
-      }
-      units_.store(state[0], direction_.output.at(sequence_, step, rows_.slot(j)));
+      const int64_t row = sequence_.row(step, rows_.slot(j));
+      units_.store(gather<scalar_t>(state_[0], j), direction_.output.at(sequence_, row, step, rows_.slot(j)));
       if constexpr (kStates == 2) {
-        if (direction_.c.data != nullptr) units_.store(state[1], direction_.c.at(sequence_, step, rows_.slot(j)));
+        if (direction_.c.data != nullptr) {
+          units_.store(gather<scalar_t>(state_[1], j), direction_.c.at(sequence_, row, step, rows_.slot(j)));
+        }
       }
       if (kSaved > 0 && direction_.saved != nullptr) {
-        scalar_t* row = direction_.saved + sequence_.row(step, rows_.slot(j)) * kSaved * units_.hidden_size;
-#pragma unroll
-        for (int s = 0; s < kSaved; ++s) units_.store(saved[s], row, s);
+        units_.template store<kSaved>(saved_[j], direction_.saved + row * kSaved * units_.hidden_size);
       }
     }
   }
 
   // Stores the last states, and the zeros of the steps at which no row of the tile lives.
   __device__ __forceinline__ void finish() const {
+    if (units_.count == 0) return;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
       const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
-      const float h[2] = {state_[0][j], state_[0][2 + j]};
-      units_.store(h, direction_.h_n + at);
-      if constexpr (kStates == 2) {
-        const float c[2] = {state_[1][j], state_[1][2 + j]};
-        units_.store(c, direction_.c_n + at);
-      }
+      units_.store(gather<scalar_t>(state_[0], j), direction_.h_n + at);
+      if constexpr (kStates == 2) units_.store(gather<scalar_t>(state_[1], j), direction_.c_n + at);
       for (int index = 0; index < rows_.first(); ++index) {
-        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+        if (ended(index, j)) store_end(rows_.step(index), j);
       }
       for (int index = rows_.last(); index < sequence_.steps; ++index) {
-        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+        if (ended(index, j)) store_end(rows_.step(index), j);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void fetch_row(int index, int j) {
-    live_[j] = index < rows_.last() && rows_.lives(index, j);
-    cut_[j] = live_[j] && rows_.cut(index, j);
-    if (!live_[j]) return;
-    const scalar_t* row =
-        direction_.igates + sequence_.row(rows_.step(index), rows_.slot(j)) * kGates * units_.hidden_size;
+  __device__ __forceinline__ bool ended(int index, int j) const { return units_.count > 0 && rows_.ended(index, j); }
+  __device__ __forceinline__ void step_row(int j, const float (&hgates)[kGates][4]) {
+    lived_[j] = live_[j];
+    if (!lived_[j]) return;
+    float igates[kGates][2], saved[kSaved + 1][2];
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) igates_[g][j] = units_.load(row, g);
+    for (int g = 0; g < kGates; ++g) igates_[j][g].unpack(igates[g]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = 2 * i + j;
+      number_t from_x[kGates], from_h[kGates], before[kStates], after[kStates], save[kSaved + 1];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        from_x[g] = number_t(igates[g][i]);
+        from_h[g] = number_t(hgates[g][at] + bias_[g][i]);
+      }
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) before[s] = number_t(cut_[j] ? 0.0f : state_[s][at]);
+      Cell::forward(from_x, from_h, before, after, save);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) state_[s][at] = float(after[s]);
+      state_[0][at] = rounded<scalar_t>(state_[0][at]);
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) saved[s][i] = float(save[s]);
+    }
+#pragma unroll
+    for (int s = 0; s < kSaved; ++s) saved_[j][s] = Pair<scalar_t>(saved[s]);
   }
-  static __device__ __forceinline__ float rounded(float x) {
-    scalar_t stored;
-    from_acc(x, stored);
-    return to_acc(stored);
+  __device__ __forceinline__ void fetch_row(int index, int j) {
+    live_[j] = units_.count > 0 && index < rows_.last() && rows_.lives(index, j);
+    cut_[j] = 0;
+    if (!live_[j]) return;
+    cut_[j] = rows_.cut(index, j);
+    units_.template load<kGates>(
+        direction_.igates + sequence_.row(rows_.step(index), rows_.slot(j)) * kGates * units_.hidden_size, igates_[j]);
   }
   __device__ __forceinline__ void store_end(int step, int j) const {
-    const float zero[2] = {};
-    units_.store(zero, direction_.output.at(sequence_, step, rows_.slot(j)));
+    const Pair<scalar_t> zero;
+    const int64_t row = sequence_.row(step, rows_.slot(j));
+    units_.store(zero, direction_.output.at(sequence_, row, step, rows_.slot(j)));
     if (kStates == 2 && direction_.c.data != nullptr) {
-      units_.store(zero, direction_.c.at(sequence_, step, rows_.slot(j)));
+      units_.store(zero, direction_.c.at(sequence_, row, step, rows_.slot(j)));
     }
   }
 
@@ -293,10 +338,13 @@ class ForwardLane {
   const ForwardDirection<scalar_t>& direction_;
   const LaneRows rows_;
   const LaneUnits units_;
-  float state_[kStates][4] = {};           // [state][2 i + j]; h rounded to its dtype, c in full
-  float bias_[kGates][2] = {};             // [gate][i]
-  Pair<scalar_t> igates_[kGates][2] = {};  // [gate][j], of the step to come
-  bool live_[2] = {}, cut_[2] = {};        // at the step to come
+  float state_[kStates][4] = {};              // [state][2 i + j]; h rounded to its dtype, c in full
+  float bias_[kGates][2] = {};                // [gate][i]
+  Pair<scalar_t> igates_[2][kGates] = {};     // [j][gate], of the step to come
+  bool live_[2] = {};                         // at the step to come
+  unsigned cut_[2] = {};                      // before the step to come, if not 0
+  Pair<scalar_t> saved_[2][kSaved + 1] = {};  // [j][value], of the step computed last
+  bool lived_[2] = {};                        // at the step computed last
 };
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -311,6 +359,7 @@ class BackwardLane {
         direction_(direction),
         rows_(layer.sequence, direction.reverse, first_row),
         units_(layer.hidden_size, first_unit, layer.paired) {
+    if (units_.count == 0) return;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
@@ -335,110 +384,121 @@ class BackwardLane {
   // at first it is not read.
   __device__ __forceinline__ void step(int index, const float (&product)[4]) {
     carry(product);
-    const int step = rows_.step(index);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float saved[kSaved + 1][2], state[2], before[2], grad_h[2], grad_c[2];
-#pragma unroll
-      for (int s = 0; s < kSaved; ++s) saved_[s][j].unpack(saved[s]);
-      state_[j].unpack(state);
-      before_[j].unpack(before);
-      grad_output_[j].unpack(grad_h);
-      grad_c_[j].unpack(grad_c);
       carries_[j] = live_[j];
       cuts_[j] = cut_[j];
-      fetch_row(index - 1, j);
-      if (!carries_[j]) {
+      // Each way fetches for itself: where the ways have met, the compiler would hold more in registers.
+      if (carries_[j]) {
+        step_row(j);
+        fetch_row(index - 1, j);
+      } else {
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) grad_hgates_[g][j] = grad_hgates_[g][2 + j] = 0;
-        if (rows_.ended(index, j)) store_end(step, j);
-        continue;
-      }
-      float grad_igates[kGates][2], grad_hgates[kGates][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = 2 * i + j;
-        number_t from_x[kGates], from_h[kGates], previous[kStates] = {}, after[kStates] = {}, grad[kStates],
-                                                 grad_previous[kStates], save[kSaved + 1];
-#pragma unroll
-        for (int s = 0; s < kSaved; ++s) save[s] = number_t(saved[s][i]);
-        // Of cells with two states backward reads the second alone.
-        previous[kStates - 1] = number_t(kStates == 2 && cuts_[j] ? 0.0f : before[i]);
-        after[kStates - 1] = number_t(state[i]);
-        grad[0] = number_t(carried_[0][at] + grad_h[i]);
-        if constexpr (kStates == 2) grad[1] = number_t(carried_[1][at] + grad_c[i]);
-        Cell::backward(save, previous, after, grad, from_x, from_h, grad_previous);
-#pragma unroll
-        for (int s = 0; s < kStates; ++s) carried_[s][at] = float(grad_previous[s]);
-#pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          grad_igates[g][i] = float(from_x[g]);
-          grad_hgates[g][i] = grad_hgates_[g][at] = float(from_h[g]);
-        }
-      }
-      const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) {
-        units_.store(grad_igates[g], direction_.grad_igates + row, g);
-        if constexpr (Cell::kSplitGates) units_.store(grad_hgates[g], direction_.grad_hgates + row, g);
+        for (int g = 0; g < kGates; ++g) grad_igates_[j][g] = grad_hgates_[j][g] = {};
+        fetch_row(index - 1, j);
       }
     }
   }
 
-  // The gradient of a gate's hidden half, of units 0 and 1, batch row j: what the product of this step reads.
-  __device__ __forceinline__ void operand(int gate, int j, float (&grad)[2]) const {
-    grad[0] = grad_hgates_[gate][j];
-    grad[1] = grad_hgates_[gate][2 + j];
+  // Stores the step computed last.
+  __device__ __forceinline__ void store(int index) const {
+    const int step = rows_.step(index);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!carries_[j]) {
+        if (ended(index, j)) store_end(step, j);
+        continue;
+      }
+      const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
+      units_.template store<kGates>(Cell::kSplitGates ? grad_igates_[j] : grad_hgates_[j],
+                                    direction_.grad_igates + row);
+      if constexpr (Cell::kSplitGates) units_.template store<kGates>(grad_hgates_[j], direction_.grad_hgates + row);
+    }
   }
+
+  // The gradient of a gate's hidden half, of units 0 and 1, batch row j: what the product of this step reads.
+  __device__ __forceinline__ Pair<scalar_t> operand(int gate, int j) const { return grad_hgates_[j][gate]; }
 
   // Stores the gradients of the initial states, and the zeros of the steps at which no row of the tile lives.
   __device__ __forceinline__ void finish(const float (&product)[4]) {
+    if (units_.count == 0) return;
     carry(product);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (!rows_.exists(j)) continue;
       const int64_t at = static_cast<int64_t>(rows_.slot(j)) * units_.hidden_size;
-      const float grad_h[2] = {carried_[0][j], carried_[0][2 + j]};
-      units_.store(grad_h, direction_.grad_h0 + at);
-      if constexpr (kStates == 2) {
-        const float grad_c[2] = {carried_[1][j], carried_[1][2 + j]};
-        units_.store(grad_c, direction_.grad_c0 + at);
-      }
+      units_.store(gather<scalar_t>(carried_[0], j), direction_.grad_h0 + at);
+      if constexpr (kStates == 2) units_.store(gather<scalar_t>(carried_[1], j), direction_.grad_c0 + at);
       for (int index = 0; index < rows_.first(); ++index) {
-        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+        if (ended(index, j)) store_end(rows_.step(index), j);
       }
       for (int index = rows_.last(); index < sequence_.steps; ++index) {
-        if (rows_.ended(index, j)) store_end(rows_.step(index), j);
+        if (ended(index, j)) store_end(rows_.step(index), j);
       }
     }
   }
 
  private:
+  __device__ __forceinline__ bool ended(int index, int j) const { return units_.count > 0 && rows_.ended(index, j); }
+  __device__ __forceinline__ void step_row(int j) {
+    float saved[kSaved + 1][2], state[2], before[2], grad_h[2], grad_c[2];
+#pragma unroll
+    for (int s = 0; s < kSaved; ++s) saved_[j][s].unpack(saved[s]);
+    state_[j].unpack(state);
+    before_[j].unpack(before);
+    grad_output_[j].unpack(grad_h);
+    grad_c_[j].unpack(grad_c);
+    float grad_igates[kGates][2], grad_hgates[kGates][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = 2 * i + j;
+      number_t from_x[kGates], from_h[kGates], previous[kStates] = {}, after[kStates] = {}, grad[kStates],
+                                               grad_previous[kStates], save[kSaved + 1];
+#pragma unroll
+      for (int s = 0; s < kSaved; ++s) save[s] = number_t(saved[s][i]);
+      // Of cells with two states backward reads the second alone.
+      previous[kStates - 1] = number_t(kStates == 2 && cuts_[j] ? 0.0f : before[i]);
+      after[kStates - 1] = number_t(state[i]);
+      grad[0] = number_t(carried_[0][at] + grad_h[i]);
+      if constexpr (kStates == 2) grad[1] = number_t(carried_[1][at] + grad_c[i]);
+      Cell::backward(save, previous, after, grad, from_x, from_h, grad_previous);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) carried_[s][at] = float(grad_previous[s]);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        grad_igates[g][i] = float(from_x[g]);
+        grad_hgates[g][i] = float(from_h[g]);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      grad_hgates_[j][g] = Pair<scalar_t>(grad_hgates[g]);
+      if constexpr (Cell::kSplitGates) grad_igates_[j][g] = Pair<scalar_t>(grad_igates[g]);
+    }
+  }
   __device__ __forceinline__ void fetch_row(int index, int j) {
-    live_[j] = index >= rows_.first() && rows_.lives(index, j);
-    cut_[j] = live_[j] && rows_.cut(index, j);
+    live_[j] = units_.count > 0 && index >= rows_.first() && rows_.lives(index, j);
+    cut_[j] = 0;
     if (!live_[j]) return;
+    cut_[j] = rows_.cut(index, j);
     const int step = rows_.step(index), slot = rows_.slot(j);
     const int64_t row = sequence_.row(step, slot);
-#pragma unroll
-    for (int s = 0; s < kSaved; ++s) {
-      saved_[s][j] = units_.load(direction_.saved + row * kSaved * units_.hidden_size, s);
-    }
+    units_.template load<kSaved>(direction_.saved + row * kSaved * units_.hidden_size, saved_[j]);
     if constexpr (kStates == 2) {
       const int before = rows_.step(index - 1);
       const bool starts = before < 0 || !rows_.lives(index - 1, j);
-      state_[j] = units_.load(direction_.c.at(sequence_, step, slot));
+      state_[j] = units_.load(direction_.c.at(sequence_, row, step, slot));
       before_[j] = units_.load(starts ? direction_.c0 + static_cast<int64_t>(slot) * units_.hidden_size
-                                      : direction_.c.at(sequence_, before, slot));
+                                      : direction_.c.at(sequence_, sequence_.row(before, slot), before, slot));
     } else {
-      state_[j] = units_.load(direction_.output.at(sequence_, step, slot));
+      state_[j] = units_.load(direction_.output.at(sequence_, row, step, slot));
       before_[j] = units_.load(direction_.h_prev + row * units_.hidden_size);  // zero behind a reset
     }
     if (direction_.grad_output.data != nullptr) {
-      grad_output_[j] = units_.load(direction_.grad_output.at(sequence_, step, slot));
+      grad_output_[j] = units_.load(direction_.grad_output.at(sequence_, row, step, slot));
     }
     if (kStates == 2 && direction_.grad_c.data != nullptr) {
-      grad_c_[j] = units_.load(direction_.grad_c.at(sequence_, step, slot));
+      grad_c_[j] = units_.load(direction_.grad_c.at(sequence_, row, step, slot));
     }
   }
   // The gradient of the state before a step: the cell's own, and through W_hh; none where a reset cut that state.
@@ -454,25 +514,26 @@ class BackwardLane {
     }
   }
   __device__ __forceinline__ void store_end(int step, int j) const {
-    const float zero[2] = {};
+    const Pair<scalar_t> zero[kGates];
     const int64_t row = sequence_.row(step, rows_.slot(j)) * kGates * units_.hidden_size;
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      units_.store(zero, direction_.grad_igates + row, g);
-      if constexpr (Cell::kSplitGates) units_.store(zero, direction_.grad_hgates + row, g);
-    }
+    units_.template store<kGates>(zero, direction_.grad_igates + row);
+    if constexpr (Cell::kSplitGates) units_.template store<kGates>(zero, direction_.grad_hgates + row);
   }
 
   const DeviceSequence& sequence_;
   const BackwardDirection<scalar_t>& direction_;
   const LaneRows rows_;
   const LaneUnits units_;
-  float carried_[kStates][4] = {};       // [state][2 i + j]: gradient of the state, of the step computed last
-  float grad_hgates_[kGates][4] = {};    // of the step computed last
-  bool carries_[2] = {}, cuts_[2] = {};  // at the step computed last: whether the row lived, whether a reset cut
+  // Of the step computed last.
+  float carried_[kStates][4] = {};              // [state][2 i + j]: gradient of the state
+  Pair<scalar_t> grad_hgates_[2][kGates] = {};  // [j][gate]
+  Pair<scalar_t> grad_igates_[2][kGates] = {};  // likewise: cells with split gates
+  bool carries_[2] = {};                        // whether the row lived
+  unsigned cuts_[2] = {};                       // whether a reset cut
   // Of the step to come; [j].
-  Pair<scalar_t> saved_[kSaved + 1][2] = {}, state_[2] = {}, before_[2] = {}, grad_output_[2] = {}, grad_c_[2] = {};
-  bool live_[2] = {}, cut_[2] = {};
+  Pair<scalar_t> saved_[2][kSaved + 1] = {}, state_[2] = {}, before_[2] = {}, grad_output_[2] = {}, grad_c_[2] = {};
+  bool live_[2] = {};
+  unsigned cut_[2] = {};
 };
 
 // ------------------------------------------------------------------------------------------------ host

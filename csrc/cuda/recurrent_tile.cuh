@@ -199,9 +199,23 @@ __device__ __forceinline__ void clear(Operand* values, int count) {
 
 // A lane's units of one batch row, as the product's operand.
 template <class Math>
-__device__ __forceinline__ void store_operand(const float (&value)[2], typename Math::Operand* to) {
-  using Operand = typename Math::Operand;
-  *reinterpret_cast<Packet<Operand, 2>*>(to) = {Math::to_operand(value[0]), Math::to_operand(value[1])};
+__device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const float (&value)[2]) {
+  if constexpr (sizeof(typename Math::Operand) == 2) {
+    return Pair<typename Math::Operand>(value);
+  } else {
+    const float operand[2] = {Math::to_operand(value[0]), Math::to_operand(value[1])};
+    return Pair<float>(operand);
+  }
+}
+template <class Math, class scalar_t>
+__device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const Pair<scalar_t>& pair) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    return pair;
+  } else {
+    float value[2];
+    pair.unpack(value);
+    return operand_pair<Math>(value);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ the tile

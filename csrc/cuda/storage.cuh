@@ -10,6 +10,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "device_ptx.h"
+
 namespace rnnfast::cuda {
 
 // Arithmetic is float for the 16-bit types, and the storage type itself otherwise.
@@ -65,48 +67,65 @@ __device__ __forceinline__ void store_zero(scalar_t* to) {
   store<kWidth>(zero, to);
 }
 
-// Two neighbouring elements as they lie in memory. In one word, lest each 16-bit element take a register.
+// Two neighbouring elements as they lie in memory. In one word, lest each 16-bit element take a register, and lest a
+// load be waited for where it is issued instead of where its elements are unpacked.
 template <class scalar_t>
 class Pair {
  public:
-  // Of the two, `count` are there; the others read as zero. One load where pairs are aligned.
-  static __device__ __forceinline__ Pair load(const scalar_t* from, int count, bool aligned) {
+  Pair() = default;
+  __device__ __forceinline__ explicit Pair(const acc_type<scalar_t> (&value)[2]) {
+    Packet<scalar_t, 2> packet;
+    from_acc(value[0], packet.value[0]);
+    from_acc(value[1], packet.value[1]);
+    memcpy(&bits_, &packet, sizeof bits_);
+  }
+
+  // One instruction; aligned to the pair.
+  static __device__ __forceinline__ Pair load(const scalar_t* from) {
     Pair pair;
-    if (aligned) {
-      if (count == 2) memcpy(&pair.bits_, reinterpret_cast<const Packet<scalar_t, 2>*>(from), sizeof pair.bits_);
-    } else if (count > 0) {
-      Packet<scalar_t, 2> packet;
-      packet.value[0] = from[0];
-      from_acc(acc_type<scalar_t>(0), packet.value[1]);
-      if (count > 1) packet.value[1] = from[1];
-      memcpy(&pair.bits_, &packet, sizeof pair.bits_);
-    }
+    pair.bits_ = *reinterpret_cast<const Word*>(from);
     return pair;
   }
-  __device__ __forceinline__ void unpack(acc_type<scalar_t> (&value)[2]) const {
+  __device__ __forceinline__ void store(scalar_t* to) const { *reinterpret_cast<Word*>(to) = bits_; }
+
+  // Anywhere; of the two, `count` are there, one at least. The other reads as zero.
+  static __device__ __forceinline__ Pair load(const scalar_t* from, int count) {
     Packet<scalar_t, 2> packet;
-    memcpy(&packet, &bits_, sizeof bits_);
+    packet.value[0] = from[0];
+    from_acc(acc_type<scalar_t>(0), packet.value[1]);
+    if (count > 1) packet.value[1] = from[1];
+    Pair pair;
+    memcpy(&pair.bits_, &packet, sizeof packet);
+    return pair;
+  }
+  __device__ __forceinline__ void store(scalar_t* to, int count) const {
+    const Packet<scalar_t, 2> both = packet();
+    to[0] = both.value[0];
+    if (count > 1) to[1] = both.value[1];
+  }
+
+  __device__ __forceinline__ Packet<scalar_t, 2> packet() const {
+    Packet<scalar_t, 2> packet;
+    memcpy(&packet, &bits_, sizeof packet);
+    return packet;
+  }
+  __device__ __forceinline__ void unpack(acc_type<scalar_t> (&value)[2]) const {
+    Pair pair;
+    pair.bits_ = whole(bits_);
+    const Packet<scalar_t, 2> packet = pair.packet();
     value[0] = to_acc(packet.value[0]);
     value[1] = to_acc(packet.value[1]);
   }
 
  private:
   static_assert(sizeof(scalar_t) <= 4, "a pair fits into a word of 64 bits");
-  std::conditional_t<sizeof(scalar_t) == 2, uint32_t, uint64_t> bits_ = 0;
-};
+  using Bits = std::conditional_t<sizeof(scalar_t) == 2, uint32_t, uint64_t>;
+  typedef Bits __attribute__((may_alias)) Word;  // as which elements are moved; nvcc would copy them byte by byte
 
-template <class scalar_t>
-__device__ __forceinline__ void store_pair(const acc_type<scalar_t> (&value)[2], scalar_t* to, int count,
-                                           bool aligned) {
-  Packet<scalar_t, 2> pair;
-  from_acc(value[0], pair.value[0]);
-  from_acc(value[1], pair.value[1]);
-  if (aligned) {
-    if (count == 2) *reinterpret_cast<Packet<scalar_t, 2>*>(to) = pair;
-  } else {
-    if (count > 0) to[0] = pair.value[0];
-    if (count > 1) to[1] = pair.value[1];
-  }
-}
+  static __device__ __forceinline__ uint32_t whole(uint32_t bits) { return device::opaque(bits); }
+  static __device__ __forceinline__ uint64_t whole(uint64_t bits) { return bits; }
+
+  Bits bits_ = 0;
+};
 
 }  // namespace rnnfast::cuda

@@ -14,7 +14,7 @@ plan::Device cuda_device(int index) {
   device.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   device.registers = properties.regsPerMultiprocessor;
   device.cooperative = properties.cooperativeLaunch != 0;
-  device.clusters = properties.major >= 9;
+  device.clusters = properties.major == 9 || properties.major == 10;  // those of sm_12x have 8 blocks at most
   return device;
 }
 

@@ -78,7 +78,11 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     cuda_ops = sources("csrc/ops/*_cuda.cpp")
     cpp = [path for path in sources("csrc/ops/*.cpp") if path not in cuda_ops]
     cpp += sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
+    headers: list[str] = []
+    libraries: list[str] = []
     if with_cuda:
+        packages = Path(torch.__file__).parents[1]
+        headers, libraries = build.complete_toolkit(Path(cpp_extension.CUDA_HOME), packages, ROOT / "build" / "toolkit")
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or build.DEFAULT_CUDA_ARCHS
     facts = {
         "RNNFAST_VERSION": package_version(),
@@ -88,12 +92,14 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     }
     # Torch's headers are full of what -Wextra warns of; as system headers they are silent.
     cxx_flags = [*build.CXX_FLAGS, *WARNINGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    cxx_flags += [f"-isystem{path}" for path in headers]
     cxx_flags += [f'-D{name}="{value}"' for name, value in facts.items()]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
         "rnnfast._C",
         cpp + (cuda_ops + sources("csrc/cuda/*.cu") if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
+        library_dirs=libraries,
         define_macros=[("RNNFAST_WITH_CUDA", None)] if with_cuda else [],
         extra_compile_args={"cxx": cxx_flags, "nvcc": build.NVCC_FLAGS},
         extra_link_args=build.openmp_library(),

@@ -63,6 +63,24 @@ def find_nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
+def complete_toolkit(cuda_home: Path, packages: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Folders of headers and of libraries that a CUDA toolkit of the compiler alone lacks. Torch brings them, in
+    NVIDIA's packages, whose libraries have no name that a linker looks for; `folder` gets links to them.
+    """
+    headers, libraries = folder / "include", folder / "lib"
+    headers.mkdir(parents=True, exist_ok=True)
+    libraries.mkdir(exist_ok=True)
+    for source in sorted(packages.glob("nvidia/cu[0-9]*/include/*")):
+        link, found = headers / source.name, (cuda_home / "include" / source.name).exists()
+        if not found and not link.is_symlink():
+            link.symlink_to(source)
+    for source in sorted(packages.glob("nvidia/cu[0-9]*/lib/libcudart.so.*")):
+        link, found = libraries / "libcudart.so", (cuda_home / "lib64" / "libcudart.so").exists()
+        if not found and not link.is_symlink():
+            link.symlink_to(source)
+    return ([str(headers)] if any(headers.iterdir()) else []), ([str(libraries)] if any(libraries.iterdir()) else [])
+
+
 def openmp_library() -> list[str]:
     """Link arguments that make a library share torch's OpenMP run time: two in a process fight for cores."""
     bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))

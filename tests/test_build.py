@@ -55,6 +55,28 @@ def test_cuda_is_built_where_torch_and_nvcc_allow_it(
     assert setup_py.build.choose_cuda(torch_cuda, nvcc, env) == (build, reason)
 
 
+def test_a_toolkit_of_the_compiler_alone_is_completed_from_torchs_packages(
+    setup_py: ModuleType, tmp_path: Path
+) -> None:
+    toolkit, packages = tmp_path / "cuda", tmp_path / "site-packages"
+    wheel = packages / "nvidia" / "cu13"
+    for path in (toolkit / "include" / "cuda.h", wheel / "include" / "cuda.h", wheel / "include" / "cublas_v2.h"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path))
+    (wheel / "lib").mkdir()
+    (wheel / "lib" / "libcudart.so.13").touch()
+    for _ in range(2):  # what is there is left alone
+        headers, libraries = setup_py.build.complete_toolkit(toolkit, packages, tmp_path / "made")
+        assert headers == [str(tmp_path / "made" / "include")]
+        assert libraries == [str(tmp_path / "made" / "lib")]
+        assert [path.name for path in Path(headers[0]).iterdir()] == ["cublas_v2.h"]
+        assert (Path(libraries[0]) / "libcudart.so").resolve() == wheel / "lib" / "libcudart.so.13"
+    (toolkit / "include" / "cublas_v2.h").touch()
+    (toolkit / "lib64").mkdir()
+    (toolkit / "lib64" / "libcudart.so").touch()
+    assert setup_py.build.complete_toolkit(toolkit, packages, tmp_path / "nothing") == ([], [])
+
+
 @pytest.mark.parametrize(
     ("torch_cuda", "nvcc", "cause"),
     [(None, "13.0", "without CUDA"), ("13.0", None, "no nvcc"), ("13.0", "12.9", "nvcc is of CUDA 12.9")],

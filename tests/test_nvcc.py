@@ -210,9 +210,16 @@ def disassembler() -> dict[str, str] | None:
     return {**os.environ, "PATH": path} if all(shutil.which(n, path=path) for n in ("cuobjdump", "nvdisasm")) else None
 
 
+RESETS = 8  # a lane reads them for two rows, at most at so many places
+
+
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump or nvdisasm was not found")
 @each_persistent_source
-def test_tensor_core_kernels_use_tensor_cores(compiled: Compiled, source: Path) -> None:
+def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) -> None:
+    """Tensor cores where there are any; no local memory; no bytes loaded but resets, for what lies in pairs is loaded
+    as words; nothing from caches that do not see what other blocks write, nor by addresses that may be shared memory's
+    or not, but for stores into other blocks' shared memory.
+    """
     command = ["cuobjdump", "--dump-sass", str(compiled.object(source))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler())
     functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)[1:]
@@ -221,6 +228,11 @@ def test_tensor_core_kernels_use_tensor_cores(compiled: Compiled, source: Path) 
         name = function.splitlines()[0]
         assert ("HMMA" in function) == ("ScalarFloat" not in name), name
         assert "LDL" not in function, f"{name} reads local memory"
+        assert function.count("LDG.E.U8") <= RESETS, f"{name} loads bytes"
+        assert ".CONSTANT" not in function, f"{name} loads through the constant cache"
+        assert not re.search(r" LD\.E", function), f"{name} has generic loads"
+        if "persistent_cluster" not in source.name:
+            assert not re.search(r" ST\.E", function), f"{name} has generic stores"
 
 
 LAYOUT = """

@@ -183,7 +183,7 @@ class Masks(NamedTuple):
 
 
 def philox(unit: Tensor, step: Tensor, purpose: int, seed: Tensor) -> list[Tensor]:
-    """Philox4x32-10 of the counter (unit, step, purpose, 0) and the 64-bit key ``seed``: four words of 32 bits, int64.
+    """Philox4x32-7 of the counter (unit, step, purpose, 0) and the 64-bit key ``seed``: four words of 32 bits, int64.
 
     Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The arguments are broadcast.
     """
@@ -196,7 +196,7 @@ def philox(unit: Tensor, step: Tensor, purpose: int, seed: Tensor) -> list[Tenso
 
     words = [*torch.broadcast_tensors(unit, step, torch.full_like(seed, purpose), torch.zeros_like(seed))]
     key = [seed & low, (seed >> 32) & low]
-    for _ in range(10):
+    for _ in range(7):
         (high0, low0), (high1, low1) = multiply(words[0], 0xD2511F53), multiply(words[2], 0xCD9E8D57)
         words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]

@@ -277,6 +277,7 @@ class Backward {
   bool varied() const { return shared_.mask || keep_h_.on() || keep_c_.on() || l_.layer_norm; }
 
   // norm_layer.h
+  static constexpr int kGradHalves = Cell::kSplitGates ? 2 : 1;  // the other half has the same gradient
   struct NormRow;
   struct NormRows;
   const S* norm_weights(int half) const {

@@ -85,7 +85,7 @@ class BackwardWorkspace {
   // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
   // Of a NormRow: vectors with an element a unit.
-  int norm_vectors() const { return cell.saved + 3 + 2 * cell.gates; }
+  int norm_vectors() const { return cell.saved + 3 + (cell.split_gates ? 2 : 1) * cell.gates; }
   // As many as fit into the first-level cache.
   int64_t norm_rows() const {
     const int64_t rows = (24 << 10) / (norm_vectors() * ld_acc(layer.hidden_size) * sizeof(Acc));

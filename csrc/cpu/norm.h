@@ -6,19 +6,20 @@
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 // The sums over the lanes of N vectors, N a power of two: that of x[i] in the lanes from i * kLanes / N on. Each is
-// summed in the same order, whatever N and wherever it stands. What is at x is lost.
+// summed in the same order, whatever N and wherever it stands.
 template <int N, class T, int kPiece = Vec<T>::kLanes / 2>
-RNNFAST_INLINE Vec<T> sum_lanes(Vec<T>* x) {
+RNNFAST_INLINE Vec<T> sum_lanes(const Vec<T>* x) {
   if constexpr (kPiece == 0) {
     return x[0];
   } else {
     constexpr int kLanes = Vec<T>::kLanes, kPairs = std::max(1, N / 2);
+    Vec<T> sums[kPairs];
     for (int i = 0; i < kPairs; ++i) {
       const Vec<T> a = x[i], b = x[i + N / 2];  // the same where there is but one
-      x[i] = shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 0>>(a, b) +
-             shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 1>>(a, b);
+      sums[i] = shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 0>>(a, b) +
+                shuffle<Interleave<kLanes, 2 * kPiece, kPiece, 1>>(a, b);
     }
-    return sum_lanes<kPairs, T, kPiece / 2>(x);
+    return sum_lanes<kPairs, T, kPiece / 2>(sums);
   }
 }
 
@@ -68,9 +69,9 @@ struct Statistics {
   RNNFAST_INLINE Vec<Acc> normal(Vec<Acc> x, int64_t row) const { return normalised(x, mean[row], scale[row]); }
 };
 
-// The sum of f(element) over n numbers at x, still apart in lanes, in one order.
+// The sum over n numbers at x, still apart in lanes, in one order. add(sum, element): what is summed.
 template <class S, class F>
-RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, int64_t n, const F& f) {
+RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, int64_t n, const F& add) {
   using Acc = acc_t<S>;
   using V = Vec<Acc>;
   constexpr int kLanes = V::kLanes, kSums = 4;  // an addition takes as long as four that follow each other
@@ -83,27 +84,56 @@ RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, int64_t n, const F& f) {
   for (V& sum : sums) sum = V(Acc(0));
   int64_t e = 0;
   for (; e + kSums * kLanes <= n; e += kSums * kLanes)
-    for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + f(load(x + e + k * kLanes));
-  for (; e + kLanes <= n; e += kLanes) sums[0] = sums[0] + f(load(x + e));
-  if (e < n) sums[1] = sums[1] + f(load(x + e, n - e)) * load(kOnes.data(), n - e);
+    for (int k = 0; k < kSums; ++k) sums[k] = add(sums[k], load(x + e + k * kLanes));
+  for (; e + kLanes <= n; e += kLanes) sums[0] = add(sums[0], load(x + e));
+  if (e < n) sums[1] = sums[1] + add(V(Acc(0)), load(x + e, n - e)) * load(kOnes.data(), n - e);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+// The same for a few whole vectors.
+template <class S, class F, int64_t kElements>
+RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, std::integral_constant<int64_t, kElements>, const F& add) {
+  using V = Vec<acc_t<S>>;
+  V sum(acc_t<S>(0));
+  for (int64_t e = 0; e < kElements; e += V::kLanes) sum = add(sum, load(x + e));
+  return sum;
 }
 
 // Of `count` rows of n numbers, `stride` apart.
+template <class S, class Count, class N>
+RNNFAST_INLINE void take_statistics(const S* rows, int64_t stride, Count count, N n, Statistics<acc_t<S>>& of) {
+  using V = Vec<acc_t<S>>;
+  RowSums<acc_t<S>> sums;
+  for (int64_t r = 0; r < count; ++r) sums[r] = sum_vectors(rows + r * stride, n, [](V sum, V x) { return sum + x; });
+  sums.means(count, n).store(of.mean.lanes);
+  for (int64_t r = 0; r < count; ++r)
+    sums[r] = sum_vectors(rows + r * stride, n, [mean = of.mean[r]](V sum, V x) {
+      const V distance = x - mean;
+      return sum + distance * distance;
+    });
+  norm_scale(sums.means(count, n)).store(of.scale.lanes);
+}
 template <class S>
 Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, int64_t n) {
   using Acc = acc_t<S>;
-  using V = Vec<Acc>;
+  constexpr int64_t kLanes = Vec<Acc>::kLanes;
   Statistics<Acc> of;
-  RowSums<Acc> sums;
-  for (int64_t r = 0; r < count; ++r) sums[r] = sum_vectors(rows + r * stride, n, [](V element) { return element; });
-  sums.means(count, n).store(of.mean.lanes);
-  for (int64_t r = 0; r < count; ++r)
-    sums[r] = sum_vectors(rows + r * stride, n, [centre = of.mean[r]](V element) {
-      const V distance = element - centre;
-      return distance * distance;
-    });
-  norm_scale(sums.means(count, n)).store(of.scale.lanes);
+  // Of few vectors the loops over them, and the sums on their way through memory, take longer than the additions.
+  const auto take = [&](auto n) {
+    if (count == kNormRows<Acc>) {
+      take_statistics(rows, stride, std::integral_constant<int64_t, kNormRows<Acc>>(), n, of);
+    } else {
+      take_statistics(rows, stride, count, n, of);
+    }
+  };
+  if (n == kLanes) {
+    take(std::integral_constant<int64_t, kLanes>());
+  } else if (n == 3 * kLanes) {
+    take(std::integral_constant<int64_t, 3 * kLanes>());
+  } else if (n == 4 * kLanes) {
+    take(std::integral_constant<int64_t, 4 * kLanes>());
+  } else {
+    take_statistics(rows, stride, count, n, of);
+  }
   return of;
 }
 

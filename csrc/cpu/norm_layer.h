@@ -142,7 +142,7 @@ struct Backward<Cell, S>::NormRow {
   const Acc *keep_h, *keep_c;
   Acc *values, *last;              // [S, ld_h] what the cell kept; [ld_h] h' or c'
   Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
-  Acc* grads;                      // [2, G, ld_h] of the gates
+  Acc* grads;                      // [1 or 2 halves, G, ld_h] of the gates
 
   void load_values(int64_t u, int64_t ld, V* to) const {
     for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
@@ -313,7 +313,7 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
           const V x = rows.normal(r, half, g, u, n, H), grad = grads[half][g] * load(norm_weights(half) + g * H + u, n);
           sums[half][0] = sums[half][0] + grad;
           sums[half][1] = sums[half][1] + grad * x;
-          grads[half][g].store(row.grads + (half * G + g) * ld_h_ + u);
+          if (half < kGradHalves) grads[half][g].store(row.grads + (half * G + g) * ld_h_ + u);
         }
     }
     for (int half = 0; half < 2; ++half)
@@ -336,7 +336,8 @@ void Backward<Cell, S>::back_to_products(const NormRows& rows) {
         V grad_weight(Acc(0)), grad_bias(Acc(0));
         for (int64_t r = 0; r < rows.count; ++r) {
           const NormRow& row = rows.row[r];
-          const V x = rows.normal(r, half, g, u, n, H), grad = V::load(row.grads + (half * G + g) * ld_h_ + u);
+          const V x = rows.normal(r, half, g, u, n, H),
+                  grad = V::load(row.grads + (half % kGradHalves * G + g) * ld_h_ + u);
           grad_weight = grad_weight + grad * x;
           grad_bias = grad_bias + grad;
           store(gates + row.at * ld_g_ + g * H + u,

@@ -108,7 +108,7 @@ RNNFAST_INLINE void take_statistics(const S* rows, int64_t stride, Count count, 
   for (int64_t r = 0; r < count; ++r)
     sums[r] = sum_vectors(rows + r * stride, n, [mean = of.mean[r]](V sum, V x) {
       const V distance = x - mean;
-      return sum + distance * distance;
+      return multiply_add(distance, distance, sum);
     });
   norm_scale(sums.means(count, n)).store(of.scale.lanes);
 }

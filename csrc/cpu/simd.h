@@ -49,6 +49,29 @@ struct Vec {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
+// a b + c, rounded once where there is an instruction for it. For sums whose first term is a product, too: there a
+// compiler may choose which of two products it rounds, and not choose the same in every copy of a function.
+template <class T>
+RNNFAST_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+  using V = Vec<T>;
+#if defined(RNNFAST_HAS_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return V::of(typename V::Native(_mm512_fmadd_ps(__m512(a.v), __m512(b.v), __m512(c.v))));
+  if constexpr (sizeof(T) == 8)
+    return V::of(typename V::Native(_mm512_fmadd_pd(__m512d(a.v), __m512d(b.v), __m512d(c.v))));
+#elif RNNFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return V::of(typename V::Native(_mm256_fmadd_ps(__m256(a.v), __m256(b.v), __m256(c.v))));
+  if constexpr (sizeof(T) == 8)
+    return V::of(typename V::Native(_mm256_fmadd_pd(__m256d(a.v), __m256d(b.v), __m256d(c.v))));
+#elif defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
+  for (int i = 0; i < V::kLanes; ++i) c.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
 template <class T>
 RNNFAST_INLINE Vec<T> relu(Vec<T> x) {
   return Vec<T>::of(x.v < T(0) ? typename Vec<T>::Native{} : x.v);

@@ -210,7 +210,10 @@ def test_masks_do_not_depend_on_who_draws(cell: str) -> None:
                     torch.set_num_threads(threads)
                     results.append(run(ops.layer, sample, "cpu", noise))
                 assert all(torch.equal(a, b) for r in results[-2:] for a, b in zip(r, results[-3], strict=True))
-            torch.testing.assert_close(results, results[:1] * len(results), rtol=1e-9, atol=1e-10)
+            for result in results[1:]:
+                for got, expected in zip(result, results[0], strict=True):
+                    # An element near zero is a sum of some that are not, each with its rounding.
+                    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * max(1, float(expected.abs().max())))
 
 
 @each_option

@@ -49,14 +49,15 @@ struct RowSums {
   V of[kRows];
 
   RNNFAST_INLINE V& operator[](int64_t row) { return of[row]; }
-  // The means of the first `count` rows, of n elements each, by lane. The sums are lost.
+  // The means of the first `count` rows, of n elements each, by lane. The sums are lost. Divided, for a product might
+  // be fused with what the caller adds, in one copy of this function and not in another.
   RNNFAST_INLINE V means(int64_t count, int64_t n) {
-    const V share(Acc(1) / Acc(n));
-    if (count == 1) return sum_lanes<1>(of) * share;
+    const V elements{Acc(n)};
+    if (count == 1) return sum_lanes<1>(of) / elements;
     const bool few = count <= kFew;
     for (int64_t row = count; row < (few ? kFew : kRows); ++row) of[row] = V(Acc(0));
-    if (!few) return sum_lanes<kRows>(of) * share;
-    const V sums = sum_lanes<kFew>(of) * share;
+    if (!few) return sum_lanes<kRows>(of) / elements;
+    const V sums = sum_lanes<kFew>(of) / elements;
     return shuffle<Gathered<kRows, kFew>>(sums, sums);
   }
 };

@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
-from sample_inputs import KINKED_CELLS
+from sample_inputs import KINKED_CELLS, TANGENT_CELLS
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import rnnfast
 from rnnfast import _extension, ops, reference
@@ -33,17 +34,19 @@ def instruction_set(request: pytest.FixtureRequest):
     extension.set_instruction_set(before)
 
 
-def arguments(cell: str, steps: int, batch: int, inputs: int, hidden: int, outputs: int, dtype: torch.dtype):
-    """[input, h0, c0 or None, *weights] of two directions, rounded to dtype, with weights of a trained size."""
+def arguments(
+    cell: str, steps: int, batch: int, inputs: int, hidden: int, outputs: int, dtype: torch.dtype, directions: int = 2
+):
+    """[input, h0, c0 or None, *weights], rounded to dtype, with weights of a trained size."""
     form = reference.CELLS[cell]
     gates = form.gates * hidden
-    shapes = [(steps, batch, inputs), (2, batch, outputs), (2, batch, hidden) if form.states == 2 else None]
-    for _ in range(2):
+    states = (directions, batch)
+    shapes = [(steps, batch, inputs), (*states, outputs), (*states, hidden) if form.states == 2 else None]
+    for _ in range(directions):
         shapes += [(gates, inputs), (gates,) if form.diagonal else (gates, outputs), (gates,), (gates,)]
         shapes += [(outputs, hidden)] if outputs != hidden else []
     scale = max(hidden, inputs) ** -0.5
-    states = (1.0, 1.0, 1.0)
-    scales = [*states, *(scale for _ in shapes[3:])]
+    scales = [1.0, 1.0, 1.0, *(scale for _ in shapes[3:])]
     return [s and (torch.randn(s) * k).to(dtype) for s, k in zip(shapes, scales, strict=True)]
 
 
@@ -104,17 +107,87 @@ def test_projection(dtype: torch.dtype, instruction_set: str) -> None:
         assert error(results(ops.layer, "lstm", tensors, dtype, save=save), want) <= allowed
 
 
-@pytest.mark.parametrize("shape", [(40, 1, 96, 192), (12, 40, 64, 128), (9, 5, 200, 70)], ids=str)
+def second_derivatives(layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The derivatives of all gradients, with fixed gradients of outputs and gradients."""
+    leaves = [t if t is None else t.to(dtype).requires_grad_() for t in tensors]
+    wanted = [t for t in leaves if t is not None]
+    generator = torch.Generator().manual_seed(1)
+
+    def incoming(results: list[Tensor]) -> list[Tensor]:
+        return [torch.randn(t.shape, generator=generator).to(dtype) for t in results]
+
+    outputs = [t for t in layer(cell, *leaves[:3], leaves[3:]) if t.numel()]
+    gradients = list(torch.autograd.grad(outputs, wanted, incoming(outputs), create_graph=True))
+    return list(torch.autograd.grad(gradients, wanted, incoming(gradients)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # the 16-bit types become float32
+@pytest.mark.parametrize("cell", TANGENT_CELLS)
+def test_second_derivatives_by_every_instruction_set(cell: str, dtype: torch.dtype, instruction_set: str) -> None:
+    """With 135 rows, of which the products over all steps make 270: more than they take in a pass."""
+    tensors = arguments(cell, 5, 27, 21, 37, 37, dtype)
+    want = second_derivatives(reference.layer, cell, tensors, torch.float64)
+    allowed = allowed_error(second_derivatives(reference.layer, cell, tensors, dtype), want)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert error(second_derivatives(ops.layer, cell, tensors, dtype), want) <= allowed, threads
+
+
+def every_operator(cell: str, tensors: list[Tensor | None], *sequences: Tensor | None) -> list[Tensor]:
+    """What the layer, its backward, and the derivative of either along a tangent return.
+
+    ATen multiplies by the tangents of weights, whose rows have a single 1 here: such a product is exact, and has the
+    same bits in whatever order ATen sums.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    def exact(weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return random(weight)
+        columns = torch.randint(weight.shape[1], (len(weight), 1), generator=generator)
+        return torch.zeros_like(weight).scatter_(1, columns, 1.0)
+
+    def run(suffix: str, *arguments: object) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.rnnfast, cell + suffix)(*arguments)
+
+    layer = (*tensors[:3], tensors[3:], None, *sequences)
+    output, h_n, c_n, c, saved = run("", *layer, 2)
+    results = [output, h_n, c_n, c]
+    grads, t_grads = ([random(t) if t.numel() else None for t in results] for _ in range(2))
+    tangents = (*tree_map(lambda t: None if t is None else random(t), tensors[:3]), [exact(w) for w in tensors[3:]])
+    kept = (output, c, saved)
+    # Each finds in the workspace what another has left there, so that a value read too early is a wrong one.
+    backward = run("_backward", *grads, *layer, *kept, [True] * 4)
+    jvp = run("_jvp", *tangents, *layer, *kept)
+    run("", *layer, 0)
+    backward_jvp = run("_backward_jvp", *t_grads, *tangents, *grads, *layer, *kept, [True] * 4)
+    return tree_leaves((results, backward, jvp, backward_jvp))
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 2, 250, 450), (12, 40, 64, 128), (9, 5, 200, 70)], ids=str)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_equal_bits_on_any_number_of_threads(cell: str, shape: tuple[int, int, int, int]) -> None:
-    """Sizes for which the engine divides the rows, the units, or neither."""
+def test_equal_bits_on_any_number_of_threads(cell: str, shape: tuple[int, int, int, int], directions: int) -> None:
+    """Sizes for which the engine divides the units, the rows, or, with a thread for each direction, neither.
+
+    Two directions have rows of several lengths, with resets.
+    """
     steps, batch, inputs, hidden = shape
-    tensors = arguments(cell, steps, batch, inputs, hidden, hidden, torch.float32)
+    tensors = arguments(cell, steps, batch, inputs, hidden, hidden, torch.float32, directions)
+    sequences = (None, None)
+    if directions == 2:
+        sequences = (
+            torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([1]), steps),
+            torch.rand(steps, batch) < 0.2,
+        )
     torch.set_num_threads(1)
-    want = results(ops.layer, cell, tensors, torch.float32)
+    want = every_operator(cell, tensors, *sequences)
     for threads in (2, 3, 4, 2):
         torch.set_num_threads(threads)
-        for got, one in zip(results(ops.layer, cell, tensors, torch.float32), want, strict=True):
+        for got, one in zip(every_operator(cell, tensors, *sequences), want, strict=True):
             assert torch.equal(got, one), threads
 
 

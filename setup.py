@@ -81,8 +81,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     headers: list[str] = []
     libraries: list[str] = []
     if with_cuda:
-        packages = Path(torch.__file__).parents[1]
-        headers, libraries = build.complete_toolkit(Path(cpp_extension.CUDA_HOME), packages, ROOT / "build" / "toolkit")
+        headers, libraries = build.complete_toolkit(ROOT / "build" / "toolkit")
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or build.DEFAULT_CUDA_ARCHS
     facts = {
         "RNNFAST_VERSION": package_version(),
@@ -92,7 +91,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
     }
     # Torch's headers are full of what -Wextra warns of; as system headers they are silent.
     cxx_flags = [*build.CXX_FLAGS, *WARNINGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    cxx_flags += [f"-isystem{path}" for path in headers]
+    toolkit_flags = [flag for path in headers for flag in ("-isystem", path)]  # two words, as nvcc takes them
     cxx_flags += [f'-D{name}="{value}"' for name, value in facts.items()]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
@@ -101,7 +100,7 @@ def make_extension(with_cuda: bool, no_cuda_reason: str) -> Extension:
         include_dirs=[str(ROOT / "csrc")],
         library_dirs=libraries,
         define_macros=[("RNNFAST_WITH_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": cxx_flags, "nvcc": build.NVCC_FLAGS},
+        extra_compile_args={"cxx": cxx_flags + toolkit_flags, "nvcc": build.NVCC_FLAGS + toolkit_flags},
         extra_link_args=build.openmp_library(),
     )
 

@@ -63,22 +63,32 @@ def find_nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
-def complete_toolkit(cuda_home: Path, packages: Path, folder: Path) -> tuple[list[str], list[str]]:
+def complete_toolkit(folder: Path) -> tuple[list[str], list[str]]:
     """Folders of headers and of libraries that a CUDA toolkit of the compiler alone lacks. Torch brings them, in
-    NVIDIA's packages, whose libraries have no name that a linker looks for; `folder` gets links to them.
+    NVIDIA's packages, whose libraries have no name that a linker looks for; `folder` is made anew, of links to them.
     """
+    from torch.utils import cpp_extension  # a third of a second
+
+    assert cpp_extension.CUDA_HOME is not None
+    toolkit, package = Path(cpp_extension.CUDA_HOME), nvidia_package()
+    shutil.rmtree(folder, ignore_errors=True)
     headers, libraries = folder / "include", folder / "lib"
-    headers.mkdir(parents=True, exist_ok=True)
-    libraries.mkdir(exist_ok=True)
-    for source in sorted(packages.glob("nvidia/cu[0-9]*/include/*")):
-        link, found = headers / source.name, (cuda_home / "include" / source.name).exists()
-        if not found and not link.is_symlink():
-            link.symlink_to(source)
-    for source in sorted(packages.glob("nvidia/cu[0-9]*/lib/libcudart.so.*")):
-        link, found = libraries / "libcudart.so", (cuda_home / "lib64" / "libcudart.so").exists()
-        if not found and not link.is_symlink():
-            link.symlink_to(source)
+    headers.mkdir(parents=True)
+    libraries.mkdir()
+    for source in package.glob("include/*"):
+        if not (toolkit / "include" / source.name).exists():
+            (headers / source.name).symlink_to(source)
+    run_times = sorted(package.glob("lib/libcudart.so.*"))
+    if run_times and not (toolkit / "lib64" / "libcudart.so").exists():
+        (libraries / "libcudart.so").symlink_to(run_times[0])
     return ([str(headers)] if any(headers.iterdir()) else []), ([str(libraries)] if any(libraries.iterdir()) else [])
+
+
+def nvidia_package() -> Path:
+    """What torch brings of NVIDIA's toolkit, as of CUDA 13: for CUDA 12 it is a folder for each library, and this does
+    not exist.
+    """
+    return Path(torch.__file__).parents[1] / "nvidia" / f"cu{str(torch.version.cuda).split('.')[0]}"
 
 
 def openmp_library() -> list[str]:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -301,6 +302,7 @@ def _load(folder: Path, library: str, header: Path, instruction_set: str, archs:
     sources = [_SOURCES / "own_cell" / "operators.cpp", _SOURCES / "cpu" / f"engine_{instruction_set}.cpp"]
     flags = [*_FLAGS, "-DRNNFAST_WITH_CUDA"] if archs else _FLAGS
     sources += cuda_sources() if archs else []
+    headers, libraries = _build.complete_toolkit(folder / "toolkit") if archs else ([], [])
     try:
         with _architectures(archs):
             cpp_extension.load(
@@ -308,8 +310,8 @@ def _load(folder: Path, library: str, header: Path, instruction_set: str, archs:
                 [str(path) for path in sources],
                 extra_cflags=[*_build.CXX_FLAGS, *flags],
                 extra_cuda_cflags=[*_build.NVCC_FLAGS, *flags],
-                extra_include_paths=_include_paths(folder, header),
-                extra_ldflags=_build.openmp_library(),
+                extra_include_paths=[*_include_paths(folder, header), *headers],
+                extra_ldflags=[*_build.openmp_library(), *(shlex.quote(f"-L{path}") for path in libraries)],
                 build_directory=str(folder),
                 with_cuda=bool(archs),
                 is_python_module=False,

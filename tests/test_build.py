@@ -6,11 +6,14 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import rnnfast
 from rnnfast import _extension
@@ -55,26 +58,58 @@ def test_cuda_is_built_where_torch_and_nvcc_allow_it(
     assert setup_py.build.choose_cuda(torch_cuda, nvcc, env) == (build, reason)
 
 
+@pytest.fixture
+def torch_brings(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """A toolkit of the compiler alone, and a function that makes a package of NVIDIA's and has torch bring it."""
+    (tmp_path / "cuda" / "include").mkdir(parents=True)
+    (tmp_path / "cuda" / "include" / "cuda.h").touch()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+
+    def bring(name: str) -> Path:
+        package = tmp_path / name
+        for file in ("include/cuda.h", "include/cublas_v2.h", f"include/{name}.h", "lib/libcudart.so.13"):
+            (package / file).parent.mkdir(parents=True, exist_ok=True)
+            (package / file).touch()
+        monkeypatch.setattr(setup_py.build, "nvidia_package", lambda: package)
+        return package
+
+    return bring
+
+
 def test_a_toolkit_of_the_compiler_alone_is_completed_from_torchs_packages(
-    setup_py: ModuleType, tmp_path: Path
+    setup_py: ModuleType, torch_brings: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    toolkit, packages = tmp_path / "cuda", tmp_path / "site-packages"
-    wheel = packages / "nvidia" / "cu13"
-    for path in (toolkit / "include" / "cuda.h", wheel / "include" / "cuda.h", wheel / "include" / "cublas_v2.h"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(path))
-    (wheel / "lib").mkdir()
-    (wheel / "lib" / "libcudart.so.13").touch()
-    for _ in range(2):  # what is there is left alone
-        headers, libraries = setup_py.build.complete_toolkit(toolkit, packages, tmp_path / "made")
+    for name in ("one", "two"):  # links are renewed
+        package = torch_brings(name)
+        headers, libraries = setup_py.build.complete_toolkit(tmp_path / "made")
         assert headers == [str(tmp_path / "made" / "include")]
         assert libraries == [str(tmp_path / "made" / "lib")]
-        assert [path.name for path in Path(headers[0]).iterdir()] == ["cublas_v2.h"]
-        assert (Path(libraries[0]) / "libcudart.so").resolve() == wheel / "lib" / "libcudart.so.13"
-    (toolkit / "include" / "cublas_v2.h").touch()
-    (toolkit / "lib64").mkdir()
-    (toolkit / "lib64" / "libcudart.so").touch()
-    assert setup_py.build.complete_toolkit(toolkit, packages, tmp_path / "nothing") == ([], [])
+        assert {path.resolve() for path in Path(headers[0]).iterdir()} == {
+            package / "include" / "cublas_v2.h",
+            package / "include" / f"{name}.h",
+        }
+        assert (Path(libraries[0]) / "libcudart.so").resolve() == package / "lib" / "libcudart.so.13"
+    for file in ("include/cublas_v2.h", "include/two.h", "lib64/libcudart.so"):
+        (tmp_path / "cuda" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "cuda" / file).touch()
+    assert setup_py.build.complete_toolkit(tmp_path / "made") == ([], [])
+
+
+def test_where_torch_brings_nvidias_package(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert setup_py.build.nvidia_package() == Path(torch.__file__).parents[1] / "nvidia" / "cu13"
+
+
+@pytest.mark.usefixtures("torch_brings")
+def test_what_the_toolkit_lacks_reaches_both_compilers_and_the_linker(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(setup_py.build, "complete_toolkit", lambda _: (["headers"], ["libraries"]))
+    extension = setup_py.make_extension(True, "")
+    assert "libraries" in extension.library_dirs
+    for flags in extension.extra_compile_args.values():
+        assert ("-isystem", "headers") in pairwise(flags)  # nvcc does not take them in one word
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,14 @@ def test_operators_compile(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def torch_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_with_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a toolkit that lacks a header and the run time's library, which torch brings."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(_build, "nvidia_package", lambda: tmp_path / "cu13")
+    for file in ("include/cublas_v2.h", "lib/libcudart.so.13"):
+        (tmp_path / "cu13" / file).parent.mkdir(parents=True)
+        (tmp_path / "cu13" / file).touch()
     monkeypatch.setattr(_build, "find_nvcc_version", lambda: "13.2")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
 
@@ -106,13 +113,16 @@ def test_what_is_compiled_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch, 
     header.write_text(FULL + f"// {header.name}\n")
     engine = {"stepwise_forward.cu", "stepwise_backward.cu", "backward_preparation.cu", "device_sequence.cu"}
     with pytest.raises(Compiles):
-        rnnfast.compile_cell(header, directory=tmp_path)
+        rnnfast.compile_cell(header, directory=tmp_path / "a folder")
     assert engine < given["sources"]
     assert given["with_cuda"]
     assert given["archs"] == _build.DEFAULT_CUDA_ARCHS
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
     for flags in (given["extra_cflags"], given["extra_cuda_cflags"]):
         assert {"-DRNNFAST_OWN_CELL", "-DRNNFAST_WITH_CUDA"} <= set(flags)
+    assert any((Path(folder) / "cublas_v2.h").exists() for folder in given["extra_include_paths"])
+    library_folders = [flag[2:] for word in given["extra_ldflags"] for flag in shlex.split(word) if flag[:2] == "-L"]
+    assert [(Path(folder) / "libcudart.so").exists() for folder in library_folders] == [True]
     libraries = {given["library"]}
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     with pytest.raises(Compiles):

@@ -138,8 +138,11 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
 
 Candidate consider_persistent_cluster(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
-  if (!device.clusters) return {text("it needs clusters of blocks (sm_90), the device is sm_", device.capability), {}};
   constexpr int kMostBlocks = 16;
+  if (!device.clusters) {
+    return {text("it needs clusters of ", kMostBlocks, " blocks (sm_90, sm_100), the device is sm_", device.capability),
+            {}};
+  }
   return consider_spread(problem, device, {kMostBlocks, device.multiprocessors, cuda::kClusterCopies, /*waves=*/true});
 }
 

@@ -21,7 +21,7 @@ struct Device {
   int64_t shared_bytes = 0;  // of a block, at most
   int64_t registers = 0;     // of a multiprocessor, 32 bits each
   bool cooperative = false;  // launches whose blocks are all resident
-  bool clusters = false;     // launches of clusters of blocks
+  bool clusters = false;     // launches of clusters of up to 16 blocks
 };
 
 // One call of a layer, forward or backward. The letters are those of params.h.

@@ -102,7 +102,9 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
     assert (made["tile"]["blocks"], made["tile"]["units"], made["tile"]["rows"]) == (128, 16, 8)
     old = plan(hidden_size=512, device=AMPERE)
     assert old["engine"] == "persistent_grid"
-    assert old["against"]["persistent_cluster"] == "it needs clusters of blocks (sm_90), the device is sm_80"
+    for capability in (80, 120):  # the clusters of sm_120 have 8 blocks at most
+        against = plan(hidden_size=512, device={**AMPERE, "capability": capability})["against"]["persistent_cluster"]
+        assert against == f"it needs clusters of 16 blocks (sm_90, sm_100), the device is sm_{capability}"
     alone = plan(hidden_size=512, device={**AMPERE, "cooperative": False})
     assert alone["engine"] == "stepwise"
     assert alone["against"]["persistent_grid"] == "the device has no cooperative launches"

@@ -131,7 +131,7 @@ class LaneRows {
   bool reverse_;
 };
 
-// The two units of a lane. Without any, it loads and stores nothing.
+// The two units of a lane. A lane without any must not call load and store.
 struct LaneUnits {
   int hidden_size, first, count;
   bool paired;

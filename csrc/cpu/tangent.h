@@ -303,7 +303,7 @@ class Tangent {
     const Target igates = pair(gate_row(shared_.grad_igates, t, slot), ld_g_);
     const Target hgates = pair(gate_row(shared_.grad_hgates, t, slot), ld_g_);
     const Target carried_h = pair(shared_.grad_h + 2 * slot * ld_, ld_);
-    const Target carried_c = pair(shared_.grad_c + 2 * slot * ld_, ld_);
+    const Target carried_c = kState ? pair(shared_.grad_c + 2 * slot * ld_, ld_) : Target{};
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
     const int64_t end = columns_.first(b) + columns_.size(b);
     for (int64_t u = columns_.first(b); u < end; u += kLanes) {

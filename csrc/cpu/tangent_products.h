@@ -125,8 +125,8 @@ class TangentProducts {
 
   // run(A, its leading dimension, rows, the rows of B) for the product A^T B that is the sum of gates'^T b + gates^T
   // b', of which value and tangent give a row of b and of b'.
-  template <class Value, class Tangent, class Run>
-  void by_turns(const S* gates, const Value& value, const Tangent& tangent, const Run& run) const {
+  template <class Values, class Tangents, class Run>
+  void by_turns(const S* gates, const Values& value, const Tangents& tangent, const Run& run) const {
     static_assert(WeightGradient<S>::kDepth % 2 == 0 && DiagonalGradient<S>::kDepth % 2 == 0, "whole pairs at a time");
     run(gates, ld_, 2 * s_.rows, [&](int64_t first, int64_t count, const S** rows) {
       for_rows(s_, first / 2, count / 2, [&](int64_t i, int64_t t, int64_t slot) {

@@ -119,7 +119,7 @@ class TangentWorkspace {
     if (!layer.backward) return s;
     s.t_saved = carver.take<S>(N * cell.saved * H);
     s.grad_h = carver.take<S>(B * 2 * ld_states());
-    s.grad_c = carver.take<S>(B * 2 * ld_states());
+    if (cell.states > 1) s.grad_c = carver.take<S>(B * 2 * ld_states());
     s.grad_igates = carver.take<S>(N * 2 * ld_gates());
     s.grad_hgates = cell.split_gates ? carver.take<S>(N * 2 * ld_gates()) : s.grad_igates;
     if (!cell.diagonal) {
@@ -140,8 +140,9 @@ class TangentWorkspace {
   Own carve_own(Carver& carver) const {
     Own o{};
     if (!layer.backward) return o;
-    o.panels = carver.take<S>(WeightGradient<S>::panel_units(std::max(layer.input_size, layer.hidden_size)));
-    o.grad_input = carver.take<S>(kRowsAtOnce * kMaxVectors * kLanes);
+    if (layer.direction[0].t_grad_w_hh)
+      o.panels = carver.take<S>(WeightGradient<S>::panel_units(std::max(layer.input_size, layer.hidden_size)));
+    if (layer.t_grad_input.data) o.grad_input = carver.take<S>(kRowsAtOnce * kMaxVectors * kLanes);
     return o;
   }
 };

@@ -1,5 +1,5 @@
-// Owns: what the operators on the CPU need that leave the products over all steps to ATen: one row for each step of
-// each row of the batch, in the tensors' own order. Must not know: engines, equations.
+// Owns: what the operators on the CPU need that leave products over all steps, all or some of them, to ATen: one row
+// for each step of each row of the batch, in the tensors' own order. Must not know: engines, equations.
 #pragma once
 
 #include "host_cpu.h"

@@ -1,6 +1,6 @@
-// Owns: the operators <cell>_jvp and <cell>_backward_jvp on the CPU: the call of the engine, and beforehand what the
-// tangents of weights and biases give to those of the gates.
-// Must not know: equations, loops over time.
+// Owns: the operators <cell>_jvp and <cell>_backward_jvp on the CPU: the call of the engine, and beforehand, by ATen
+// over all steps, what the tangents of weights and biases give to those of the gates, and the gates themselves where
+// the cell has no tangent of its own. Must not know: equations, loops over time.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -54,12 +54,11 @@ class TangentLayer {
         h0_{layer_.h0, contiguous_or_undefined(t_h0)},
         c0_{layer_.c0, contiguous_or_undefined(t_c0)},
         saved_(saved),
-        lengths_(arguments.lengths),
-        gaps_(lengths_.has_value()) {
+        lengths_(arguments.lengths) {
     const Tensor& like = layer_.input;
-    const bool two_states = g_.info.states == 2;
-    output_ = {contiguous_features(output), empty_steps(g_, like, g_.directions * g_.output_size, gaps_)};
-    if (two_states) c_ = {contiguous_features(c), empty_steps(g_, like, g_.directions * g_.hidden_size, gaps_)};
+    const bool two_states = g_.info.states == 2, gaps = lengths_.has_value();
+    output_ = {contiguous_features(output), empty_steps(g_, like, g_.directions * g_.output_size, gaps)};
+    if (two_states) c_ = {contiguous_features(c), empty_steps(g_, like, g_.directions * g_.hidden_size, gaps)};
     t_h_n_ = at::empty_like(layer_.h0);
     t_c_n_ = two_states ? at::empty_like(layer_.c0) : Tensor();
     input_ = {layer_.input, t_input ? contiguous_features(*t_input) : Tensor()};
@@ -104,7 +103,7 @@ class TangentLayer {
     const DualTensor grad_output = steps_pair(grads[0], t_grads[0]), grad_h_n = contiguous_pair(grads[1], t_grads[1]);
     const DualTensor grad_c_n = contiguous_pair(grads[2], t_grads[2]), grad_c = steps_pair(grads[3], t_grads[3]);
     const bool two_states = g_.info.states == 2;
-    Tensor t_grad_input = mask[0] ? empty_steps(g_, like, g_.input_size, gaps_) : nothing();
+    Tensor t_grad_input = mask[0] ? empty_steps(g_, like, g_.input_size, /*gaps=*/lengths_.has_value()) : nothing();
     Tensor t_grad_h0 = at::empty_like(layer_.h0), t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
     std::vector<Tensor> t_grad_weights;
     if (mask[3])
@@ -225,7 +224,6 @@ class TangentLayer {
   const DualTensor h0_, c0_;
   const Tensor saved_;
   const OptionalTensor lengths_;
-  const bool gaps_;
   DualTensor output_, c_, input_;
   std::vector<DualTensor> weights_;
   std::vector<Tensor> gates_;

@@ -7,14 +7,13 @@ layer's number behind.
 
 from __future__ import annotations
 
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .modules import initial_norm, new_norm, norm_names
+from .modules import draw_parameters, new_norm, norm_names
 
 # What a torch.nn cell's state, or an old one, may lack.
 _DEFAULTS = {"zoneout": 0.0, "layer_norm": False, "backend": None}
@@ -93,12 +92,7 @@ class _Cell(nn.RNNCellBase):
 
     def reset_parameters(self) -> None:
         """Draw the parameters as torch.nn does; norms start from 1, or 0 as a bias, and are not drawn."""
-        bound = 1 / sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm"):
-                nn.init.constant_(parameter, initial_norm(name))
-            else:
-                nn.init.uniform_(parameter, -bound, bound)
+        draw_parameters(self, self.hidden_size)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -242,9 +236,8 @@ class GRUCell(_Cell):
         reset_after: as for :class:`rnnfast.GRU`.
 
     Raises:
-        ValueError: a zoneout outside [0, 1), an unknown backend, layer_norm with ``reset_after=False``, which is no
-            bool.
-        TypeError: layer_norm is no bool.
+        ValueError: a zoneout outside [0, 1), an unknown backend, layer_norm with ``reset_after=False``.
+        TypeError: layer_norm or reset_after is no bool.
     """
 
     reset_after: bool = True
@@ -263,7 +256,7 @@ class GRUCell(_Cell):
         reset_after: bool = True,
         backend: str | None = None,
     ) -> None:
-        functional.check_choice("reset_after", reset_after, (True, False))
+        functional.check_bools(reset_after=reset_after)
         self.reset_after = reset_after  # before the parameters, whose names ask for the cell
         super().__init__(
             self.cell,

@@ -387,15 +387,16 @@ def heads_a_call(cell: str, hidden_size: int, num_heads: int) -> int:
     every T and B.
 
     A head has a call of its own where nothing bounds the cell's state, for 0 * inf is nan, and a head that overflowed
-    would spoil the others. Otherwise who shares a call changes no bit of outputs and states: zeros add nothing, and
-    masks count a head's units in the whole layer.
+    would spoil the others. Otherwise who shares a call changes nothing but rounding, and on the CPU not even that in
+    outputs and states, unless bfloat16's products sum pairs that reach from one head into the next: zeros add nothing,
+    and masks count a head's units in the whole layer.
     """
     if not reference.find_cell(cell).bounded:
         return 1
     if hidden_size <= WHOLE_UNITS:
         return num_heads
     most = SHARED_UNITS * num_heads // hidden_size
-    return max((heads for heads in range(2, most + 1) if num_heads % heads == 0), default=1)
+    return max(heads for heads in range(1, max(1, most) + 1) if num_heads % heads == 0)
 
 
 def _joined_blocks(w_hh: Tensor, num_heads: int) -> Tensor:

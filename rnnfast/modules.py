@@ -222,12 +222,7 @@ class _Layers(nn.RNNBase):
 
     def reset_parameters(self) -> None:
         """Draw the parameters as torch.nn does; norms start from 1, or 0 as a bias, and are not drawn."""
-        bound = 1 / sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm"):
-                nn.init.constant_(parameter, initial_norm(name))
-            else:
-                nn.init.uniform_(parameter, -bound, bound)
+        draw_parameters(self, self.hidden_size)
 
     def flatten_parameters(self) -> None:
         """Do nothing: the parameters are used where they are."""
@@ -641,11 +636,20 @@ def norm_names(cell: str) -> tuple[str, ...]:
 def new_norm(name: str, w_ih: Tensor, hidden_size: int) -> nn.Parameter:
     """The parameter of that name as it starts, beside ``w_ih [gates * hidden_size, input_size]``."""
     units = hidden_size if name.startswith(("norm_weight_c", "norm_bias_c")) else w_ih.shape[0]
-    return nn.Parameter(w_ih.new_full((units,), initial_norm(name)))
+    return nn.Parameter(w_ih.new_full((units,), _initial_norm(name)))
 
 
-def initial_norm(name: str) -> float:
-    """What a parameter of layer normalisation starts from."""
+def draw_parameters(module: nn.Module, hidden_size: int) -> None:
+    """Draw the parameters as torch.nn does, but for the norms, which start from what they always start from."""
+    bound = 1 / sqrt(hidden_size) if hidden_size > 0 else 0.0
+    for name, parameter in module.named_parameters():
+        if name.startswith("norm"):
+            nn.init.constant_(parameter, _initial_norm(name))
+        else:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+def _initial_norm(name: str) -> float:
     return 0.0 if name.startswith("norm_bias") else 1.0
 
 

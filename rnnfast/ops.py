@@ -66,8 +66,8 @@ def layer(
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
-            fit, noise that is no probability below 1, layer_norm for a cell that has none, another ``save`` or
-            ``backend``.
+            fit, noise that is neither a probability below 1 nor a first unit, layer_norm for a cell that has none,
+            another ``save`` or ``backend``.
         RuntimeError: a shape or a device that it does not take, such as CUDA where the extension was built without; a
             tensor of another dtype than the input; lengths outside [0, T] (on the CPU; elsewhere they are clamped, for
             a check would wait for the device).

@@ -160,7 +160,7 @@ class Noise(NamedTuple):
                 return None
             if seed is None:
                 return torch.tensor(probability, dtype=dtype)
-            unit = int(self.first_unit) + torch.arange(units, device=seed.device)
+            unit = (int(self.first_unit) + torch.arange(units, device=seed.device)) & (2**32 - 1)
             fours = torch.arange((steps + 3) // 4, device=seed.device).view(-1, 1, 1)
             words = philox(unit, fours, 2 * purpose + reverse, seed.unsqueeze(1))  # each of the next of four steps
             numbers = torch.stack(words, 1).flatten(0, 1)[:steps]
@@ -246,8 +246,8 @@ def layer(
     All floating tensors share one dtype. For the 16-bit ones sums, nonlinearities and the cell state are float32, and
     h is rounded at every step. Under autocast the layer runs in autocast's dtype.
 
-    Raises ValueError for another cell, batch_sizes that do not fit, noise that is no probability below 1 or
-    layer_norm for a cell that has none,
+    Raises ValueError for another cell, batch_sizes that do not fit, noise that is neither a probability below 1 nor a
+    first unit, or layer_norm for a cell that has none,
     RuntimeError for a tensor of another dtype than the input or recurrent dropout without a seed, and for another shape
     what the operations of torch raise.
     """

@@ -290,12 +290,22 @@ def test_a_variant_compiled(name: str, options: dict[str, Any], device: str) -> 
             ValueError,
             "layer_norm: expected False with the cell gru_reset_before, got True",
         ),
+        ("GRUCell", {"reset_after": 1}, TypeError, "reset_after: expected a bool, got 1"),
         ("LSTMCell", {"recurrent_dropout": 0.5}, TypeError, "recurrent_dropout"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         getattr(rnnfast, name)(4, 5, **options)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_without_units(name: str) -> None:
+    """torch.nn has it, too."""
+    state = flatten(getattr(rnnfast, name)(3, 0)(torch.randn(2, 3)))
+    assert [part.shape for part in state] == [
+        part.shape for part in flatten(getattr(torch.nn, name)(3, 0)(torch.randn(2, 3)))
+    ]
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell"])

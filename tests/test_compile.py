@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast import ops
+from rnnfast import functional, ops
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the reference formula is a loop, which a graph unrolls")
 
@@ -64,10 +64,15 @@ def test_one_recompilation_at_most(name: str, sequences: bool, device: str) -> N
     assert graphs.frame_count <= 2
 
 
-def test_heads(device: str) -> None:
-    """Which heads share a call depends on neither batch nor steps, so on no compilation."""
+@pytest.mark.parametrize("whole_units", [functional.WHOLE_UNITS, 0])
+def test_heads(device: str, whole_units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which heads share a call depends on neither batch nor steps, so on no compilation: all of them, or pairs."""
     torch._dynamo.reset()
     model = Model("GRU", bidirectional=True, num_heads=4).to(device)
+    if not whole_units:
+        monkeypatch.setattr(functional, "WHOLE_UNITS", whole_units)
+        monkeypatch.setattr(functional, "SHARED_UNITS", model.recurrent.hidden_size // 2)
+        assert functional.heads_a_call("gru", model.recurrent.hidden_size, 4) == 2
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
     counts = set()

@@ -153,6 +153,49 @@ def diagonal(example: Any, tmp_path: Path) -> type[own_cell.OwnLayers]:
     return rnnfast.compile_cell(header, step=example.step, directory=directory)
 
 
+SIX_GATES = """#pragma once
+#include "activations.h"
+struct SixGates {  // h' = the mean of the gates' tanh
+  static constexpr int kGates = 6, kStates = 1, kSaved = 6;
+  static constexpr bool kSplitGates = false;
+  template <class V>
+  static RNNFAST_HOST_DEVICE void forward(const V* igates, const V* hgates, const V*, V* state, V* saved) {
+    V sum(0);
+    for (int g = 0; g < kGates; ++g) {
+      saved[g] = tanh(igates[g] + hgates[g]);
+      sum = sum + saved[g];
+    }
+    state[0] = sum * V(1.0f / kGates);
+  }
+  template <class V>
+  static RNNFAST_HOST_DEVICE void backward(const V* saved, const V*, const V*, const V* grad_state, V* grad_igates,
+                                           V* grad_hgates, V* grad_prev) {
+    for (int g = 0; g < kGates; ++g) {
+      grad_igates[g] = grad_state[0] * V(1.0f / kGates) * rnnfast::Tanh::derivative(saved[g]);
+      grad_hgates[g] = grad_igates[g];
+    }
+    grad_prev[0] = V(0);
+  }
+};
+"""
+
+
+def test_a_cell_with_many_gates(example: Any, tmp_path: Path) -> None:
+    """Units of which all gates of a block would not fit into what the engine has for them."""
+    header = tmp_path / "six_gates.h"
+    header.write_text(SIX_GATES)
+
+    def step(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
+        return ((igates + hgates).tanh().unflatten(-1, (6, -1)).mean(-2),)
+
+    cell = rnnfast.compile_cell(header, step=step, directory=Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "six gates")
+    for hidden_size in (64, 200):
+        for recompute in (False, True):
+            layer = cell(8, hidden_size, recompute=recompute)
+            for mine, other in zip(*both(layer, torch.randn(5, 70, 8)), strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.detach().abs().max()))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_diagonal_recurrence(diagonal: Any, recompute: bool) -> None:
     layer = diagonal(5, 300, num_layers=2, bidirectional=True, recompute=recompute, dtype=torch.float64)

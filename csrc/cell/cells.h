@@ -76,6 +76,9 @@ inline constexpr bool takes_layer_norm =
     !has_two_products<Cell> && !is_diagonal<Cell> && (Cell::kStates == 1 || find_hidden_gradient<Cell>(nullptr));
 #endif
 
+// As many gates as the engines have room for.
+constexpr int kMaxGates = 16;
+
 // What can be said of a cell in numbers.
 struct CellTraits {
   int gates;         // rows of W_ih are gates * H

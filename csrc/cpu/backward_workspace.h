@@ -112,7 +112,7 @@ class BackwardWorkspace {
   }
   // For recomputing.
   UnitBlocks gate_blocks(int gates) const {
-    UnitBlocks blocks = unit_blocks<S>(cell.first_gates, layer.hidden_size, Divide::rows);
+    UnitBlocks blocks = unit_blocks<S>(cell.first_gates, cell.gates, layer.hidden_size, Divide::rows);
     blocks.gates = gates;
     return blocks;
   }

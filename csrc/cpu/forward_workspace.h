@@ -73,11 +73,11 @@ class ForwardWorkspace {
   int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
   // The tile of the first product has the width that fits.
   UnitBlocks hidden_blocks(int gates) const {
-    UnitBlocks blocks = unit_blocks<S>(cell.first_gates, layer.hidden_size, plan.divide);
+    UnitBlocks blocks = unit_blocks<S>(cell.first_gates, cell.gates, layer.hidden_size, plan.divide);
     blocks.gates = gates;
     return blocks;
   }
-  UnitBlocks output_blocks() const { return unit_blocks<S>(1, layer.output_size, plan.divide); }
+  UnitBlocks output_blocks() const { return unit_blocks<S>(1, 1, layer.output_size, plan.divide); }
   // Rows whose igates are computed at once: about a quarter of a megabyte, and at least one step.
   int64_t capacity() const {
     const int64_t rows = (256 << 10) / std::max<int64_t>(1, ld_gates() * sizeof(Acc));

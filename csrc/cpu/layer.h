@@ -186,24 +186,28 @@ inline const S* previous_state(const Sequence& s, const Rows& rows, const void* 
   return rows.data ? at<const S>(rows, s, reverse ? t + 1 : t - 1, slot) : nullptr;
 }
 
-// Units a block: one vector for each gate, four vectors in all, so that a tile is one block. A small layer is one
-// block, whose gates lie side by side without padding between them.
+constexpr int kMaxBlockVectors = 4 * kMaxVectors;  // gates times vectors of a block, at most
+static_assert(kMaxGates <= kMaxBlockVectors);
+
+// Units a block: one vector for each of the `gates` that a product makes, four vectors in all, so that a tile is one
+// block. A small layer is one block, whose gates lie side by side without padding between them. all_gates: those of the
+// cell.
 template <class S>
-inline UnitBlocks unit_blocks(int gates, int64_t hidden, Divide divide) {
+inline UnitBlocks unit_blocks(int gates, int all_gates, int64_t hidden, Divide divide) {
   constexpr int kLanes = Vec<acc_t<S>>::kLanes;
   UnitBlocks blocks;
   blocks.units = hidden;
   blocks.gates = gates;
   blocks.lanes = kLanes;
-  blocks.block = kLanes * std::max(1, kMaxVectors / gates);
-  if (divide == Divide::rows && hidden <= kMaxVectors * kLanes) blocks.block = hidden;
+  blocks.block = kLanes * std::max(1, std::min(kMaxVectors / gates, kMaxBlockVectors / all_gates));
+  if (divide == Divide::rows && hidden <= kMaxVectors * kLanes && all_gates * hidden <= kMaxBlockVectors * kLanes)
+    blocks.block = hidden;
   return blocks;
 }
 // Where a share of blocks ends, in units.
 inline int64_t end_of(const UnitBlocks& blocks, const Share& share) {
   return share.begin < share.end ? blocks.first(share.end - 1) + blocks.size(share.end - 1) : 0;
 }
-constexpr int kMaxBlockVectors = 4 * kMaxVectors;  // gates times vectors of a block, at most
 
 template <class S>
 inline void zero_units(typename Product<S>::Unit* row, int64_t elements) {

@@ -90,7 +90,7 @@ RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, int64_t n, const F& add) {
   if (e < n) sums[1] = sums[1] + add(V(Acc(0)), load(x + e, n - e)) * load(kOnes.data(), n - e);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
-// The same for a few whole vectors.
+// The sum of a few whole vectors, one after the other.
 template <class S, class F, int64_t kElements>
 RNNFAST_INLINE Vec<acc_t<S>> sum_vectors(const S* x, std::integral_constant<int64_t, kElements>, const F& add) {
   using V = Vec<acc_t<S>>;
@@ -109,7 +109,7 @@ RNNFAST_INLINE void take_statistics(const S* rows, int64_t stride, Count count, 
   for (int64_t r = 0; r < count; ++r)
     sums[r] = sum_vectors(rows + r * stride, n, [mean = of.mean[r]](V sum, V x) {
       const V distance = x - mean;
-      return multiply_add(distance, distance, sum);
+      return fused(distance, distance, sum);
     });
   norm_scale(sums.means(count, n)).store(of.scale.lanes);
 }
@@ -118,7 +118,8 @@ Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, in
   using Acc = acc_t<S>;
   constexpr int64_t kLanes = Vec<Acc>::kLanes;
   Statistics<Acc> of;
-  // Of few vectors the loops over them, and the sums on their way through memory, take longer than the additions.
+  // Of few vectors, the gates of a layer with a vector of units, the loops over them, and the sums on their way through
+  // memory, take longer than the additions.
   const auto take = [&](auto n) {
     if (count == kNormRows<Acc>) {
       take_statistics(rows, stride, std::integral_constant<int64_t, kNormRows<Acc>>(), n, of);

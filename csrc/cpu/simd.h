@@ -52,7 +52,7 @@ using VecD = Vec<double>;
 // a b + c, rounded once where there is an instruction for it. For sums whose first term is a product, too: there a
 // compiler may choose which of two products it rounds, and not choose the same in every copy of a function.
 template <class T>
-RNNFAST_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+RNNFAST_INLINE Vec<T> fused(Vec<T> a, Vec<T> b, Vec<T> c) {
   using V = Vec<T>;
 #if defined(RNNFAST_HAS_AVX512)
   if constexpr (sizeof(T) == 4)

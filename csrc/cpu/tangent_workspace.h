@@ -62,7 +62,7 @@ class TangentWorkspace {
   bool projects() const { return layer.input.tangent.data != nullptr; }
 
   // A block is one vector of units, or as many as fill four vectors of gates.
-  UnitBlocks gate_blocks() const { return unit_blocks<S>(cell.gates, layer.hidden_size, plan.divide); }
+  UnitBlocks gate_blocks() const { return unit_blocks<S>(cell.gates, cell.gates, layer.hidden_size, plan.divide); }
   UnitBlocks state_blocks() const { return column_blocks(layer.hidden_size, plan.divide); }
   static UnitBlocks column_blocks(int64_t units, Divide divide) {
     UnitBlocks blocks;

@@ -49,8 +49,8 @@ void check_lengths(const Geometry& geometry, const Tensor& lengths);
 
 Save check_save(CellKind cell, int64_t save);
 
-// The probabilities of recurrent dropout and zoneout; the seeds are the caller's to enter. Throws ValueError for a
-// probability, RuntimeError for what does not go together.
+// The probabilities of recurrent dropout and zoneout, and the first unit; the seeds are the caller's to enter. Throws
+// ValueError for one of these numbers, RuntimeError for what does not go together.
 Noise check_noise(const Geometry& geometry, const Tensor& input, const OptionalTensor& seed,
                   at::ArrayRef<double> noise);
 

@@ -6,7 +6,7 @@
 namespace rnnfast {
 namespace {
 
-static_assert(OwnCell::kGates >= 1, "kGates: a cell has one gate or more");
+static_assert(OwnCell::kGates >= 1 && OwnCell::kGates <= kMaxGates, "kGates: a cell has 1 to 16 gates");
 static_assert(OwnCell::kStates == 1 || OwnCell::kStates == 2, "kStates: a cell has one state, h, or two, h and c");
 static_assert(OwnCell::kSaved >= 0, "kSaved: the number of values that forward keeps for backward");
 static_assert(OwnCell::kSplitGates || !OwnCell::kSplitGates, "kSplitGates: true or false");

@@ -353,8 +353,8 @@ int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], 
 
 }  // namespace persistent_grid
 
-// The same, where a cluster of thread blocks holds W_hh and exchanges the state through their shared memory: sm_90 and
-// later.
+// The same, where a cluster of up to 16 thread blocks holds W_hh and exchanges the state through their shared memory:
+// sm_90 and sm_100.
 namespace persistent_cluster {
 
 size_t forward_workspace_bytes(const LayerForward& layer);

@@ -107,6 +107,8 @@ class Configuration:
         )
         if dtype != "float64" and configuration.zoneout_h:  # which stops up to half of the units
             configuration = replace(configuration, hidden_size=max(hidden_size, 26))
+        if dtype != "float64" and 0 < configuration.steps * configuration.batch < 3:  # as of few units
+            configuration = replace(configuration, steps=3)
         if random.random() < 0.6 or configuration.normalised or configuration.proj_size or cell.startswith("indrnn"):
             return configuration
         heads = [n for n in range(2, configuration.hidden_size + 1) if configuration.hidden_size % n == 0]

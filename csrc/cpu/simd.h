@@ -53,7 +53,7 @@ using VecD = Vec<double>;
 // compiler may choose which of two products it rounds, and not choose the same in every copy of a function.
 template <class T>
 RNNFAST_INLINE Vec<T> fused(Vec<T> a, Vec<T> b, Vec<T> c) {
-  using V = Vec<T>;
+  using V [[maybe_unused]] = Vec<T>;
 #if defined(RNNFAST_HAS_AVX512)
   if constexpr (sizeof(T) == 4)
     return V::of(typename V::Native(_mm512_fmadd_ps(__m512(a.v), __m512(b.v), __m512(c.v))));

@@ -25,7 +25,7 @@ namespace {
 // the stream orders the steps.
 // The 1 in the launch bounds keeps ptxas from spilling registers for the sake of more blocks an SM; 0 leaves it alone.
 template <class Cell, class scalar_t, int kWidth>
-__global__ void __launch_bounds__(kThreads, is_diagonal<Cell> ? 1 : 0)
+__global__ void __launch_bounds__(kThreads, is_diagonal<Cell> || Cell::kGates == 1 ? 1 : 0)
     forward_step_kernel(const __grid_constant__ ForwardStep<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;

@@ -3,7 +3,8 @@
 //
 // A thread has whole rows. Forward's products leave all gates of some rows before the first of them is normalised,
 // where they lie, and goes on as without; what it keeps for backward are the products. From these backward normalises
-// anew, runs the cell forward, and then the way back: from h to c as h reads it, to c, to the gates, to the products.
+// anew, runs the cell forward where it knows more than h, and then the way back: from h to c as h reads it, to c, to
+// the gates, to the products.
 //
 // Included once per instruction set, after forward.h and backward.h.
 
@@ -139,6 +140,7 @@ struct Backward<Cell, S>::NormRow {
   int64_t slot, at;   // its row in buffers of the batch, and in those of all steps
   bool zero;
   const S *prev_h, *prev_c, *grad_output, *grad_cell;
+  const S* h;  // h' of a cell with one state; null: zoneout may have kept the last one in its place
   const Acc *keep_h, *keep_c;
   Acc *values, *last;              // [S, ld_h] what the cell kept; [ld_h] h' or c'
   Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
@@ -178,7 +180,7 @@ void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* prod
     rows.count = n;
     for (int half = 0; half < 2; ++half) rows.of[half] = statistics(halves + half * gates, saved_width(), n, gates);
     for (int64_t r = 0; r < n; ++r) rows.row[r] = norm_row(t, rows_.begin + first + r, halves + r * saved_width(), r);
-    forward_again(rows);
+    if (Cell::kSaved > 0 || keep_h_.on()) forward_again(rows);
     if constexpr (Cell::kStates > 1) back_to_c(rows);
     back_to_gates(rows);
     back_to_products(rows);
@@ -196,6 +198,7 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.zero = starts_from_zero(s_, t, slot, d_.reverse);
   row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
   row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
+  row.h = Cell::kStates == 1 && !keep_h_.on() ? at<const S>(d_.output, s_, t, slot) : nullptr;
   row.grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
   row.grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
@@ -300,7 +303,7 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
         Cell::candidate_backward(values, prev, grad, V::load(row.grad_output_gate + u), grads[0], grads[1], grad_prev);
         (row.zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
       } else {
-        const V state[1] = {V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
+        const V state[1] = {row.h ? load(row.h + u, n) : V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
         Cell::backward(values, prev, state, grad, grads[0], grads[1], grad_prev);
       }
       // The part that does not pass W_hh; the product is added to it.

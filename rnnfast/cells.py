@@ -7,6 +7,7 @@ layer's number behind.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .modules import draw_parameters, new_norm, norm_names
 _DEFAULTS = {"zoneout": 0.0, "layer_norm": False, "backend": None}
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(nn.RNNCellBase, ABC):
     """What RNNCell, LSTMCell and GRUCell share."""
 
     zoneout: float | tuple[float, float]
@@ -29,7 +30,6 @@ class _Cell(nn.RNNCellBase):
 
     def __init__(
         self,
-        cell: str,
         input_size: int,
         hidden_size: int,
         bias: bool,
@@ -40,23 +40,23 @@ class _Cell(nn.RNNCellBase):
         layer_norm: bool,
         backend: str | None,
     ) -> None:
-        zoneout = functional.check_zoneout(cell, zoneout)
+        zoneout = functional.check_zoneout(self.cell, zoneout)
         functional.check_bools(layer_norm=layer_norm)
-        functional.check_options(cell, 1, layer_norm)
+        functional.check_options(self.cell, 1, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
         self.zoneout = zoneout
         self.layer_norm = layer_norm
         self.backend = backend
         if layer_norm:
-            for name in norm_names(cell):
+            for name in norm_names(self.cell):
                 self.register_parameter(name, new_norm(name, self.weight_ih, hidden_size))
         self._name_weights()
 
     @property
+    @abstractmethod
     def cell(self) -> str:
         """The name of its equations in :mod:`rnnfast.reference`."""
-        raise NotImplementedError
 
     def _step(self, input: Tensor, hx: functional.State | None, generator: torch.Generator | None) -> Any:
         parameters: dict[str, Any] = self._parameters
@@ -157,7 +157,6 @@ class RNNCell(_Cell):
         functional.check_choice("nonlinearity", nonlinearity, functional.NONLINEARITIES)
         self.nonlinearity = nonlinearity  # before the parameters, whose names ask for the cell
         super().__init__(
-            self.cell,
             input_size,
             hidden_size,
             bias,
@@ -210,7 +209,6 @@ class LSTMCell(_Cell):
         backend: str | None = None,
     ) -> None:
         super().__init__(
-            self.cell,
             input_size,
             hidden_size,
             bias,
@@ -259,7 +257,6 @@ class GRUCell(_Cell):
         functional.check_bools(reset_after=reset_after)
         self.reset_after = reset_after  # before the parameters, whose names ask for the cell
         super().__init__(
-            self.cell,
             input_size,
             hidden_size,
             bias,

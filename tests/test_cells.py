@@ -147,7 +147,8 @@ def test_a_variant_step_by_step_is_the_layer_in_evaluation(
 
 @each_variant
 def test_a_variant_s_one_step_is_the_layer_s_in_training(name: str, options: dict[str, Any], device: str) -> None:
-    """The same bits, with the masks that a generator gives; an unbatched row has those of a batch of one."""
+    """The same bits, with the masks that a generator gives; an unbatched row has those of its batch.
+    1e-12: the product of one row may sum in another order, which in float64 leaves a few 1e-16."""
     cell, layer = cell_and_layer(name, options, device=device)
     x, h = (torch.randn(3, size, device=device, dtype=torch.float64) for size in (4, 5))
     hx = (h, h + 1) if name == "LSTMCell" else h
@@ -310,7 +311,8 @@ def test_a_cell_without_units(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell"])
 def test_recurrent_dropout_by_hand(name: str, device: str) -> None:
-    """What the documentation of the cells says to do."""
+    """What the documentation of the cells says to do. 1e-12: float64's rounding over six steps of five units; another
+    mask would show far above."""
     cell, layer = cell_and_layer(name, {}, device=device)
     layer.recurrent_dropout = 0.5
     input = torch.randn(6, 3, 4, device=device, dtype=torch.float64)

@@ -196,7 +196,8 @@ def test_operators_against_reference(sample: Sample, device: str) -> None:
 @needs_operators
 @each_cell
 def test_masks_do_not_depend_on_who_draws(cell: str) -> None:
-    """Threads that divide rows or units, and instruction sets: what is exact stays so bit for bit."""
+    """Threads that divide rows or units, and instruction sets: what is exact stays so bit for bit. 1e-12 of a tensor's
+    largest element: instruction sets sum in other orders, and an element near zero is a sum of some that are not."""
     assert ops.extension is not None
     one = Sample(
         cell, steps=9, batch=4, input_size=40, hidden_size=96, directions=2, form="lengths", row_lengths=(9, 2, 9, 5)
@@ -212,7 +213,6 @@ def test_masks_do_not_depend_on_who_draws(cell: str) -> None:
                 assert all(torch.equal(a, b) for r in results[-2:] for a, b in zip(r, results[-3], strict=True))
             for result in results[1:]:
                 for got, expected in zip(result, results[0], strict=True):
-                    # An element near zero is a sum of some that are not, each with its rounding.
                     largest = max(1.0, float(expected.detach().abs().max()))
                     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * largest)
 

@@ -275,6 +275,7 @@ def layer(
     # Packed rows are the general form: a padded sequence has B of them at every step.
     shape = input.shape[:-1]
     sizes = [batch] * shape[0] if batch_sizes is None else _living_rows(batch_sizes, batch, shape[0])
+    sizes = sizes or [0]  # without steps, one without rows: the results still have gradients for all that is given
     alive = None
     if lengths is not None:
         alive = torch.arange(shape[0], device=input.device).unsqueeze(1) < lengths.to(input.device)  # [T, B]

@@ -64,7 +64,8 @@ class _Cell(nn.RNNCellBase, ABC):
             weights = [parameters[name] for name in self._names]  # half a microsecond a weight less than an attribute
         except KeyError:  # a parametrization or weight_norm keeps some elsewhere
             weights = [getattr(self, name) for name in self._names]
-        if not self.zoneout and not self.layer_norm:  # a call of a few microseconds, where keywords count
+        # A call of a few microseconds, where keywords count.
+        if not self.zoneout and not self.layer_norm and generator is None:
             return functional.step(self.cell, input, hx, weights, backend=self.backend)
         return functional.step(
             self.cell,

@@ -119,6 +119,7 @@ def recurrent(
         TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
     """
     check_options(cell, num_heads, layer_norm)
+    _check_generator(generator)
     w_ih, w_hh = weights[0][:2]
     batch_sizes = sorted_indices = unsorted_indices = None
     batched = True
@@ -250,6 +251,7 @@ def step(
     wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
     """
     w_ih = weights[0]
+    _check_generator(generator)
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     batched = input.dim() == 2
@@ -478,6 +480,11 @@ def _check_input(input: Tensor, w_ih: Tensor, dtype_error: type[Exception]) -> N
         raise dtype_error(f"input: expected the weights' dtype {w_ih.dtype}, got {input.dtype}")
     if input.device != w_ih.device:
         raise RuntimeError(f"input: expected the weights' device {w_ih.device}, got {input.device}")
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _pair(hx: State) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,9 @@ class _Layers(nn.RNNBase):
         if not functional.is_probability(recurrent_dropout):
             raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
         zoneout = functional.check_zoneout(mode.lower(), zoneout)
-        if isinstance(proj_size, Integral) and not 0 <= proj_size < hidden_size:
+        if not isinstance(proj_size, Integral):
+            raise TypeError(f"proj_size: expected an int, got {proj_size!r}")
+        if not 0 <= proj_size < hidden_size:
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )

@@ -61,7 +61,13 @@ def test_projection_size(proj_size: int) -> None:
     assert exception_of(lambda: nn.LSTM(3, 4, proj_size=proj_size)) is ValueError
     with pytest.raises(ValueError, match=rf"proj_size: expected 0 .* to hidden_size - 1 = 3, got {proj_size}"):
         rnnfast.LSTM(3, 4, proj_size=proj_size)
-    assert exception_of(lambda: nn.LSTM(3, 4, proj_size=1.5)) is exception_of(lambda: rnnfast.LSTM(3, 4, proj_size=1.5))
+
+
+@pytest.mark.parametrize("proj_size", [1.5, None, "2"])
+def test_projection_size_is_an_int(proj_size: Any) -> None:
+    assert exception_of(lambda: nn.LSTM(3, 4, proj_size=proj_size)) is TypeError
+    with pytest.raises(TypeError, match=f"proj_size: expected an int, got {proj_size!r}"):
+        rnnfast.LSTM(3, 4, proj_size=proj_size)
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU"])
@@ -180,6 +186,18 @@ def test_weights_of_another_dtype_raise_torch_s_own_error(name: str) -> None:
 def test_no_tensor(name: str) -> None:
     with pytest.raises(TypeError, match="input: expected a Tensor or a PackedSequence, got list"):
         getattr(rnnfast, name)(3, 4)([1.0, 2.0])
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "IndRNN", "RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("zoneout", [0.0, 0.1])
+def test_generator(name: str, backend: str, zoneout: float) -> None:
+    """Also where nothing is drawn from it."""
+    module = getattr(rnnfast, name)(3, 4, zoneout=zoneout, backend=backend)
+    for generator, got in ((3, "int"), ("cpu", "str")):
+        with pytest.raises(TypeError, match=f"generator: expected a torch.Generator or None, got {got}"):
+            module(X[0], generator=generator)
+    module(X[0], generator=torch.Generator())
 
 
 @each_layer

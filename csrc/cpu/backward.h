@@ -3,11 +3,11 @@
 //
 // The loop goes from the last step to the first: the cell turns the gradient of a step's state into the gradients of
 // its gates, and one product with W_hh carries them to the step before. The gradients of the input and of the weights
-// come behind it, from products_over_steps.h. Where forward kept no gates they are computed again, for a window of
+// come behind it, from backward_products.h. Where forward kept no gates they are computed again, for a window of
 // steps at a time right before the loop reads them: every h is known, so that is two products, and the window stays in
 // the cache. A cell with two products a step goes back through the second between the cell and the first.
 //
-// Included once per instruction set, after products_over_steps.h.
+// Included once per instruction set, after backward_products.h.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -26,26 +26,21 @@ class Backward {
   using Workspace = BackwardWorkspace<S>;
   using Shared = typename Workspace::Shared;
   using Own = typename Workspace::Own;
-  static constexpr int64_t kRowsAtOnce = Workspace::kRowsAtOnce;
 
  public:
   static size_t workspace_bytes(const LayerBackward& layer, int threads) {
-    return Workspace(layer, traits_of<Cell>, threads).bytes();
+    return bytes_of(Workspace(layer, traits_of<Cell>, threads));
   }
 
   static void run(const LayerBackward& layer, void* workspace, int threads) {
     const Workspace sizes(layer, traits_of<Cell>, threads);
     Barrier barriers[2];
-    run_team(sizes.plan.threads, [&](int rank, int size) {
-      FlushDenormals flush;
-      Shared shared[2];
-      Own own;
-      sizes.carve(workspace, rank, shared, own);
+    run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
       for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
-        Backward(sizes, layer.direction[d], member, shared[d], own).run();
+        Backward(sizes, layer.direction[d], member, pieces.shared[d], pieces.own).run();
       });
     });
-    ProductsOverSteps<S>::run(sizes, workspace);
+    BackwardProducts<S>::run(sizes, workspace);
   }
 
  private:
@@ -58,18 +53,20 @@ class Backward {
         sizes_(sizes),
         shared_(shared),
         own_(own),
-        outputs_(Workspace::column_blocks(l_.output_size, member.divide, member.size)),
-        hidden_(Workspace::column_blocks(l_.hidden_size, member.divide, member.size)),
+        outputs_(column_blocks<S>(l_.output_size, member.divide, member.size)),
+        hidden_(column_blocks<S>(l_.hidden_size, member.divide, member.size)),
         w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), kFirst * l_.hidden_size, shared_.w_hh),
-        w_second_(outputs_, behind_first(d_.weights.w_hh, l_.output_size), (G - kFirst) * l_.hidden_size,
-                  shared_.w_second),
+        w_second_(outputs_, second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
+                  (G - kFirst) * l_.hidden_size, shared_.w_second),
         w_hr_(hidden_, static_cast<const S*>(d_.weights.w_hr), l_.output_size, shared_.w_hr),
         w_ih_again_(sizes_.gate_blocks(G), static_cast<const S*>(d_.weights.w_ih), product_bias(d_.weights.b_ih),
                     l_.input_size, shared_.forward_ih, shared_.bias_ih),
         w_hh_again_(sizes_.gate_blocks(kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
                     l_.output_size, shared_.forward_hh, shared_.bias_hh),
-        w_second_again_(sizes_.gate_blocks(G - kFirst), behind_first(d_.weights.w_hh, l_.output_size),
-                        behind_first(d_.weights.b_hh, 1), l_.output_size, shared_.forward_second, shared_.bias_second),
+        w_second_again_(sizes_.gate_blocks(G - kFirst),
+                        second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
+                        second_rows<Cell, S>(d_.weights.b_hh, l_.hidden_size, 1), l_.output_size,
+                        shared_.forward_second, shared_.bias_second),
         saved_(static_cast<const S*>(direction.saved)),
         window_(member.divide == Divide::units ? shared.saved : own.saved),
         rows_(row_share(s_, member)),
@@ -102,11 +99,6 @@ class Backward {
     m_.wait_step();
     finish();
     if (sums_.wanted()) add_norm_sums();
-  }
-
-  // The rows of a weight that belong to the second product.
-  const S* behind_first(const void* weight, int64_t width) const {
-    return weight ? static_cast<const S*>(weight) + kFirst * l_.hidden_size * width : nullptr;
   }
 
   int64_t time(int64_t s) const { return d_.reverse ? s_.steps - 1 - s : s; }
@@ -418,8 +410,8 @@ class Backward {
     const S* c = Cell::kStates > 1 ? at<const S>(d_.c, s_, t, slot) : nullptr;
     const S* prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
     const S* prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
-    const S* grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
-    const S* grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
+    const S* grad_output = at<const S>(d_.grad_output, s_, t, slot);
+    const S* grad_cell = at<const S>(d_.grad_c, s_, t, slot);
     Operand* igates = shared_.igates + row * ld_g_;
     Operand* hgates = shared_.hgates + row * ld_g_;
     const Acc* keep_h = kVaried && !shared_.outputs ? keep_h_.row(slot) : nullptr;
@@ -431,7 +423,7 @@ class Backward {
         V grad_igates[G], grad_hgates[G], grad_prev[2], kept[2] = {V(Acc(0)), V(Acc(0))};
         for (int k = 0; k < Cell::kSaved; ++k) values[k] = load(saved + k * H + u, n);
         Acc* carried_h = shared_.grad_h + slot * ld_p_ + u;
-        Acc* carried_c = shared_.grad_c + slot * ld_h_ + u;
+        Acc* carried_c = Cell::kStates > 1 ? shared_.grad_c + slot * ld_h_ + u : nullptr;
         if (shared_.outputs) {
           grad[0] = V::load(shared_.grad_hidden + slot * ld_h_ + u);
         } else {

@@ -1,19 +1,20 @@
 // Owns: backward's sizes and its workspace: what the threads of a direction share, what each thread has to itself.
 // Must not know: which cell it is, but for its numbers; equations, tensors.
 //
-// Included once per instruction set, after norm.h. Compiled once for all cells.
+// Included once per instruction set, after products_over_steps.h. Compiled once for all cells.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 template <class S>
-class BackwardWorkspace {
+class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
+  using Sizes = GradientSizes<S, LayerBackward>;
   using Unit = typename Product<S>::Unit;
   using Operand = typename Product<S>::Operand;
   using Acc = acc_t<S>;
-  static constexpr int kLanes = Vec<Acc>::kLanes;
+  using Sizes::carve_buffers, Sizes::carve_columns, Sizes::carve_hidden_sums, Sizes::carve_sums, Sizes::kLanes;
 
  public:
-  static constexpr int64_t kRowsAtOnce = 64;   // rows of a product over all steps
+  using Sizes::cell, Sizes::gates, Sizes::layer, Sizes::ld_acc, Sizes::padded_gates, Sizes::plan, Sizes::threads;
   static constexpr int64_t kWindowRows = 256;  // rows whose gates are computed again at once, or those of one step
 
   // What a direction's loop leaves, and what it needs.
@@ -39,9 +40,7 @@ class BackwardWorkspace {
     Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
     Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
   };
-  struct Own {
-    Unit* panels;           // of WeightGradient
-    Acc* grad_input;        // [kRowsAtOnce, columns of one block]
+  struct Own : Sizes::Buffers {
     Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all
     Unit* gated;            // [kRowsAtOnce, units of P]
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
@@ -51,36 +50,15 @@ class BackwardWorkspace {
     Acc* norms;             // [norm_rows, norm_vectors, ld_h] of NormRow; null without layer normalisation
   };
 
-  const LayerBackward& layer;
-  const CellTraits cell;
-  const int threads;  // the most there may be
-  const Plan plan;    // of the loop
-
   BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
-      : layer(layer),
-        cell(cell),
-        threads(threads),
-        plan(make_plan(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs(), layer.directions,
-                       layer.sequence, size_of(layer.dtype), layer.layer_norm, threads)) {}
+      : Sizes(layer, cell, layer.output_size, /*whole_rows=*/layer.layer_norm, threads) {}
 
-  // How many threads the products over all steps take: they can use some that the loop cannot.
-  int team_size() const {
-    const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
-    return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
-  }
   bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
   bool recomputes() const { return saved_width() > 0 && !layer.direction[0].saved; }
-  int64_t gates() const { return cell.gates * layer.hidden_size; }
   int64_t first_gates() const { return cell.first_gates * layer.hidden_size; }
   int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
-  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
-  // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
-  int64_t ld_gates() const {
-    const int64_t width = round_up(gates(), Product<S>::kPair), line = 64 / sizeof(Operand);
-    return layer.direction[0].grad_igates || width % (8 * line) != 0 ? width : width + line;
-  }
+  int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
-  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
   int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
   // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
@@ -92,24 +70,6 @@ class BackwardWorkspace {
     return std::max<int64_t>(1, std::min<int64_t>(kNormRows<Acc>, rows));
   }
 
-  // Four vectors of columns a block; with units divided, fewer where that shares them out more evenly.
-  static UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
-    UnitBlocks blocks;
-    blocks.units = units;
-    blocks.gates = 1;
-    blocks.lanes = kLanes;
-    blocks.block = kMaxVectors * kLanes;
-    if (divide == Divide::units) {
-      int64_t best = -1;
-      for (int vectors = kMaxVectors; vectors > 0; --vectors) {
-        const int64_t longest = divide_up(divide_up(units, vectors * kLanes), size) * vectors;
-        if (best >= 0 && longest >= best) continue;
-        best = longest;
-        blocks.block = vectors * kLanes;
-      }
-    }
-    return blocks;
-  }
   // For recomputing.
   UnitBlocks gate_blocks(int gates) const {
     UnitBlocks blocks = unit_blocks<S>(cell.first_gates, cell.gates, layer.hidden_size, Divide::rows);
@@ -117,66 +77,33 @@ class BackwardWorkspace {
     return blocks;
   }
 
-  size_t bytes() const {
-    Carver carver(nullptr);
-    Shared shared[2];
-    Own own;
-    carve(carver, 0, shared, own);
-    return carver.used();
-  }
-  // The pieces of a workspace for each direction and for a thread.
-  void carve(void* workspace, int rank, Shared (&shared)[2], Own& own) const {
-    Carver carver(workspace);
-    carve(carver, rank, shared, own);
-  }
-
- private:
-  // States that a unit sees.
-  int64_t hidden_inputs() const { return cell.diagonal ? 1 : layer.output_size; }
-
-  void carve(Carver& carver, int rank, Shared (&shared)[2], Own& own) const {
-    for (int d = 0; d < layer.directions; ++d) shared[d] = carve_shared(layer.direction[d], carver);
-    for (int r = 0; r < threads; ++r) {
-      const Own of_thread = carve_own(carver);
-      if (r == rank) own = of_thread;
-    }
-  }
-
   Shared carve_shared(const DirectionBackward& direction, Carver& carver) const {
     const int64_t N = layer.sequence.rows, B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
     const int64_t I = layer.input_size;
-    const auto columns = [&](int64_t k, int64_t n) {
-      if (ColumnMatrix<S>::in_place(N, k, n)) return static_cast<Unit*>(nullptr);
-      // The narrowest blocks a team may choose pad no more than this.
-      return carver.take<Unit>(round_up(n, kMaxVectors * kLanes) * units_of<S>(k));
-    };
-    const auto sums = [&](int64_t m, int64_t n) {
-      return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
-    };
     const auto gate_gradients = [&](void* given) {
       return given ? static_cast<Operand*>(given) : carver.take<Operand>(N * ld_gates());
     };
     Shared s{};
-    if (!cell.diagonal) s.w_hh = columns(first_gates(), P);
+    if (!cell.diagonal) s.w_hh = carve_columns(carver, first_gates(), P);
     s.grad_h = carver.take<Acc>(B * ld_acc(P));
     if (cell.states > 1) s.grad_c = carver.take<Acc>(B * ld_acc(H));
     s.igates = gate_gradients(direction.grad_igates);
     s.hgates = cell.split_gates || layer.layer_norm ? gate_gradients(direction.grad_hgates) : s.igates;
     if (cell.two_products) {
-      s.w_second = columns(gates() - first_gates(), P);
+      s.w_second = carve_columns(carver, gates() - first_gates(), P);
       s.gated = carver.take<S>(N * P);
     }
     if (projects()) {
-      s.w_hr = columns(P, H);
+      s.w_hr = carve_columns(carver, P, H);
       s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
       s.outputs = carver.take<Operand>(N * ld_outputs());
       s.hidden = carver.take<S>(N * H);
-      s.sums_hr = sums(P, H);
+      s.sums_hr = carve_sums(carver, P, H);
     }
-    if (layer.grad_input.data) s.w_ih = columns(gates(), I);
+    if (layer.grad_input.data) s.w_ih = carve_columns(carver, gates(), I);
     if (direction.grad_w_hh) {
-      s.sums_ih = sums(gates(), I);
-      s.sums_hh = cell.diagonal ? carver.take<Acc>(DiagonalGradient<S>::sum_elements(cell.gates, H)) : sums(gates(), P);
+      s.sums_ih = carve_sums(carver, gates(), I);
+      s.sums_hh = carve_hidden_sums(carver);
     }
     if (recomputes()) {
       const UnitBlocks all = gate_blocks(cell.gates), first = gate_blocks(cell.first_gates);
@@ -203,8 +130,7 @@ class BackwardWorkspace {
   Own carve_own(Carver& carver) const {
     const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size, I = layer.input_size;
     Own o{};
-    o.panels = carver.take<Unit>(WeightGradient<S>::panel_units(std::max(I, std::max(H, P))));
-    o.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
+    carve_buffers(carver, o);
     if (recomputes()) {
       constexpr int64_t kBlock = kMaxBlockVectors * kLanes;
       o.igates = carver.take<Acc>(kRowsAtOnce * (cell.two_products ? gate_blocks(cell.gates).columns() : kBlock));

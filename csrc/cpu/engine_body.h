@@ -21,9 +21,11 @@
 #include "noise.h"
 #include "norm.h"
 //
+#include "products_over_steps.h"
+//
 #include "backward_workspace.h"
 //
-#include "products_over_steps.h"
+#include "backward_products.h"
 //
 #include "backward.h"
 //

@@ -66,9 +66,9 @@ class Forward {
         w_hh_(sizes.hidden_blocks(kFirst), static_cast<const S*>(d_.weights.w_hh), product_bias(d_.weights.b_hh),
               l_.output_size, shared_.w_hh, shared_.bias_hh),
         w_second_(sizes.hidden_blocks(G - kFirst),
-                  static_cast<const S*>(d_.weights.w_hh) + kFirst * l_.hidden_size * l_.output_size,
-                  d_.weights.b_hh ? static_cast<const S*>(d_.weights.b_hh) + kFirst * l_.hidden_size : nullptr,
-                  l_.output_size, shared_.w_second, shared_.bias_second),
+                  second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
+                  second_rows<Cell, S>(d_.weights.b_hh, l_.hidden_size, 1), l_.output_size, shared_.w_second,
+                  shared_.bias_second),
         w_hr_(output_, static_cast<const S*>(d_.weights.w_hr), nullptr, l_.hidden_size, shared_.w_hr, shared_.bias_hr),
         rows_(row_share(s_, member)),
         blocks_(block_share(hidden_.count(), member)),
@@ -345,7 +345,7 @@ class Forward {
     row.hidden = shared_.hidden ? reinterpret_cast<Operand*>(shared_.hidden + slot * ld_hidden_) : nullptr;
     if constexpr (has_two_products<Cell>) row.gated = reinterpret_cast<Operand*>(shared_.gated + slot * ld_h_);
     row.output = at<S>(d_.output, s_, t, slot);
-    row.c_output = d_.c.data ? at<S>(d_.c, s_, t, slot) : nullptr;
+    row.c_output = at<S>(d_.c, s_, t, slot);
     row.saved = saved_row(s, slot);
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
     if constexpr (kVaried) {

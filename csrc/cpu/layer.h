@@ -25,6 +25,36 @@ class Carver {
   size_t used_ = 0;
 };
 
+// What one thread sees of a workspace that has pieces for each direction and for each thread.
+template <class Workspace>
+struct Carved {
+  typename Workspace::Shared shared[2];
+  typename Workspace::Own own;
+
+  Carved(const Workspace& sizes, Carver& carver, int rank) {
+    for (int d = 0; d < sizes.layer.directions; ++d) shared[d] = sizes.carve_shared(sizes.layer.direction[d], carver);
+    for (int r = 0; r < sizes.threads; ++r) {
+      const auto of_thread = sizes.carve_own(carver);
+      if (r == rank) own = of_thread;
+    }
+  }
+};
+template <class Workspace>
+size_t bytes_of(const Workspace& sizes) {
+  Carver carver(nullptr);
+  Carved<Workspace>(sizes, carver, 0);
+  return carver.used();
+}
+// f(pieces, rank, size) on up to `threads` threads.
+template <class Workspace, class F>
+void run_carved(const Workspace& sizes, void* workspace, int threads, const F& f) {
+  run_team(threads, [&](int rank, int size) {
+    FlushDenormals flush;
+    Carver carver(workspace);
+    f(Carved<Workspace>(sizes, carver, rank), rank, size);
+  });
+}
+
 // How a team divides the work of one direction.
 enum class Divide {
   rows,   // each thread its own rows of the batch, all steps, no barrier
@@ -171,9 +201,10 @@ inline void for_rows(const Sequence& s, int64_t first, int64_t count, const F& f
   }
 }
 
+// Null without data, as a tensor of rows without elements has none.
 template <class S>
 inline S* at(const Rows& rows, const Sequence& s, int64_t t, int64_t slot) {
-  return static_cast<S*>(rows.data) + rows.at(s, t, slot);
+  return rows.data ? static_cast<S*>(rows.data) + rows.at(s, t, slot) : nullptr;
 }
 
 // The state before step t, null where it is zero: without data, without `first` [B, width], behind a reset.
@@ -183,7 +214,7 @@ inline const S* previous_state(const Sequence& s, const Rows& rows, const void* 
   if (starts_from_zero(s, t, slot, reverse)) return nullptr;
   if (!has_previous(s, t, slot, reverse))
     return first ? static_cast<const S*>(first) + s.batch_row(slot) * width : nullptr;
-  return rows.data ? at<const S>(rows, s, reverse ? t + 1 : t - 1, slot) : nullptr;
+  return at<const S>(rows, s, reverse ? t + 1 : t - 1, slot);
 }
 
 constexpr int kMaxBlockVectors = 4 * kMaxVectors;  // gates times vectors of a block, at most
@@ -204,9 +235,35 @@ inline UnitBlocks unit_blocks(int gates, int all_gates, int64_t hidden, Divide d
     blocks.block = hidden;
   return blocks;
 }
+// Columns of a product with a weight as it lies: four vectors a block; with units divided, fewer where that shares them
+// out more evenly.
+template <class S>
+inline UnitBlocks column_blocks(int64_t units, Divide divide, int size) {
+  constexpr int kLanes = Vec<acc_t<S>>::kLanes;
+  UnitBlocks blocks;
+  blocks.units = units;
+  blocks.lanes = kLanes;
+  blocks.block = kMaxVectors * kLanes;
+  if (divide == Divide::rows) return blocks;
+  int64_t best = -1;
+  for (int vectors = kMaxVectors; vectors > 0; --vectors) {
+    const int64_t longest = divide_up(divide_up(units, vectors * kLanes), size) * vectors;
+    if (best >= 0 && longest >= best) continue;
+    best = longest;
+    blocks.block = vectors * kLanes;
+  }
+  return blocks;
+}
 // Where a share of blocks ends, in units.
 inline int64_t end_of(const UnitBlocks& blocks, const Share& share) {
   return share.begin < share.end ? blocks.first(share.end - 1) + blocks.size(share.end - 1) : 0;
+}
+
+// The rows of a weight [G*H, width] that belong to a cell's second product; null without one, or without the weight.
+template <class Cell, class S>
+inline const S* second_rows(const void* weight, int64_t hidden, int64_t width) {
+  if (!has_two_products<Cell> || !weight) return nullptr;
+  return static_cast<const S*>(weight) + first_gates<Cell> * hidden * width;
 }
 
 template <class S>

@@ -1,152 +1,186 @@
-// Owns: what backward has left to do when its loop is through: the gradient of the input and the weight gradients, one
-// product over all steps each.
-// Must not know: which cell it is, but for its numbers; equations, tensors.
+// Owns: what backward and backward along a tangent have in common: sizes of a layer, and the products over all steps
+// that a loop leaves, the gradients of the input and of the weights.
+// Must not know: which cell it is, but for its numbers; which of the products are wanted; equations, tensors.
 //
-// Included once per instruction set, after backward_workspace.h. Compiled once for all cells.
+// Included once per instruction set, after layer.h. Compiled once for all cells.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-template <class S>
+constexpr int64_t kRowsAtOnce = 64;  // rows of a product over several steps
+
+// The sizes, and how the parts of a workspace are carved that both have.
+template <class S, class Layer>
+class GradientSizes {
+  using Unit = typename Product<S>::Unit;
+  using Operand = typename Product<S>::Operand;
+  using Acc = acc_t<S>;
+
+ public:
+  static constexpr int kLanes = Vec<Acc>::kLanes;
+
+  // What a thread has for the products.
+  struct Buffers {
+    Unit* panels;     // of WeightGradient
+    Acc* grad_input;  // [kRowsAtOnce, columns of one block]
+  };
+
+  const Layer& layer;
+  const CellTraits cell;
+  const int64_t output_size;  // P
+  const int threads;          // the most there may be
+  const Plan plan;            // of the loop
+
+  GradientSizes(const Layer& layer, const CellTraits& cell, int64_t output_size, bool whole_rows, int threads)
+      : layer(layer),
+        cell(cell),
+        output_size(output_size),
+        threads(threads),
+        plan(make_plan(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs(), layer.directions,
+                       layer.sequence, sizeof(S), whole_rows, threads)) {}
+
+  // How many threads the products over all steps take: they can use some that the loop cannot.
+  int team_size() const {
+    const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
+    return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
+  }
+  int64_t gates() const { return cell.gates * layer.hidden_size; }
+  // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
+  // two apart would meet in one set of the cache, so such rows lie a cache line further apart.
+  int64_t padded_gates() const {
+    const int64_t width = round_up(gates(), Product<S>::kPair), line = 64 / sizeof(Operand);
+    return width % (8 * line) != 0 ? width : width + line;
+  }
+  static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
+
+ protected:
+  // The column panels of a weight [k, n]; null: it is used in place.
+  Unit* carve_columns(Carver& carver, int64_t k, int64_t n) const {
+    if (ColumnMatrix<S>::in_place(layer.sequence.rows, k, n)) return nullptr;
+    // The narrowest blocks a team may choose pad no more than this.
+    return carver.take<Unit>(round_up(n, kMaxVectors * kLanes) * units_of<S>(k));
+  }
+  // The sums of a weight gradient [m, n]; null: they are made in place.
+  static Acc* carve_sums(Carver& carver, int64_t m, int64_t n) {
+    return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
+  }
+  // That of W_hh.
+  Acc* carve_hidden_sums(Carver& carver) const {
+    if (!cell.diagonal) return carve_sums(carver, gates(), output_size);
+    return carver.take<Acc>(DiagonalGradient<S>::sum_elements(cell.gates, layer.hidden_size));
+  }
+  void carve_buffers(Carver& carver, Buffers& buffers) const {
+    const int64_t widest = std::max({layer.input_size, layer.hidden_size, output_size});
+    buffers.panels = carver.take<Unit>(WeightGradient<S>::panel_units(widest));
+    buffers.grad_input = carver.take<Acc>(kRowsAtOnce * kMaxVectors * kLanes);
+  }
+
+ private:
+  // States that a unit sees.
+  int64_t hidden_inputs() const { return cell.diagonal ? 1 : output_size; }
+};
+
+// One thread's part of the products: gradients of the input, of a weight, of W_hh, of the biases.
+template <class S, class Layer>
 class ProductsOverSteps {
-  using Workspace = BackwardWorkspace<S>;
+  using Sizes = GradientSizes<S, Layer>;
   using Unit = typename Product<S>::Unit;
   using Operand = typename Product<S>::Operand;
   using Acc = acc_t<S>;
   using V = Vec<Acc>;
   static constexpr int kLanes = V::kLanes;
-  static constexpr int64_t kRowsAtOnce = Workspace::kRowsAtOnce;
 
  public:
-  static void run(const Workspace& sizes, void* workspace) {
-    Barrier everyone;
-    run_team(sizes.team_size(), [&](int rank, int size) {
-      FlushDenormals flush;
-      typename Workspace::Shared shared[2];
-      typename Workspace::Own own;
-      sizes.carve(workspace, rank, shared, own);
-      const ProductsOverSteps products(sizes, shared, own, rank, size);
-      if (sizes.layer.grad_input.data) products.grad_input(everyone);
-      for (int d = 0; d < sizes.layer.directions; ++d)
-        if (sizes.layer.direction[d].grad_w_hh) products.grad_weights(sizes.layer.direction[d], shared[d]);
-    });
-  }
+  // Gradients of gates, or of projected outputs.
+  struct Gradients {
+    const Operand* data;  // [rows, ld]
+    int64_t ld, rows;
+  };
+  struct InputTerm {
+    const void* w_ih;      // [G*H, I]
+    Unit* packed;          // its column panels; null: in place
+    const Operand* gates;  // [N, ld] gradients
+  };
 
- private:
-  ProductsOverSteps(const Workspace& sizes, const typename Workspace::Shared (&shared)[2],
-                    const typename Workspace::Own& own, int rank, int size)
-      : l_(sizes.layer),
-        s_(sizes.layer.sequence),
-        sizes_(sizes),
-        shared_(shared),
-        own_(own),
-        rank_(rank),
-        size_(size),
-        gates_(sizes.gates()),
-        ld_g_(sizes.ld_gates()) {}
+  ProductsOverSteps(const Sizes& sizes, const typename Sizes::Buffers& own, int rank, int size)
+      : sizes_(sizes), s_(sizes.layer.sequence), own_(own), rank_(rank), size_(size) {}
 
-  // The sum over directions of igates W_ih, a slice of rows a thread.
-  void grad_input(Barrier& everyone) const {
-    const UnitBlocks blocks = Workspace::column_blocks(l_.input_size, Divide::rows, 1);
-    const auto weights = [&](int d) {
-      return ColumnMatrix<S>(blocks, static_cast<const S*>(l_.direction[d].weights.w_ih), gates_, shared_[d].w_ih);
+  // to = the sum over the terms of gates W_ih, a slice of rows a thread.
+  void input(const InputTerm* terms, int count, int64_t ld, const Rows& to, Barrier& everyone) const {
+    const UnitBlocks blocks = column_blocks<S>(sizes_.layer.input_size, Divide::rows, 1);
+    const auto weights = [&](const InputTerm& term) {
+      return ColumnMatrix<S>(blocks, static_cast<const S*>(term.w_ih), sizes_.gates(), term.packed);
     };
     const Share pack(blocks.count(), rank_, size_);
-    for (int d = 0; d < l_.directions; ++d)
-      for (int64_t b = pack.begin; b < pack.end; ++b) weights(d).prepare(b);
+    for (int i = 0; i < count; ++i)
+      for (int64_t b = pack.begin; b < pack.end; ++b) weights(terms[i]).prepare(b);
     everyone.wait(size_);
-    const Share rows(s_.rows, rank_, size_);
-    for_chunks(rows.begin, rows.end, kRowsAtOnce, [&](int64_t first, int64_t count) {
+    const Share slice(s_.rows, rank_, size_);
+    for_chunks(slice.begin, slice.end, kRowsAtOnce, [&](int64_t first, int64_t rows) {
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes;
-        for (int d = 0; d < l_.directions; ++d) {
+        for (int i = 0; i < count; ++i) {
           const Unit* operands[kRowsAtOnce];
-          for (int64_t i = 0; i < count; ++i)
-            operands[i] = reinterpret_cast<const Unit*>(shared_[d].igates + (first + i) * ld_g_);
-          weights(d).multiply(b, operands, count, d ? own_.grad_input : nullptr, own_.grad_input, columns);
+          for (int64_t r = 0; r < rows; ++r)
+            operands[r] = reinterpret_cast<const Unit*>(terms[i].gates + (first + r) * ld);
+          weights(terms[i]).multiply(b, operands, rows, i ? own_.grad_input : nullptr, own_.grad_input, columns);
         }
-        for_rows(s_, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-          S* to = at<S>(l_.grad_input, s_, t, slot) + blocks.first(b);
+        for_rows(s_, first, rows, [&](int64_t r, int64_t t, int64_t slot) {
+          S* row = at<S>(to, s_, t, slot) + blocks.first(b);
           for (int64_t u = 0; u < blocks.size(b); u += kLanes)
-            store(to + u, V::load(own_.grad_input + i * columns + u), blocks.size(b) - u);
+            store(row + u, V::load(own_.grad_input + r * columns + u), blocks.size(b) - u);
         });
       }
     });
   }
 
-  // The thread's rows of a weight gradient that has m of them.
+  // The thread's part of m rows of a weight gradient.
   Share slice(int64_t m) const {
     Share share(divide_up(m, kLanes), rank_, size_);
     share.begin *= kLanes;
     share.end = std::min(m, share.end * kLanes);
     return share;
   }
-
-  void grad_weights(const DirectionBackward& d, const typename Workspace::Shared& shared) const {
-    const int64_t I = l_.input_size, H = l_.hidden_size, P = l_.output_size;
-    const Share m = slice(gates_);
-    // The rows [begin, end) of grad = gates^T source, source [N, n].
-    const auto product = [&](const Operand* gates, int64_t ld, int64_t begin, int64_t end, int64_t n,
-                             const auto& source, Acc* sums, void* grad) {
-      WeightGradient<S>::run(gates, ld, begin, end, n, s_.rows, source, own_.panels, sums, static_cast<S*>(grad));
-    };
-    const auto inputs = [&](int64_t first, int64_t count, const S** rows) {
-      for_rows(s_, first, count,
-               [&](int64_t i, int64_t t, int64_t slot) { rows[i] = at<const S>(l_.input, s_, t, slot); });
-    };
-    const auto states = [&](int64_t first, int64_t count, const S** rows) {
-      for_rows(s_, first, count, [&](int64_t i, int64_t t, int64_t slot) {
-        rows[i] = previous_state<S>(s_, d.output, d.h0, P, t, slot, d.reverse);
-        if (!shared.mask || !rows[i]) return;
-        S* masked = own_.masked + i * P;
-        const Acc* mask = shared.mask + slot * ld_draw(P);
-        for (int64_t u = 0; u < P; u += kLanes) store(masked + u, load(rows[i] + u, P - u) * V::load(mask + u), P - u);
-        rows[i] = masked;
-      });
-    };
-    const auto compact = [](const S* data, int64_t width) {
-      return [=](int64_t first, int64_t count, const S** rows) {
-        for (int64_t i = 0; i < count; ++i) rows[i] = data + (first + i) * width;
-      };
-    };
-
-    if (I > 0) product(shared.igates, ld_g_, m.begin, m.end, I, inputs, shared.sums_ih, d.grad_w_ih);
-    if (sizes_.cell.diagonal) {
-      const Share vectors(divide_up(H, kLanes), rank_, size_);
-      DiagonalGradient<S>::run(shared.hgates, ld_g_, vectors.begin, vectors.end, sizes_.cell.gates, H, s_.rows, states,
-                               shared.sums_hh, static_cast<S*>(d.grad_w_hh));
-    } else {
-      const int64_t end = std::min(m.end, sizes_.first_gates());
-      product(shared.hgates, ld_g_, m.begin, end, P, states, shared.sums_hh, d.grad_w_hh);
-    }
-    if (sizes_.cell.two_products) {
-      const int64_t begin = std::max(m.begin, sizes_.first_gates());
-      product(shared.hgates, ld_g_, begin, m.end, P, compact(shared.gated, P), shared.sums_hh, d.grad_w_hh);
-    }
-    if (shared.outputs) {
-      const Share p = slice(P);
-      product(shared.outputs, sizes_.ld_outputs(), p.begin, p.end, H, compact(shared.hidden, H), shared.sums_hr,
-              d.grad_w_hr);
-    }
-    if (d.grad_b_ih && !l_.layer_norm) grad_biases(d, shared, m);
+  // The rows m of grad = gradients^T source; source [rows, n], as WeightGradient takes it.
+  template <class Source>
+  void weight(const Gradients& of, const Share& m, int64_t n, const Source& source, Acc* sums, void* grad) const {
+    WeightGradient<S>::run(of.data, of.ld, m.begin, m.end, n, of.rows, source, own_.panels, sums,
+                           static_cast<S*>(grad));
   }
-
-  void grad_biases(const DirectionBackward& d, const typename Workspace::Shared& shared, const Share& m) const {
-    S *of_igates = static_cast<S*>(d.grad_b_ih), *of_hgates = static_cast<S*>(d.grad_b_hh);
-    WeightGradient<S>::column_sums(shared.igates, ld_g_, m.begin, m.end, s_.rows, of_igates);
+  // That of W_hh, source [rows, P]; of a diagonal the thread's units.
+  template <class Source>
+  void hidden_weight(const Gradients& of, const Share& m, const Source& source, Acc* sums, void* grad) const {
+    if (!sizes_.cell.diagonal) return weight(of, m, sizes_.output_size, source, sums, grad);
+    const int64_t H = sizes_.layer.hidden_size;
+    const Share vectors(divide_up(H, kLanes), rank_, size_);
+    DiagonalGradient<S>::run(of.data, of.ld, vectors.begin, vectors.end, sizes_.cell.gates, H, of.rows, source, sums,
+                             static_cast<S*>(grad));
+  }
+  void biases(const Gradients& igates, const Gradients& hgates, void* grad_b_ih, void* grad_b_hh) const {
+    const Share m = slice(sizes_.gates());
+    const auto sum = [&](const Gradients& of, void* grad) {
+      WeightGradient<S>::column_sums(of.data, of.ld, m.begin, m.end, of.rows, static_cast<S*>(grad));
+    };
+    sum(igates, grad_b_ih);
     if (sizes_.cell.split_gates) {
-      WeightGradient<S>::column_sums(shared.hgates, ld_g_, m.begin, m.end, s_.rows, of_hgates);
+      sum(hgates, grad_b_hh);
     } else if (m.begin < m.end) {
-      memcpy(of_hgates + m.begin, of_igates + m.begin, (m.end - m.begin) * sizeof(S));
+      memcpy(static_cast<S*>(grad_b_hh) + m.begin, static_cast<S*>(grad_b_ih) + m.begin, (m.end - m.begin) * sizeof(S));
     }
   }
 
-  const LayerBackward& l_;
+  // A source of the rows of every step: row(i, t, slot) for the i-th that is asked for.
+  template <class F>
+  auto each_row(const F& row) const {
+    return [=, this](int64_t first, int64_t count, const S** rows) {
+      for_rows(s_, first, count, [&](int64_t i, int64_t t, int64_t slot) { rows[i] = row(i, t, slot); });
+    };
+  }
+
+ private:
+  const Sizes& sizes_;
   const Sequence& s_;
-  const Workspace& sizes_;
-  const typename Workspace::Shared (&shared_)[2];
-  const typename Workspace::Own& own_;
+  const typename Sizes::Buffers& own_;
   const int rank_, size_;
-  const int64_t gates_, ld_g_;
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -26,19 +26,15 @@ class Tangent {
 
  public:
   static size_t workspace_bytes(const LayerTangent& layer, int threads) {
-    return Workspace(layer, traits_of<Cell>, threads).bytes();
+    return bytes_of(Workspace(layer, traits_of<Cell>, threads));
   }
 
   static void run(const LayerTangent& layer, void* workspace, int threads) {
     const Workspace sizes(layer, traits_of<Cell>, threads);
     Barrier barriers[2];
-    run_team(sizes.plan.threads, [&](int rank, int size) {
-      FlushDenormals flush;
-      Shared shared[2];
-      typename Workspace::Own own;
-      sizes.carve(workspace, rank, shared, own);
+    run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
       for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
-        const Tangent direction(sizes, layer.direction[d], member, shared[d]);
+        const Tangent direction(sizes, layer.direction[d], member, pieces.shared[d]);
         direction.forward();
         if (layer.backward) direction.backward();
       });
@@ -54,11 +50,11 @@ class Tangent {
         m_(member),
         s_(l_.sequence),
         H_(l_.hidden_size),
-        ld_(sizes.ld_states()),
-        ld_g_(sizes.ld_gates()),
+        ld_(Workspace::ld_acc(H_)),
+        ld_g_(sizes.padded_gates()),
         shared_(shared),
         gates_(sizes.gate_blocks()),
-        columns_(sizes.state_blocks()),
+        columns_(column_blocks<S>(H_, member.divide, member.size)),
         w_ih_(gates_, static_cast<const S*>(d_.w_ih.value), nullptr, l_.input_size, shared.w_ih, shared.bias),
         rows_(row_share(s_, member)) {}
 
@@ -70,7 +66,7 @@ class Tangent {
   const S* previous(const Rows& rows, const void* first, int64_t t, int64_t slot) const {
     return previous_state<S>(s_, rows, first, H_, t, slot, d_.reverse);
   }
-  S* row_of(const Rows& rows, int64_t t, int64_t slot) const { return rows.data ? at<S>(rows, s_, t, slot) : nullptr; }
+  S* row_of(const Rows& rows, int64_t t, int64_t slot) const { return at<S>(rows, s_, t, slot); }
   template <class T>
   T* saved_row(T* data, int64_t t, int64_t slot) const {
     return data ? data + (s_.offset(t) + slot) * Cell::kSaved * H_ : nullptr;
@@ -131,7 +127,7 @@ class Tangent {
   // x' W_ih^T for the steps [s, returned) into the window, row after row.
   int64_t project(int64_t s, const Share& blocks) const {
     const int64_t end = std::min(s_.steps, s + sizes_.window_steps());
-    const S* rows[Workspace::kRowsAtOnce];
+    const S* rows[kRowsAtOnce];
     int64_t count = 0;
     S* to = window();
     const auto multiply = [&] {
@@ -143,7 +139,7 @@ class Tangent {
     for (; s < end; ++s)
       for (int64_t i = 0; i < living(s); ++i) {
         rows[count++] = row_of(l_.input.tangent, time(s), rows_.begin + i);
-        if (count == Workspace::kRowsAtOnce) multiply();
+        if (count == kRowsAtOnce) multiply();
       }
     multiply();
     return end;

@@ -116,7 +116,7 @@ def recurrent(
             batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
             recurrent dropout or zoneout; layer_norm comes with heads, or for a cell that has none.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
-        TypeError: an argument is no tensor, or lengths and reset are not integers and bool.
+        TypeError: an argument is no tensor, lengths and reset are not integers and bool, or generator is none.
     """
     check_options(cell, num_heads, layer_norm)
     _check_generator(generator)

@@ -20,7 +20,7 @@ class TangentWorkspace : public GradientSizes<S, LayerTangent> {
     S *w_ih, *w_hh;                // forward: in gate panels
     S* bias;                       // zeros
     S* window;                     // [B * window_steps, columns of the gates] x' W_ih^T
-    S *columns_hh, *t_columns_hh;  // backward: W_hh and its tangent in column panels
+    S *columns_hh, *t_columns_hh;  // backward: W_hh and its tangent in column panels; null: in place
     S *columns_ih, *t_columns_ih;  // and W_ih, for the gradient of the input
     S* zeros;                      // [H]
     S* t_saved;                    // [N, S*H]: written by forward, read by backward

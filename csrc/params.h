@@ -4,7 +4,7 @@
 //
 // Sizes: T steps, B rows of the batch, I input features, H hidden units, P outputs a direction (H, or proj_size),
 // D directions (1 or 2), G = gates of the cell, S = saved values of the cell, or with layer normalisation 2 G: W_ih x,
-// then W_hh h, for all units. N rows over all steps.
+// then W_hh h, for all units (on the CPU both normalised). N rows over all steps.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +25,10 @@ enum class Save : int {
   states = 1,   // the states only; backward recomputes the gates with one GEMM over all steps
   gates = 2,    // the states and the cell's saved values
 };
+
+// Numbers of each row, of the type of sums, that `saved` has room for with layer normalisation, behind the S*H of all
+// rows. The CPU engine keeps there by what the two halves of the gates were scaled.
+constexpr int kNormNumbers = 2;
 
 // Time, described once for every engine. A step t has batch_size(t) living rows, slots 0 .. batch_size(t) - 1.
 //

@@ -424,8 +424,8 @@ def _with_w_hh(
 def _dropped(w_hh: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """``w_hh`` with elements dropped."""
     if generator is None:
-        return drop(w_hh, probability)
-    # torch's dropout takes no generator
+        return torch.dropout(w_hh, probability, True)
+    # which takes no generator
     keep = torch.empty_like(w_hh, requires_grad=False).bernoulli_(1 - probability, generator=generator)
     return w_hh * (keep * (1 / (1 - probability) if probability < 1 else 0.0))
 

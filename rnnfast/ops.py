@@ -195,7 +195,9 @@ def _fake_layer(
     c_n = input.new_empty(0 if c0 is None else c0.shape)
     c = input.new_empty((*shape, directions * hidden_size) if save and c0 is not None else 0)
     saved_values = 2 * gates if layer_norm else saved_values
-    saved = input.new_empty((directions, prod(shape), saved_values * hidden_size) if save == 2 and saved_values else 0)
+    # With numbers of the row, of the type of sums: kNormNumbers in csrc/params.h.
+    width = saved_values * hidden_size + (2 * (2 if input.itemsize == 2 else 1) if layer_norm else 0)
+    saved = input.new_empty((directions, prod(shape), width) if save == 2 and saved_values else 0)
     return output, input.new_empty(h0.shape), c_n, c, saved
 
 

@@ -192,6 +192,22 @@ def test_rows_far_from_zero_and_rows_of_one_value(cell: str, backend: str) -> No
     torch.testing.assert_close(output, ops.layer(cell, x, h0, c0, weights, **options, backend=backend)[0])
 
 
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("zoneout", [0.0, 0.3])
+def test_backward_of_relu_has_the_slope_of_the_side_that_forward_took(
+    dtype: torch.dtype, recompute: bool, zoneout: float
+) -> None:
+    """Of every unit, though what is kept of its gates is rounded: a bias has 1 for each row where its unit is open."""
+    options: dict[str, Any] = {"layer_norm": True, "recompute": recompute, "zoneout": zoneout, "dtype": dtype}
+    module = rnnfast.RNN(I, 64, nonlinearity="relu", **options)
+    h0 = -torch.rand(1, 200, 64, dtype=dtype)  # which no unit has itself; bfloat16 can count as many rows
+    output, _ = module(torch.randn(1, 200, I, dtype=dtype), h0)
+    (grad,) = torch.autograd.grad(output.sum(), module.bias_hh_l0)
+    assert torch.equal(grad.double(), (output > 0).double().sum((0, 1)))
+
+
 # ------------------------------------------------------------------------------------------------ forms of a sequence
 @each_layer
 def test_packed_lengths_and_batch_first(name: str) -> None:

@@ -67,8 +67,10 @@ class Backward {
                         second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
                         second_rows<Cell, S>(d_.weights.b_hh, l_.hidden_size, 1), l_.output_size,
                         shared_.forward_second, shared_.bias_second),
-        saved_(static_cast<const S*>(direction.saved)),
         window_(member.divide == Divide::units ? shared.saved : own.saved),
+        saved_(sizes.recomputes() ? window_ : static_cast<const S*>(direction.saved)),
+        scales_(sizes.recomputes() ? own.scales : sizes.scales(direction)),
+        scale_rows_(sizes.recomputes() ? sizes.window_rows() : s_.rows),
         rows_(row_share(s_, member)),
         output_share_(block_share(outputs_.count(), member)),
         hidden_share_(block_share(hidden_.count(), member)),
@@ -194,6 +196,8 @@ class Backward {
         h[row] = in_place ? reinterpret_cast<const Unit*>(prev_h[row]) : copy;
         prev_c[row] = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
       }
+      if constexpr (takes_layer_norm<Cell>)
+        if (l_.layer_norm) return recompute_normalised(x, h, first, count);
       S* saved_rows = window_ + first * saved_width();
       if constexpr (has_two_products<Cell>) return recompute_two_products(x, h, count, saved_rows);
       const UnitBlocks blocks = sizes_.gate_blocks(G);
@@ -209,11 +213,7 @@ class Backward {
             for (int g = 0; g < G; ++g) {
               ig[g] = V::load(own_.igates + row * columns + g * size + u);
               hg[g] = V::load(own_.hgates + row * columns + g * size + u);
-              if (!l_.layer_norm) continue;
-              store(saved + g * l_.hidden_size + u, ig[g], n);
-              store(saved + (G + g) * l_.hidden_size + u, hg[g], n);
             }
-            if (l_.layer_norm) continue;  // which runs the cell behind the norms
             if (Cell::kStates == 1 && prev_h[row]) prev[0] = load(prev_h[row] + unit, n);
             if (Cell::kStates > 1 && prev_c[row]) prev[1] = load(prev_c[row] + unit, n);
             Cell::forward(ig, hg, prev, state, values);
@@ -272,14 +272,11 @@ class Backward {
   static constexpr int kGradHalves = Cell::kSplitGates ? 2 : 1;  // the other half has the same gradient
   struct NormRow;
   struct NormRows;
-  const S* norm_weights(int half) const {
-    return static_cast<const S*>(half == 0 ? d_.weights.norm_ih : d_.weights.norm_hh);
-  }
-  const S* norm_bias(int half) const { return static_cast<const S*>(half == 0 ? d_.weights.b_ih : d_.weights.b_hh); }
-  void normalised_cells(int64_t t, int64_t count, const S* products);
-  NormRow norm_row(int64_t t, int64_t slot, const S* products, int64_t index) const;
+  void normalised_cells(int64_t t, int64_t count, int64_t place);
+  NormRow norm_row(int64_t t, int64_t slot, const S* normals, int64_t index) const;
   V take_grad_h(const NormRow& row, int64_t u, int64_t n) const;
-  void forward_again(NormRows& rows) const;
+  void forward_again(const S* normals, int64_t u, int64_t n, const V* prev, V* values, V* state) const;
+  void recompute_normalised(const Unit* const* x, const Unit* const* h, int64_t first, int64_t count);
   void back_to_c(NormRows& rows);
   void back_to_gates(NormRows& rows);
   void back_to_products(const NormRows& rows);
@@ -307,11 +304,11 @@ class Backward {
         });
     }
     // Windows are filled in the order of steps and read from their end.
-    const S* saved =
-        sizes_.recomputes() ? window_ + (window_end_ -= count) * saved_width() : saved_ + row * saved_width();
+    const int64_t place = sizes_.recomputes() ? window_end_ -= count : row;
+    const S* saved = saved_ + place * saved_width();
     const bool normalised = kVaried && l_.layer_norm;
     if constexpr (kVaried && takes_layer_norm<Cell>)
-      if (normalised) normalised_cells(t, count, saved);
+      if (normalised) normalised_cells(t, count, place);
     for (int64_t i = 0; i < count && !normalised; ++i) cell<kVaried>(t, rows_.begin + i, saved + i * saved_width());
     if (!kDiagonal) m_.wait_step();  // else each thread reads its own units of the gates
     if constexpr (has_two_products<Cell>) {
@@ -486,8 +483,10 @@ class Backward {
   const GateMatrix<S> w_ih_again_;  // for recomputing
   const HiddenMatrix w_hh_again_;
   const GateMatrix<S> w_second_again_;
-  const S* const saved_;    // [N, S*H] what forward kept; null: recompute
-  S* const window_;         // what was recomputed last
+  S* const window_;          // what was recomputed last
+  const S* const saved_;     // [N, S*H] what forward kept, or the window
+  const Acc* const scales_;  // [2, scale_rows_] of the halves of the gates that were normalised, of the same rows
+  const int64_t scale_rows_;
   int64_t window_end_ = 0;  // how much of it the loop has still to read, in rows
   const Share rows_, output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;

@@ -41,13 +41,16 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
   };
   struct Own : Sizes::Buffers {
-    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all
+    Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all,
+                            // with layer normalisation both
     Unit* gated;            // [kRowsAtOnce, units of P]
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
     S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
     Acc *keep_h, *keep_c;   // of Zoneout
     S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
-    Acc* norms;             // [norm_rows, norm_vectors, ld_h] of NormRow; null without layer normalisation
+    // With layer normalisation only.
+    Acc* norms;   // [norm_rows, norm_vectors, ld_h] of NormRow
+    Acc* scales;  // [2, window rows] of the halves of the gates, recomputed
   };
 
   BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
@@ -57,13 +60,16 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   bool recomputes() const { return saved_width() > 0 && !layer.direction[0].saved; }
   int64_t first_gates() const { return cell.first_gates * layer.hidden_size; }
   int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
+  const Acc* scales(const DirectionBackward& direction) const {
+    return reinterpret_cast<const Acc*>(static_cast<const S*>(direction.saved) + layer.sequence.rows * saved_width());
+  }
   int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
   int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
   // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
   // Of a NormRow: vectors with an element a unit.
-  int norm_vectors() const { return cell.saved + 3 + (cell.split_gates ? 2 : 1) * cell.gates; }
+  int norm_vectors() const { return (cell.split_gates ? 2 : 1) * cell.gates + (cell.states > 1 ? cell.saved + 3 : 0); }
   // As many as fit into the first-level cache.
   int64_t norm_rows() const {
     const int64_t rows = (24 << 10) / (norm_vectors() * ld_acc(layer.hidden_size) * sizeof(Acc));
@@ -76,6 +82,9 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     blocks.gates = gates;
     return blocks;
   }
+
+  // Recomputed with layer normalisation, rows of gates lie whole, as in forward.
+  int64_t ld_gates_again() const { return gate_blocks(cell.gates).columns() + 64 / sizeof(Acc); }
 
   Shared carve_shared(const DirectionBackward& direction, Carver& carver) const {
     const int64_t N = layer.sequence.rows, B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
@@ -133,9 +142,10 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     carve_buffers(carver, o);
     if (recomputes()) {
       constexpr int64_t kBlock = kMaxBlockVectors * kLanes;
-      o.igates = carver.take<Acc>(kRowsAtOnce * (cell.two_products ? gate_blocks(cell.gates).columns() : kBlock));
+      const int64_t columns = layer.layer_norm ? ld_gates_again() : kBlock;
+      o.igates = carver.take<Acc>(kRowsAtOnce * (cell.two_products ? gate_blocks(cell.gates).columns() : columns));
       if (cell.two_products) o.gated = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
-      o.hgates = carver.take<Acc>(kRowsAtOnce * kBlock);
+      o.hgates = carver.take<Acc>(kRowsAtOnce * columns);
       o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
       o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
       if (plan.divide == Divide::rows) o.saved = carver.take<S>(window_rows() * saved_width());
@@ -146,7 +156,10 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     o.keep_h = keep(layer.noise.zoneout_h, P);
     o.keep_c = keep(layer.noise.zoneout_c, H);
     if (layer.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
-    if (layer.layer_norm) o.norms = carver.take<Acc>(norm_rows() * norm_vectors() * ld_acc(H));
+    if (layer.layer_norm) {
+      o.norms = carver.take<Acc>(norm_rows() * norm_vectors() * ld_acc(H));
+      if (recomputes()) o.scales = carver.take<Acc>(2 * window_rows());
+    }
     return o;
   }
 };

@@ -78,7 +78,8 @@ class Forward {
         ld_hidden_(Workspace::ld_units(l_.hidden_size)),
         columns_(hidden_.columns()),
         ld_gates_(sizes.ld_gates()),
-        capacity_(sizes.capacity()) {
+        capacity_(sizes.capacity()),
+        scales_(sizes.scales(d_)) {
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
     const Share& h_share = shared_.hidden ? output_share_ : blocks_;
     keep_h_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
@@ -182,11 +183,9 @@ class Forward {
 
   // norm_layer.h
   void prepare_norms() const;
-  template <class F>
-  void for_gates(const F& f) const;
-  void normalise(Acc* rows, int64_t count, int half, S* const* kept) const;
+  void normalise(Acc* rows, int64_t count, int half, const int64_t* at) const;
   void normalise_igates(int64_t s, int64_t end) const;
-  void normalised_cells(int64_t count, int64_t igates_row) const;
+  void normalised_cells(int64_t count, int64_t igates_row, int64_t place) const;
   void hidden_from_c(const StepRow* rows, int64_t count) const;
   Acc* values(int64_t row) const { return own_.values + row * (Cell::kSaved + 1) * ld_c_; }
 
@@ -204,7 +203,7 @@ class Forward {
     const Unit* h[kTileRows];
     const bool normalised = kVaried && l_.layer_norm;
     if constexpr (kVaried && takes_layer_norm<Cell>)
-      if (normalised) normalised_cells(count, igates_row);
+      if (normalised) normalised_cells(count, igates_row, s_.offset(time(s)) + rows_.begin);
     for (int64_t b = blocks_.begin; b < blocks_.end && !normalised; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes;
       const Acc* igates = this->igates(b) + igates_row * columns;
@@ -331,10 +330,6 @@ class Forward {
     }
   }
 
-  S* saved_row(int64_t s, int64_t slot) const {
-    return d_.saved ? static_cast<S*>(d_.saved) + (s_.offset(time(s)) + slot) * sizes_.saved_width() : nullptr;
-  }
-
   template <bool kVaried>
   StepRow step_row(int64_t s, int64_t slot) const {
     const int64_t t = time(s);
@@ -346,7 +341,9 @@ class Forward {
     if constexpr (has_two_products<Cell>) row.gated = reinterpret_cast<Operand*>(shared_.gated + slot * ld_h_);
     row.output = at<S>(d_.output, s_, t, slot);
     row.c_output = at<S>(d_.c, s_, t, slot);
-    row.saved = saved_row(s, slot);
+    // With layer normalisation the cell keeps nothing.
+    row.saved =
+        d_.saved && !l_.layer_norm ? static_cast<S*>(d_.saved) + (s_.offset(t) + slot) * sizes_.saved_width() : nullptr;
     row.drop = s_.reset && has_next(s_, t, slot, d_.reverse) && boundary_after(s_, t, slot, d_.reverse);
     if constexpr (kVaried) {
       row.keep_h = keep_h_.row(slot);
@@ -451,6 +448,7 @@ class Forward {
   const GateMatrix<S> w_second_, w_hr_;
   const Share rows_, blocks_, output_share_;
   const int64_t ld_h_, ld_c_, ld_hidden_, columns_, ld_gates_, capacity_;
+  Acc* const scales_;  // [2, N] of the halves of the gates, behind what is saved of all rows; null: nothing is saved
   Zoneout<Acc> keep_h_, keep_c_;
   bool varied_;
 };

@@ -139,6 +139,26 @@ Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, in
   return of;
 }
 
+// Of a half of the gates [G*H]; the bias may be null.
+template <class S>
+const S* norm_weights(const DirectionWeights& of, int half) {
+  return static_cast<const S*>(half == 0 ? of.norm_ih : of.norm_hh);
+}
+template <class S>
+const S* norm_bias(const DirectionWeights& of, int half) {
+  return static_cast<const S*>(half == 0 ? of.b_ih : of.b_hh);
+}
+
+// The gates of a row by vectors: f(where in [G*H], column, how many).
+template <class F>
+RNNFAST_INLINE void for_gates(const UnitBlocks& blocks, const F& f) {
+  for (int64_t b = 0; b < blocks.count(); ++b)
+    for (int64_t g = 0, size = blocks.size(b); g < blocks.gates; ++g)
+      for (int64_t u = 0; u < size; u += blocks.lanes)
+        f(g * blocks.units + blocks.first(b) + u, blocks.column(b) + g * size + u,
+          std::min<int64_t>(blocks.lanes, size - u));
+}
+
 // The gradients of a direction's norms and biases, of a thread's rows: `lines` sums for each unit, of few rows first,
 // since the rounding error of one long sum would show.
 template <class Acc>

@@ -2,9 +2,9 @@
 // Must not know: equations, tensors.
 //
 // A thread has whole rows. Forward's products leave all gates of some rows before the first of them is normalised,
-// where they lie, and goes on as without; what it keeps for backward are the products. From these backward normalises
-// anew, runs the cell forward where it knows more than h, and then the way back: from h to c as h reads it, to c, to
-// the gates, to the products.
+// where they lie, and goes on as without; what it keeps for backward are the normalised products and what they were
+// scaled by. From these backward runs the cell forward where it knows more than h, and then goes the way back: from h
+// to c as h reads it, to c, to the gates, to the products.
 //
 // Included once per instruction set, after forward.h and backward.h.
 
@@ -14,42 +14,43 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 // The norm's weights and the bias of each half of the gates, in the order of their columns.
 template <class Cell, class S>
 void Forward<Cell, S>::prepare_norms() const {
-  const void* const vectors[4] = {d_.weights.norm_ih, d_.weights.b_ih, d_.weights.norm_hh, d_.weights.b_hh};
   for (int i = 0; i < 4; ++i) {
-    const S* from = static_cast<const S*>(vectors[i]);
-    for_gates([&](int64_t gate, int64_t column, int64_t n) {
+    const S* from = i % 2 == 0 ? norm_weights<S>(d_.weights, i / 2) : norm_bias<S>(d_.weights, i / 2);
+    for_gates(hidden_, [&](int64_t gate, int64_t column, int64_t n) {
       store(shared_.norms + i * columns_ + column, from ? load(from + gate, n) : V(Acc(0)), n);
     });
   }
 }
 
-// The gates of a row by vectors: f(where in [G*H], column, how many).
+// One half of the gates of `count` rows where they lie: the products before, and norm LN(product) + bias behind. at:
+// the places of these rows among those of all steps, where what backward wants is kept.
 template <class Cell, class S>
-template <class F>
-void Forward<Cell, S>::for_gates(const F& f) const {
-  for (int64_t b = 0; b < hidden_.count(); ++b)
-    for (int64_t g = 0, size = hidden_.size(b); g < G; ++g)
-      for (int64_t u = 0; u < size; u += kLanes)
-        f(g * l_.hidden_size + hidden_.first(b) + u, hidden_.column(b) + g * size + u,
-          std::min<int64_t>(kLanes, size - u));
-}
-
-// One half of the gates of `count` rows where they lie: the products before, and norm LN(product) + bias behind. Where
-// anything is saved, each row's kept [G*H] takes the products.
-template <class Cell, class S>
-void Forward<Cell, S>::normalise(Acc* rows, int64_t count, int half, S* const* kept) const {
+void Forward<Cell, S>::normalise(Acc* rows, int64_t count, int half, const int64_t* at) const {
   // Only the last block's columns are padded.
   const Statistics<Acc> of = statistics(rows, ld_gates_, count, G * l_.hidden_size);
-  if (d_.saved)
-    for_gates([&](int64_t gate, int64_t column, int64_t n) {
-      for (int64_t r = 0; r < count; ++r) store(kept[r] + gate, V::load(rows + r * ld_gates_ + column), n);
-    });
   const Acc *weights = shared_.norms + 2 * half * columns_, *shifts = weights + columns_;
+  if (d_.saved) {
+    S* kept[kNormRows<Acc>];
+    for (int64_t r = 0; r < count; ++r) {
+      kept[r] = static_cast<S*>(d_.saved) + at[r] * sizes_.saved_width() + half * G * l_.hidden_size;
+      scales_[half * s_.rows + at[r]] = of.scale.lanes[r];
+    }
+    for_gates(hidden_, [&](int64_t gate, int64_t column, int64_t n) {
+      const V weight = V::load(weights + column), shift = V::load(shifts + column);
+      for (int64_t r = 0; r < count; ++r) {
+        Acc* product = rows + r * ld_gates_ + column;
+        const V normal = of.normal(V::load(product), r);
+        store(kept[r] + gate, normal, n);
+        store(product, normal * weight + shift, n);
+      }
+    });
+    return;
+  }
   for (int64_t e = 0; e < columns_; e += kLanes) {
     const V weight = V::load(weights + e), shift = V::load(shifts + e);
     for (int64_t r = 0; r < count; ++r) {
-      Acc* at = rows + r * ld_gates_ + e;
-      (of.normal(V::load(at), r) * weight + shift).store(at);
+      Acc* product = rows + r * ld_gates_ + e;
+      (of.normal(V::load(product), r) * weight + shift).store(product);
     }
   }
 }
@@ -58,24 +59,23 @@ void Forward<Cell, S>::normalise(Acc* rows, int64_t count, int half, S* const* k
 template <class Cell, class S>
 void Forward<Cell, S>::normalise_igates(int64_t s, int64_t end) const {
   Acc* rows = own_.igates;
-  S* kept[kNormRows<Acc>];
-  int64_t count = 0;
+  int64_t count = 0, at[kNormRows<Acc>];
   const auto flush = [&] {
-    normalise(rows, count, 0, kept);
+    normalise(rows, count, 0, at);
     rows += count * ld_gates_;
     count = 0;
   };
   for (; s < end; ++s)
     for (int64_t i = 0; i < living(s); ++i) {
-      kept[count++] = saved_row(s, rows_.begin + i);
+      at[count++] = s_.offset(time(s)) + rows_.begin + i;
       if (count == kNormRows<Acc>) flush();
     }
   flush();
 }
 
-// The cells of a step's `count` rows.
+// The cells of a step's `count` rows, the first of which is the place-th of all steps.
 template <class Cell, class S>
-void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row) const {
+void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row, int64_t place) const {
   const Unit* h[kTileRows];
   for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t chunk) {
     StepRow* rows = own_.rows + first;
@@ -87,13 +87,12 @@ void Forward<Cell, S>::normalised_cells(int64_t count, int64_t igates_row) const
       });
     for_chunks(0, chunk, kNormRows<Acc>, [&](int64_t i, int64_t n) {
       Acc* half = own_.hgates + i * ld_gates_;
-      S* kept[kNormRows<Acc>];
+      int64_t at[kNormRows<Acc>];
       for (int64_t r = 0; r < n; ++r) {
-        S* saved = std::exchange(rows[i + r].saved, nullptr);  // the cell keeps nothing
-        if (saved) kept[r] = saved + G * l_.hidden_size;
+        at[r] = place + first + i + r;
         if (Cell::kStates > 1) rows[i + r].values = values(r);
       }
-      normalise(half, n, 1, kept);
+      normalise(half, n, 1, at);
       for (int64_t b = 0; b < hidden_.count(); ++b) {
         const Acc *ig = igates + i * ld_gates_ + hidden_.column(b), *hg = half + hidden_.column(b);
         constexpr bool kToValues = Cell::kStates > 1;
@@ -136,15 +135,15 @@ void Forward<Cell, S>::hidden_from_c(const StepRow* rows, int64_t count) const {
 // A row of a step.
 template <class Cell, class S>
 struct Backward<Cell, S>::NormRow {
-  const S* products;  // [2, G*H] the two halves of the gates before they were normalised
-  int64_t slot, at;   // its row in buffers of the batch, and in those of all steps
+  const S* normals;  // [2, G*H] the two halves of the gates, normalised
+  int64_t slot, at;  // its row in buffers of the batch, and in those of all steps
   bool zero;
-  const S *prev_h, *prev_c, *grad_output, *grad_cell;
-  const S* h;  // h' of a cell with one state; null: zoneout may have kept the last one in its place
+  const S *h, *prev_h, *prev_c, *grad_output, *grad_cell;
   const Acc *keep_h, *keep_c;
-  Acc *values, *last;              // [S, ld_h] what the cell kept; [ld_h] h' or c'
+  Acc* grads;  // [1 or 2 halves, G, ld_h] of the gates
+  // With two states.
+  Acc *values, *c;                 // [S, ld_h] what the cell kept; [ld_h] c'
   Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
-  Acc* grads;                      // [1 or 2 halves, G, ld_h] of the gates
 
   void load_values(int64_t u, int64_t ld, V* to) const {
     for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
@@ -160,27 +159,27 @@ template <class Cell, class S>
 struct Backward<Cell, S>::NormRows {
   int64_t count;
   NormRow row[kNormRows<Acc>];
-  Statistics<Acc> of[2], of_c;
+  PerRow<Acc> scale[2];
+  Statistics<Acc> of_c;
   PerRow<Acc> means[2][2], means_c[2];  // of the gradient, and of its product with what is normalised
 
   // The normalised product of row r, gate g and a vector of units.
   V normal(int64_t r, int half, int g, int64_t u, int64_t n, int64_t H) const {
-    return of[half].normal(load(row[r].products + (half * G + g) * H + u, n), r);
+    return load(row[r].normals + (half * G + g) * H + u, n);
   }
-  V normal_c(int64_t r, int64_t u) const { return of_c.normal(V::load(row[r].last + u), r); }
+  V normal_c(int64_t r, int64_t u) const { return of_c.normal(V::load(row[r].c + u), r); }
 };
 
-// The thread's `count` rows of step t; products [count, 2, G*H].
+// The thread's `count` rows of step t, the first of which is the place-th of what was saved.
 template <class Cell, class S>
-void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* products) {
+void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, int64_t place) {
   for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t n) {
-    const int64_t gates = G * l_.hidden_size;
-    const S* halves = products + first * saved_width();
     NormRows rows;
     rows.count = n;
-    for (int half = 0; half < 2; ++half) rows.of[half] = statistics(halves + half * gates, saved_width(), n, gates);
-    for (int64_t r = 0; r < n; ++r) rows.row[r] = norm_row(t, rows_.begin + first + r, halves + r * saved_width(), r);
-    if (Cell::kSaved > 0 || keep_h_.on()) forward_again(rows);
+    for (int half = 0; half < 2; ++half)
+      load(scales_ + half * scale_rows_ + place + first, n).store(rows.scale[half].lanes);
+    for (int64_t r = 0; r < n; ++r)
+      rows.row[r] = norm_row(t, rows_.begin + first + r, saved_ + (place + first + r) * saved_width(), r);
     if constexpr (Cell::kStates > 1) back_to_c(rows);
     back_to_gates(rows);
     back_to_products(rows);
@@ -189,49 +188,66 @@ void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, const S* prod
 
 // The index-th of those whose parts run after each other.
 template <class Cell, class S>
-typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64_t slot, const S* products,
+typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64_t slot, const S* normals,
                                                                 int64_t index) const {
   NormRow row;
-  row.products = products;
+  row.normals = normals;
   row.slot = slot;
   row.at = s_.offset(t) + slot;
   row.zero = starts_from_zero(s_, t, slot, d_.reverse);
   row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
   row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
-  row.h = Cell::kStates == 1 && !keep_h_.on() ? at<const S>(d_.output, s_, t, slot) : nullptr;
+  row.h = at<const S>(d_.output, s_, t, slot);  // where zoneout kept the last one, the cell's gradient is zero
   row.grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
   row.grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
   row.keep_c = keep_c_.row(slot);
-  row.values = own_.norms + index * sizes_.norm_vectors() * ld_h_;
-  row.last = row.values + Cell::kSaved * ld_h_;
-  row.grad_c = row.last + ld_h_;
+  row.grads = own_.norms + index * sizes_.norm_vectors() * ld_h_;
+  row.values = row.grads + kGradHalves * G * ld_h_;
+  row.c = row.values + Cell::kSaved * ld_h_;
+  row.grad_c = row.c + ld_h_;
   row.grad_output_gate = row.grad_c + ld_h_;
-  row.grads = row.grad_output_gate + ld_h_;
   return row;
 }
 
-// The cell's values, and its last state.
+// What the cell keeps, and its state, of a vector of units: from the halves of their gates, normalised [2, G*H].
 template <class Cell, class S>
-void Backward<Cell, S>::forward_again(NormRows& rows) const {
+RNNFAST_INLINE void Backward<Cell, S>::forward_again(const S* normals, int64_t u, int64_t n, const V* prev, V* values,
+                                                     V* state) const {
   const int64_t H = l_.hidden_size;
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const NormRow& row = rows.row[r];
-    for (int64_t u = 0; u < H; u += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, H - u);
-      V gates[2][G], prev[2], state[2], values[Cell::kSaved + 1];
-      for (int half = 0; half < 2; ++half)
-        for (int g = 0; g < G; ++g) {
-          const S* bias = norm_bias(half);
-          const V shift = bias ? load(bias + g * H + u, n) : V(Acc(0));
-          gates[half][g] = rows.normal(r, half, g, u, n, H) * load(norm_weights(half) + g * H + u, n) + shift;
-        }
-      row.load_prev(u, n, prev);
-      Cell::forward(gates[0], gates[1], prev, state, values);
-      for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
-      state[Cell::kStates - 1].store(row.last + u);
+  V gates[2][G];
+  for (int half = 0; half < 2; ++half)
+    for (int g = 0; g < G; ++g) {
+      const S* bias = norm_bias<S>(d_.weights, half);
+      const V shift = bias ? load(bias + g * H + u, n) : V(Acc(0));
+      gates[half][g] =
+          load(normals + (half * G + g) * H + u, n) * load(norm_weights<S>(d_.weights, half) + g * H + u, n) + shift;
     }
+  Cell::forward(gates[0], gates[1], prev, state, values);
+}
+
+// What forward would have kept of `count` rows, bit for bit; they take their place in the window from `first` on. x, h:
+// what their step read.
+template <class Cell, class S>
+void Backward<Cell, S>::recompute_normalised(const Unit* const* x, const Unit* const* h, int64_t first, int64_t count) {
+  const int64_t gates = G * l_.hidden_size, ld = sizes_.ld_gates_again();
+  const UnitBlocks blocks = sizes_.gate_blocks(G);
+  Acc* const halves[2] = {own_.igates, own_.hgates};
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    w_ih_again_.multiply(b, x, count, halves[0] + blocks.column(b), ld);
+    w_hh_again_.multiply(b, h, count, halves[1] + blocks.column(b), ld);
   }
+  for (int half = 0; half < 2; ++half)
+    for_chunks(0, count, kNormRows<Acc>, [&](int64_t i, int64_t n) {
+      const Acc* rows = halves[half] + i * ld;
+      const Statistics<Acc> of = statistics(rows, ld, n, gates);
+      S* normals = window_ + (first + i) * saved_width() + half * gates;
+      for_gates(blocks, [&](int64_t gate, int64_t column, int64_t lanes) {
+        for (int64_t r = 0; r < n; ++r)
+          store(normals + r * saved_width() + gate, of.normal(V::load(rows + r * ld + column), r), lanes);
+      });
+      store(own_.scales + half * sizes_.window_rows() + first + i, V::load(of.scale.lanes), n);
+    });
 }
 
 // The gradient of h', and in place of what is carried the part that zoneout's last h gets.
@@ -250,8 +266,19 @@ template <class Cell, class S>
 void Backward<Cell, S>::back_to_c(NormRows& rows) {
   const int64_t H = l_.hidden_size;
   const S *weight = static_cast<const S*>(d_.weights.norm_c), *bias = static_cast<const S*>(d_.weights.norm_bias_c);
-  rows.of_c = statistics(rows.row[0].last, sizes_.norm_vectors() * ld_h_, rows.count, H);
   RowSums<Acc> all_sums[2];
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const NormRow& row = rows.row[r];
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      V values[Cell::kSaved + 1], prev[2], state[2];
+      row.load_prev(u, n, prev);
+      forward_again(row.normals, u, n, prev, values, state);
+      for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
+      state[1].store(row.c + u);
+    }
+  }
+  rows.of_c = statistics(rows.row[0].c, sizes_.norm_vectors() * ld_h_, rows.count, H);
   for (int64_t r = 0; r < rows.count; ++r) {
     const NormRow& row = rows.row[r];
     V sums[2] = {V(Acc(0)), V(Acc(0))};
@@ -291,9 +318,9 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
     for (int64_t u = 0; u < H; u += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, H - u);
       V values[Cell::kSaved + 1], prev[2], grads[2][G], grad_prev[2];
-      row.load_values(u, ld_h_, values);
       row.load_prev(u, n, prev);
       if constexpr (Cell::kStates > 1) {
+        row.load_values(u, ld_h_, values);
         Acc* carried = shared_.grad_c + row.slot * ld_h_ + u;
         V grad = V::load(carried), kept(Acc(0));
         if (row.grad_cell) grad = grad + load(row.grad_cell + u, n);
@@ -303,7 +330,9 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
         Cell::candidate_backward(values, prev, grad, V::load(row.grad_output_gate + u), grads[0], grads[1], grad_prev);
         (row.zero ? V(Acc(0)) : grad_prev[1] + kept).store(carried);
       } else {
-        const V state[1] = {row.h ? load(row.h + u, n) : V::load(row.last + u)}, grad[1] = {take_grad_h(row, u, n)};
+        V again[1];  // as row.h is, but for the rounding of what was saved
+        if constexpr (Cell::kSaved > 0) forward_again(row.normals, u, n, prev, values, again);
+        const V state[1] = {load(row.h + u, n)}, grad[1] = {take_grad_h(row, u, n)};
         Cell::backward(values, prev, state, grad, grads[0], grads[1], grad_prev);
       }
       // The part that does not pass W_hh; the product is added to it.
@@ -313,7 +342,8 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
       }
       for (int half = 0; half < 2; ++half)
         for (int g = 0; g < G; ++g) {
-          const V x = rows.normal(r, half, g, u, n, H), grad = grads[half][g] * load(norm_weights(half) + g * H + u, n);
+          const V x = rows.normal(r, half, g, u, n, H),
+                  grad = grads[half][g] * load(norm_weights<S>(d_.weights, half) + g * H + u, n);
           sums[half][0] = sums[half][0] + grad;
           sums[half][1] = sums[half][1] + grad * x;
           if (half < kGradHalves) grads[half][g].store(row.grads + (half * G + g) * ld_h_ + u);
@@ -335,7 +365,7 @@ void Backward<Cell, S>::back_to_products(const NormRows& rows) {
     for (int g = 0; g < G; ++g)
       for (int64_t u = 0; u < H; u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, H - u);
-        const V weight = load(norm_weights(half) + g * H + u, n);
+        const V weight = load(norm_weights<S>(d_.weights, half) + g * H + u, n);
         V grad_weight(Acc(0)), grad_bias(Acc(0));
         for (int64_t r = 0; r < rows.count; ++r) {
           const NormRow& row = rows.row[r];
@@ -344,7 +374,7 @@ void Backward<Cell, S>::back_to_products(const NormRows& rows) {
           grad_weight = grad_weight + grad * x;
           grad_bias = grad_bias + grad;
           store(gates + row.at * ld_g_ + g * H + u,
-                normalised_backward(x, rows.of[half].scale[r], grad * weight, rows.means[half][0][r],
+                normalised_backward(x, rows.scale[half][r], grad * weight, rows.means[half][0][r],
                                     rows.means[half][1][r]),
                 n);
         }

@@ -32,6 +32,11 @@ struct Geometry {
   int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0) + norms_per_direction(); }
   // S
   int64_t saved_values() const { return layer_norm ? 2 * info.gates : info.saved; }
+  // Elements of `saved` for each row.
+  int64_t saved_width() const {
+    const int sums = size_of(dtype) < 4 ? 2 : 1;  // elements of a sum
+    return saved_values() * hidden_size + (layer_norm ? kNormNumbers * sums : 0);
+  }
   // Whether the two halves of the gates have gradients of their own.
   bool split_gates() const { return info.split_gates || layer_norm; }
   // No step to run, or no unit to run it for.

@@ -198,8 +198,8 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
   row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
   row.h = at<const S>(d_.output, s_, t, slot);  // where zoneout kept the last one, the cell's gradient is zero
-  row.grad_output = d_.grad_output.data ? at<const S>(d_.grad_output, s_, t, slot) : nullptr;
-  row.grad_cell = d_.grad_c.data ? at<const S>(d_.grad_c, s_, t, slot) : nullptr;
+  row.grad_output = at<const S>(d_.grad_output, s_, t, slot);
+  row.grad_cell = at<const S>(d_.grad_c, s_, t, slot);
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
   row.keep_c = keep_c_.row(slot);
   row.grads = own_.norms + index * sizes_.norm_vectors() * ld_h_;

@@ -9,7 +9,7 @@ namespace rnnfast::ops::grouped_cpu {
 namespace {
 
 // [D, N, G*H] in the tensors' order, from the engine's: with lengths that has the living rows alone, sorted.
-Tensor in_order(const Geometry& g, const Sequence& s, const Tensor& gates) {
+Tensor in_order(const Sequence& s, const Tensor& gates) {
   if (!s.batch_index) return gates;
   std::vector<int64_t> rows;
   for (int64_t t = 0; t < s.steps; ++t)
@@ -75,8 +75,8 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
     Workspace workspace(engine.backward_workspace_bytes(params, threads));
     engine.backward(params, workspace.data(), threads);
     if (output_mask[3]) {
-      const Tensor igates = in_order(g, host.sequence(), tensors.grad_igates);
-      const Tensor hgates = g.info.split_gates ? in_order(g, host.sequence(), tensors.grad_hgates) : igates;
+      const Tensor igates = in_order(host.sequence(), tensors.grad_igates);
+      const Tensor hgates = g.info.split_gates ? in_order(host.sequence(), tensors.grad_hgates) : igates;
       const Tensor x = rows_within_lengths(g, lengths, layer.input);
       for (int64_t d = 0; d < g.directions; ++d) {
         const Tensor h_prev = previous_states(g, host.sequence(), tensors.output, layer.h0, d);

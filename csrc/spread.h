@@ -22,12 +22,13 @@ constexpr int kClusterCopies = 2, kGridCopies = 1;
 
 // 256 threads of 255 registers: more warps would leave less of the registers to W_hh.
 constexpr int kSpreadMostWarps = 8;
-// Tiles of k of each gate that a warp keeps in registers. Without tensor cores sums take four times the registers, and
-// backward carries more from step to step.
-RNNFAST_SIZES int spread_register_depth(int gates, bool backward, bool tensor_cores) {
+// Tiles of k of each gate that a warp keeps in registers. Without tensor cores sums take four times the registers,
+// float is read ahead in twice as many, and backward carries more from step to step.
+RNNFAST_SIZES int spread_register_depth(int gates, int operand_bytes, bool backward, bool tensor_cores) {
   if (gates == 1) return tensor_cores ? 24 : 20;
-  if (gates <= 3) return tensor_cores ? 10 : backward ? 4 : 6;
-  return tensor_cores ? (backward ? 6 : 8) : 2;
+  if (gates <= 3) return tensor_cores ? (backward ? 8 : 10) : backward ? 4 : 6;
+  if (!tensor_cores) return 2;
+  return (backward ? 6 : 8) - (operand_bytes == 4 ? 2 : 0);
 }
 
 // One loop over time. A team exchanges for each batch row a vector of `parts` parts, each with an element for every
@@ -57,7 +58,8 @@ struct SpreadSizes {
         part(all_depth * tile_depth(element_bytes)),
         stride(operand_stride(parts * part, element_bytes)),
         vector_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
-        weight_bytes(tile_shared_bytes(gates, depth, spread_register_depth(gates, backward, tensor_cores))),
+        weight_bytes(
+            tile_shared_bytes(gates, depth, spread_register_depth(gates, element_bytes, backward, tensor_cores))),
         partial_bytes(static_cast<size_t>(spread.unit_tiles) * (spread.depth_splits - 1) * spread.row_tiles *
                       (backward ? 1 : gates) * kPartialBytes) {}
 

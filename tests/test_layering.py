@@ -133,7 +133,7 @@ def test_code_stays_in_its_layer(path: Path) -> None:
     if name != "cuda/device_ptx.h":
         assert not re.search(r"\b(asm|__asm__)\b", code), "inline PTX belongs to csrc/cuda/device_ptx.h"
     # Types of numbers define the functions that the cells call on them.
-    if layer_of(path) != "cell" and name not in ("cpu/simd.h", "cuda/fast_float.cuh"):
+    if layer_of(path) != "cell" and name not in ("cpu/simd.h", "cuda/lane_number.cuh"):
         functions = r"\b(tanh|exp|exp2|expm1|log1p|erf|sigmoid)f?\s*\("
         assert not re.search(functions, code), "equations belong to csrc/cell"
     if layer_of(path) in ("cpu", "cuda"):

@@ -152,9 +152,9 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   args.igates = static_cast<const scalar_t*>(d.grad_igates);
   args.hgates = static_cast<const acc_type<scalar_t>*>(hgates);
   args.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
-  args.h = DeviceRows<scalar_t>(d.output);
+  args.h = DeviceRows<scalar_t>(d.output, layer.sequence);
   args.h0 = static_cast<const scalar_t*>(d.h0);
-  args.c = DeviceRows<scalar_t>(d.c);
+  args.c = DeviceRows<scalar_t>(d.c, layer.sequence);
   args.c0 = static_cast<const scalar_t*>(d.c0);
   args.saved = static_cast<scalar_t*>(saved);
   for (args.first_row = 0; args.first_row < layer.sequence.rows; args.first_row += chunk) {
@@ -192,7 +192,7 @@ int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&
   PreviousStates<scalar_t> args{layer.sequence.rows, layer.output_size, sequence, noise, {}};
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& d = layer.direction[k];
-    args.direction[k] = {DeviceRows<scalar_t>(d.output), static_cast<const scalar_t*>(d.h0),
+    args.direction[k] = {DeviceRows<scalar_t>(d.output, layer.sequence), static_cast<const scalar_t*>(d.h0),
                          static_cast<scalar_t*>(products[k].h_prev), d.reverse};
   }
   return launch(previous_states_kernel<scalar_t>, rows_shape(args.output_size, args.rows, 1, layer.directions), stream,

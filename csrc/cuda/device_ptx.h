@@ -76,6 +76,19 @@ __device__ __forceinline__ uint32_t opaque(uint32_t word) {
   return word;
 }
 
+__device__ __forceinline__ int opaque(int word) { return static_cast<int>(opaque(static_cast<uint32_t>(word))); }
+// Likewise a pointer to global memory, which the compiler would compute again wherever it is used.
+template <class T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+#ifdef CUDA_SIM
+  return pointer;
+#else
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+#endif
+}
+
 // d = a b + c on a warp's tile, 16 x 8 x 16, float accumulators; fragments as the PTX ISA lays them out.
 template <bool kBfloat16>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -139,6 +152,66 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 #else
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
+// A word of 4 or 8 bytes from global memory, if it is wanted, and into it. Without a branch: the compiler would take
+// one around several.
+template <class Word>
+__device__ __forceinline__ void load_if(bool wanted, const Word* from, Word& to) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8, "one instruction");
+#ifdef CUDA_SIM
+  if (wanted) to = *from;
+#else
+#define RNNFAST_LOAD_IF(type, constraint)                                     \
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global." type " %0, [%1];}" \
+      : "+" constraint(to)                                                    \
+      : "l"(from), "r"(static_cast<int>(wanted)))
+  if constexpr (sizeof(Word) == 4) {
+    RNNFAST_LOAD_IF("b32", "r");
+  } else {
+    RNNFAST_LOAD_IF("b64", "l");
+  }
+#undef RNNFAST_LOAD_IF
+#endif
+}
+// Of a byte, with zeros above it.
+__device__ __forceinline__ void load_byte_if(bool wanted, const void* from, unsigned& to) {
+#ifdef CUDA_SIM
+  if (wanted) to = *static_cast<const unsigned char*>(from);
+#else
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.u8 %0, [%1];}"
+      : "+r"(to)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+#endif
+}
+template <class Word>
+__device__ __forceinline__ void store_if(bool wanted, Word from, Word* to) {
+  static_assert(sizeof(Word) == 4 || sizeof(Word) == 8, "one instruction");
+#ifdef CUDA_SIM
+  if (wanted) *to = from;
+#else
+#define RNNFAST_STORE_IF(type, constraint)                                                                          \
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global." type " [%0], %1;}" ::"l"(to), constraint(from), \
+               "r"(static_cast<int>(wanted))                                                                        \
+               : "memory")
+  if constexpr (sizeof(Word) == 4) {
+    RNNFAST_STORE_IF("b32", "r");
+  } else {
+    RNNFAST_STORE_IF("b64", "l");
+  }
+#undef RNNFAST_STORE_IF
+#endif
+}
+
+// x between -limit and limit; NaN stays NaN.
+__device__ __forceinline__ float clamp(float x, float limit) {
+#ifdef CUDA_SIM
+  return x > limit ? limit : x < -limit ? -limit : x;
+#else
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;\n\tmax.NaN.f32 %0, %0, %3;" : "=&f"(result) : "f"(x), "f"(limit), "f"(-limit));
   return result;
 #endif
 }
@@ -210,26 +283,45 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;
 #endif
 
-// Stores a value of 4 or 8 bytes, aligned, at the place of the block of the given rank that `shared` is in this block.
+// The place that `shared` is in this block, in the block of the given rank. It can be stored to.
 template <class T>
-__device__ __forceinline__ void store_remote(T* shared, unsigned rank, const T& value) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one instruction");
+class RemoteShared {
+ public:
+  __device__ __forceinline__ RemoteShared(T* shared, unsigned rank) {
 #if defined(CUDA_SIM)
-  *static_cast<T*>(cuda_sim::map_rank(shared, rank)) = value;
+    place_ = static_cast<T*>(cuda_sim::map_rank(shared, rank));
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(shared)), "r"(rank));
-  if constexpr (sizeof(T) == 4) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote), "r"(word) : "memory");
-  } else {
-    uint64_t word;
-    memcpy(&word, &value, sizeof word);
-    asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(remote), "l"(word) : "memory");
-  }
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place_) : "r"(shared_address(shared)), "r"(rank));
 #endif
-}
+  }
+
+  // A value of 4 or 8 bytes, aligned, so many elements behind.
+  template <class Value>
+  __device__ __forceinline__ void store(int offset, const Value& value) const {
+    static_assert(sizeof(Value) == 4 || sizeof(Value) == 8, "one instruction");
+#if defined(CUDA_SIM)
+    *reinterpret_cast<Value*>(place_ + offset) = value;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned address = place_ + static_cast<unsigned>(offset * static_cast<int>(sizeof(T)));
+    if constexpr (sizeof(Value) == 4) {
+      uint32_t word;
+      memcpy(&word, &value, sizeof word);
+      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+    } else {
+      uint64_t word;
+      memcpy(&word, &value, sizeof word);
+      asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
+    }
+#endif
+  }
+
+ private:
+#if defined(CUDA_SIM)
+  T* place_;
+#else
+  unsigned place_;
+#endif
+};
 
 // The two halves of the cluster's barrier, which every thread calls in turn: what threads wrote before they arrived is
 // seen by all behind the wait.

@@ -59,24 +59,25 @@ struct DeviceSequence {
   __device__ __forceinline__ int64_t row(int step, int slot) const {
     return (offsets != nullptr ? offsets[step] : static_cast<int64_t>(step) * batch) + slot;
   }
+
+  // Where a step lies in DeviceRows: padded, steps before it; packed, rows.
+  __device__ __forceinline__ int64_t place(int step) const { return offsets != nullptr ? offsets[step] : step; }
 };
 
-// The rows of a tensor over time (Rows in params.h).
+// The rows of a tensor over time. Strides count elements: stride_t from place to place, stride_b from slot to slot.
 template <class scalar_t>
 struct DeviceRows {
   scalar_t* data = nullptr;
   int64_t stride_t = 0, stride_b = 0;
 
   DeviceRows() = default;
-  explicit DeviceRows(const Rows& rows)
-      : data(static_cast<scalar_t*>(rows.data)), stride_t(rows.stride_t), stride_b(rows.stride_b) {}
+  __host__ __device__ DeviceRows(scalar_t* data, int64_t stride_t, int64_t stride_b)
+      : data(data), stride_t(stride_t), stride_b(stride_b) {}
+  DeviceRows(const Rows& rows, const Sequence& sequence)
+      : DeviceRows(static_cast<scalar_t*>(rows.data), sequence.packed ? rows.stride_b : rows.stride_t, rows.stride_b) {}
 
   __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int step, int slot) const {
-    return at(sequence, sequence.row(step, slot), step, slot);
-  }
-  // Where sequence.row is known.
-  __device__ __forceinline__ scalar_t* at(const DeviceSequence& sequence, int64_t row, int step, int slot) const {
-    return data + (sequence.offsets != nullptr ? row * stride_b : step * stride_t + slot * stride_b);
+    return data + sequence.place(step) * stride_t + slot * stride_b;
   }
 };
 

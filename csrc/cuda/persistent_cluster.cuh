@@ -26,14 +26,22 @@ class ClusterExchange {
     device::cluster_wait_acquire();
   }
 
-  // Two neighbouring units of a part, in a row of the team. Each block begins with itself, so that no block receives
-  // from all others at once.
-  __device__ __forceinline__ void publish(int row, int part, int unit, const Pair<Operand>& pair) {
-    Operand* place = vectors(turn_) + row * sizes_.stride + part * sizes_.part + unit;
+  // Two neighbouring units of all parts, in two rows of the team. Each block begins with itself, so that no block
+  // receives from all others at once.
+  template <int kParts>
+  __device__ __forceinline__ void publish(int row, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
+    Operand* place = vectors(turn_) + row * sizes_.stride + unit;
     const unsigned blocks = sizes_.blocks;
     unsigned rank = blockIdx.x;
     for (unsigned i = 0; i < blocks; ++i) {
-      device::store_remote(reinterpret_cast<Pair<Operand>*>(place), rank, pair);
+      const device::RemoteShared<Operand> remote(place, rank);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          remote.store(j * sizes_.stride + part * sizes_.part, pairs[j][part]);
+        }
+      }
       rank = rank + 1 == blocks ? 0 : rank + 1;
     }
   }

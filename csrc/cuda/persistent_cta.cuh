@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/false> shared(device::dynamic_shared(), H);
-  const TileLane of_lane;
+  const int place = TileLane().place(first_unit, shared.stride);
 
   typename Kernel<Cell, Math, kWide, /*kBackward=*/false>::Tile w_hh;
   w_hh.load(
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
         return Math::to_operand(
             unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
       },
-      shared.depth, shared.w_hh + warp * shared.weights());
+      shared.depth, shared.stride, shared.w_hh + warp * shared.weights());
   clear(shared.operand, 2 * kTileRows * shared.stride);
 
   ForwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
@@ -93,26 +93,25 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
   const auto publish = [&](Operand* h) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float value[2];
-      lane.operand(j, value);
-      operand_pair<Math>(value).store(h + of_lane.row(j) * shared.stride + first_unit + of_lane.unit(0));
+      operand_pair<Math>(lane.operand(j)).store(h + place + j * shared.stride);
     }
   };
-  lane.fetch(lane.first());
+  lane.begin(lane.first());
   __syncthreads();
   publish(operand(lane.first()));
   __syncthreads();
+  lane.advance(lane.first());
 
   for (int index = lane.first(); index < lane.last(); ++index) {
     typename Math::Sums sums[kGates];
-    w_hh.multiply(sums, operand(index), shared.stride);
+    w_hh.multiply(sums, operand(index));
     float hgates[kGates][4];
 #pragma unroll
     for (int g = 0; g < kGates; ++g) Math::finish(sums[g], hgates[g]);
     lane.step(index, hgates);
     publish(operand(index + 1));
     __syncthreads();
-    lane.store(index);
+    lane.advance(index + 1);
   }
   lane.finish();
 }
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/true> shared(device::dynamic_shared(), H);
-  const TileLane of_lane;
+  const int place = TileLane().place(first_unit, shared.stride);
 
   typename Kernel<Cell, Math, kWide, /*kBackward=*/true>::Tile w_hh;
   w_hh.load(
@@ -136,12 +135,12 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
         return Math::to_operand(
             unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + k) * H + unit]) : 0.0f);
       },
-      shared.depth, shared.w_hh + warp * shared.weights());
+      shared.depth, shared.stride, shared.w_hh + warp * shared.weights());
   clear(shared.operand, 2 * kTileRows * shared.stride);
 
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
                                                            first_unit);
-  lane.fetch(lane.last() - 1);
+  lane.begin(lane.last() - 1);
   __syncthreads();
 
   float product[4] = {};
@@ -152,15 +151,14 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        operand_pair<Math>(lane.operand(g, j))
-            .store(operand + of_lane.row(j) * shared.stride + g * shared.gate + first_unit + of_lane.unit(0));
+        operand_pair<Math>(lane.operand(g, j)).store(operand + place + j * shared.stride + g * shared.gate);
       }
     }
     __syncthreads();
-    lane.store(index);
+    lane.advance(index - 1);
     constexpr int kSums = kOnTensorCores<Math> ? kGates : 1;
     typename Math::Sums sums[kSums];
-    w_hh.multiply_each(sums, operand, shared.stride, shared.gate);
+    w_hh.multiply_each(sums, operand, shared.gate);
     Math::finish(sums[0], product);
 #pragma unroll
     for (int s = 1; s < kSums; ++s) {
@@ -170,7 +168,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
       for (int i = 0; i < 4; ++i) product[i] += more[i];
     }
   }
-  lane.finish(product);
+  lane.finish(lane.first(), product);
 }
 
 // ------------------------------------------------------------------------------------------------ host

@@ -29,10 +29,15 @@ class GridExchange {
     clear(shared_, rows() * shape.sizes.stride);  // once: the padding stays zero
   }
 
-  // Two neighbouring units of a part, in a row of the team.
-  __device__ __forceinline__ void publish(int row, int part, int unit, const Pair<Operand>& pair) {
-    Operand* place = vectors(turn_) + (row * shape_.sizes.parts + part) * shape_.sizes.units + unit;
-    pair.store(place);
+  // Two neighbouring units of all parts, in two rows of the team.
+  template <int kParts>
+  __device__ __forceinline__ void publish(int row, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
+    Operand* place = vectors(turn_) + row * kParts * shape_.sizes.units + unit;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) pairs[j][part].store(place + (j * kParts + part) * shape_.sizes.units);
+    }
   }
 
   __device__ __forceinline__ void arrive() {
@@ -51,12 +56,15 @@ class GridExchange {
     __syncthreads();
     constexpr int kWidth = 16 / sizeof(Operand);
     const SpreadSizes& sizes = shape_.sizes;
-    const Operand* const from = vectors(turn_ - 1);
-    const int packets = sizes.units / kWidth;  // of a part
-    for (int i = threadIdx.x; i < rows() * sizes.parts * packets; i += blockDim.x) {
-      const int row_part = i / packets, unit = i % packets * kWidth;
-      Operand* to = shared_ + row_part / sizes.parts * sizes.stride + row_part % sizes.parts * sizes.part + unit;
-      *reinterpret_cast<uint4*>(to) = __ldcg(reinterpret_cast<const uint4*>(from + row_part * sizes.units + unit));
+    // A warp a row, a lane every 32nd packet of it: without a division, of which each would take as long as a load.
+    for (int row = threadIdx.x / kWarpLanes; row < rows(); row += blockDim.x / kWarpLanes) {
+      const Operand* from = vectors(turn_ - 1) + row * sizes.parts * sizes.units;
+      Operand* to = shared_ + row * sizes.stride;
+      for (int part = 0; part < sizes.parts; ++part, from += sizes.units, to += sizes.part) {
+        for (int unit = threadIdx.x % kWarpLanes * kWidth; unit < sizes.units; unit += kWarpLanes * kWidth) {
+          *reinterpret_cast<uint4*>(to + unit) = __ldcg(reinterpret_cast<const uint4*>(from + unit));
+        }
+      }
     }
     __syncthreads();
     return shared_;

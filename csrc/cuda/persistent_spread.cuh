@@ -95,26 +95,26 @@ class SpreadProduct {
       : shape_(shape), warp_(warp), first_k_(warp.split * shape.sizes.depth * Math::kDepth), partials_(partials) {
     const int left = shape.sizes.all_depth - warp.split * shape.sizes.depth;
     const int depth = left < 0 ? 0 : left < shape.sizes.depth ? left : shape.sizes.depth;
-    weights_.load([&](int gate, int row, int k) { return element(gate, row, first_k_ + k); }, depth,
+    weights_.load([&](int gate, int row, int k) { return element(gate, row, first_k_ + k); }, depth, shape.sizes.stride,
                   w_hh + threadIdx.x / kWarpLanes * (shape.sizes.weight_bytes / sizeof(uint4)));
   }
 
   // Leaves the warp's part for the owners of all rows of the team; the part that it owns itself, made last, in `own`.
   __device__ __forceinline__ void multiply(const Operand* vectors, float (&own)[kSums][4]) const {
-    const int stride = shape_.sizes.stride;
-    for (int i = 1; i <= shape_.spread.row_tiles; ++i) {
-      const int row_tile = (warp_.split + i) % shape_.spread.row_tiles;
-      const Operand* vector = vectors + row_tile * kTileRows * stride + first_k_;
+    int row_tile = warp_.split;
+    for (int i = 0; i < shape_.spread.row_tiles; ++i) {
+      row_tile = row_tile + 1 < shape_.spread.row_tiles ? row_tile + 1 : 0;
+      const Operand* vector = vectors + row_tile * kTileRows * shape_.sizes.stride + first_k_;
       if constexpr (!kBackward) {
         typename Math::Sums sums[kGates];
-        weights_.multiply(sums, vector, stride);
+        weights_.multiply(sums, vector);
 #pragma unroll
         for (int s = 0; s < kSums; ++s) Math::finish(sums[s], own[s]);
       } else {
         // Several chains of products, so that one does not wait for the other.
         constexpr int kChains = kOnTensorCores<Math> ? kGates : 1;
         typename Math::Sums sums[kChains];
-        weights_.multiply_each(sums, vector, stride, shape_.sizes.part);
+        weights_.multiply_each(sums, vector, shape_.sizes.part);
         Math::finish(sums[0], own[0]);
 #pragma unroll
         for (int chain = 1; chain < kChains; ++chain) {
@@ -125,7 +125,8 @@ class SpreadProduct {
         }
       }
       if (row_tile == warp_.split) break;
-      float4* partial = at(warp_.split, row_tile);
+      // The owner, whose split is row_tile, leaves none.
+      float4* partial = at(warp_.split < row_tile ? warp_.split : warp_.split - 1, row_tile);
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
         partial[s * kWarpLanes] = make_float4(own[s][0], own[s][1], own[s][2], own[s][3]);
@@ -135,9 +136,9 @@ class SpreadProduct {
 
   // Behind a barrier, by the owner of the warp's row tile: adds what the others left to its own part.
   __device__ __forceinline__ void sum(float (&sums)[kSums][4]) const {
-    for (int split = 0; split < shape_.spread.depth_splits; ++split) {
-      if (split == warp_.split) continue;
-      const float4* partial = at(split, warp_.split);
+    const int next = shape_.spread.unit_tiles * shape_.spread.row_tiles * kSums * kWarpLanes;
+    const float4* partial = at(0, warp_.split);
+    for (int other = 0; other < shape_.spread.depth_splits - 1; ++other, partial += next) {
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
         const float4 value = partial[s * kWarpLanes];
@@ -150,8 +151,8 @@ class SpreadProduct {
   }
 
  private:
-  __device__ __forceinline__ float4* at(int split, int row_tile) const {
-    const int other = split < row_tile ? split : split - 1;  // the owner, whose split is row_tile, leaves none
+  // Where one of those that do not own a row tile, counted in their order, leaves its part of it.
+  __device__ __forceinline__ float4* at(int other, int row_tile) const {
     const int place = (other * shape_.spread.unit_tiles + warp_.unit_tile) * shape_.spread.row_tiles + row_tile;
     return partials_ + place * kSums * kWarpLanes + threadIdx.x % kWarpLanes;
   }
@@ -160,7 +161,8 @@ class SpreadProduct {
   const SpreadWarp& warp_;
   const int first_k_;
   float4* const partials_;
-  WeightTile<Math, kGates, spread_register_depth(kGates, kBackward, kOnTensorCores<Math>)> weights_;
+  static constexpr int kDepth = spread_register_depth(kGates, sizeof(Operand), kBackward, kOnTensorCores<Math>);
+  WeightTile<Math, kGates, kDepth> weights_;
 };
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -177,7 +179,6 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const Spread& spread = shape.spread;
   const int H = layer.hidden_size;
   const SpreadWarp warp(spread);
-  const TileLane of_lane;
   const SpreadShared<Exchange> shared(device::dynamic_shared(), shape.sizes);
   const int first_unit = (static_cast<int>(blockIdx.x) * spread.unit_tiles + warp.unit_tile) * kTileUnits;
   const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
@@ -195,20 +196,19 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   // A warp that owns nothing has rows past the batch.
   ForwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
+  const int row = warp.split * kTileRows + TileLane().row(0), unit = first_unit + TileLane().unit(0);
   const auto publish = [&]() {
     if (!warp.owner) return;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float h[2];
-      lane.operand(j, h);
-      exchange.publish(warp.split * kTileRows + of_lane.row(j), 0, first_unit + of_lane.unit(0), operand_pair<Math>(h));
-    }
+    const Pair<typename Math::Operand> h[2][1] = {{operand_pair<Math>(lane.operand(0))},
+                                                  {operand_pair<Math>(lane.operand(1))}};
+    exchange.publish(row, unit, h);
   };
 
   if (steps.first < steps.last) {
-    lane.fetch(steps.first);
+    lane.begin(steps.first);
     publish();
     exchange.arrive();
+    if (warp.owner) lane.advance(steps.first);
   }
   for (int index = steps.first; index < steps.last; ++index) {
     float hgates[kGates][4];
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       publish();
       exchange.arrive();
     }
-    if (warp.owner) lane.store(index);
+    if (warp.owner) lane.advance(index + 1);
   }
   lane.finish();
 }
@@ -242,7 +242,6 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const Spread& spread = shape.spread;
   const int H = layer.hidden_size;
   const SpreadWarp warp(spread);
-  const TileLane of_lane;
   const SpreadShared<Exchange> shared(device::dynamic_shared(), shape.sizes);
   const int first_unit = (static_cast<int>(blockIdx.x) * spread.unit_tiles + warp.unit_tile) * kTileUnits;
   const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
@@ -259,27 +258,27 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
-  lane.fetch(steps.last - 1);
+  const int row = warp.split * kTileRows + TileLane().row(0), unit = first_unit + TileLane().unit(0);
+  lane.begin(steps.last - 1);
   float grad_h[1][4] = {};
   for (int index = steps.last - 1; index >= steps.first; --index) {
     if (warp.owner) {
       lane.step(index, grad_h[0]);
+      Pair<typename Math::Operand> grads[2][kGates];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          exchange.publish(warp.split * kTileRows + of_lane.row(j), g, first_unit + of_lane.unit(0),
-                           operand_pair<Math>(lane.operand(g, j)));
-        }
+        for (int g = 0; g < kGates; ++g) grads[j][g] = operand_pair<Math>(lane.operand(g, j));
       }
+      exchange.publish(row, unit, grads);
     }
     exchange.arrive();
-    if (warp.owner) lane.store(index);
+    if (warp.owner) lane.advance(index - 1);
     product.multiply(exchange.wait(), grad_h);
     __syncthreads();
     if (warp.owner) product.sum(grad_h);
   }
-  lane.finish(grad_h[0]);
+  lane.finish(steps.first, grad_h[0]);
 }
 
 // ------------------------------------------------------------------------------------------------ host

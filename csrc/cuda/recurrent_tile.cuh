@@ -22,7 +22,7 @@
 #include <cstring>
 
 #include "device_ptx.h"
-#include "fast_float.cuh"
+#include "lane_number.cuh"
 #include "storage.cuh"
 #include "tiles.h"
 
@@ -37,20 +37,25 @@ struct TileLane {
 
   __device__ __forceinline__ int unit(int i) const { return 2 * quad + i; }
   __device__ __forceinline__ int row(int j) const { return 2 * column + j; }
+
+  // Of the lane's units among those from first_unit on, and its first row, in an operand [8, stride].
+  __device__ __forceinline__ int place(int first_unit, int stride) const {
+    return device::opaque(row(0) * stride + first_unit + unit(0));
+  }
 };
 
 __device__ __forceinline__ int unit_of_row(int row) { return 2 * (row % 8) + row / 8; }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 // The arithmetics of the product. Operand is what is multiplied, kDepth the k of a tile, Fragment a lane's part of h
-// for two tiles of k. pack makes a lane's part of W from element(row, k); multiply adds the product with one tile of k;
-// finish gives the lane its four sums.
+// for two tiles of k, which load reads from h + offset(stride). pack makes a lane's part of W from element(row, k);
+// multiply adds the product with one tile of k; finish gives the lane its four sums.
 
 // 16-bit tensor cores.
 template <class scalar_t>
 struct TensorCore {
   using Operand = scalar_t;
-  using Number = FastFloat;
+  using Number = LaneNumber<FastFunctions>;
   static constexpr int kDepth = 16;
   struct Sums {
     float value[4] = {};
@@ -73,9 +78,12 @@ struct TensorCore {
     }
   }
   // Eight rows of 16 bytes are one matrix of ldmatrix; lane l addresses row l % 8 of matrix l / 8.
-  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+  static __device__ __forceinline__ int offset(int stride) {
     const int lane = threadIdx.x % kWarpLanes;
-    device::ldmatrix_x4(fragment, h + lane % 8 * stride + lane / 8 * 8);
+    return lane % 8 * stride + lane / 8 * 8;
+  }
+  static __device__ __forceinline__ void load(const Operand* h, int, Fragment& fragment) {
+    device::ldmatrix_x4(fragment, h);
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
     const uint32_t b[2] = {h[2 * tile], h[2 * tile + 1]};
@@ -90,7 +98,7 @@ struct TensorCore {
 // float rounded to TF32, on tensor cores.
 struct TensorCoreTf32 {
   using Operand = float;
-  using Number = FastFloat;
+  using Number = LaneNumber<FastFunctions>;
   static constexpr int kDepth = 8;
   struct Sums {
     float value[4] = {};
@@ -108,9 +116,12 @@ struct TensorCoreTf32 {
     }
   }
   // ldmatrix moves 32-bit words as well: a row of 16 bytes is four of them, one for each lane of a quad.
-  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+  static __device__ __forceinline__ int offset(int stride) {
     const int lane = threadIdx.x % kWarpLanes;
-    device::ldmatrix_x4(fragment, h + lane % 8 * stride + lane / 8 * 4);
+    return lane % 8 * stride + lane / 8 * 4;
+  }
+  static __device__ __forceinline__ void load(const Operand* h, int, Fragment& fragment) {
+    device::ldmatrix_x4(fragment, h);
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
     const uint32_t b[2] = {h[2 * tile], h[2 * tile + 1]};
@@ -126,7 +137,7 @@ struct TensorCoreTf32 {
 // own two k of a tile, and finish adds up the quad and leaves each lane its two columns.
 struct ScalarFloat {
   using Operand = float;
-  using Number = float;
+  using Number = LaneNumber<ExactFunctions>;
   static constexpr int kDepth = 8;
   struct Sums {
     float value[2][8] = {};  // [row][column]
@@ -145,13 +156,12 @@ struct ScalarFloat {
       memcpy(&a[i], &value, sizeof value);
     }
   }
+  static __device__ __forceinline__ int offset(int) { return TileLane().column * 2; }
   static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
-    const TileLane lane;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
-        rnnfast::cuda::load(h + n * stride + tile * kDepth + lane.column * 2, fragment.value[tile][n]);
+      for (int n = 0; n < 8; ++n) rnnfast::cuda::load(h + n * stride + tile * kDepth, fragment.value[tile][n]);
     }
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
@@ -198,15 +208,6 @@ __device__ __forceinline__ void clear(Operand* values, int count) {
 }
 
 // A lane's units of one batch row, as the product's operand.
-template <class Math>
-__device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const float (&value)[2]) {
-  if constexpr (sizeof(typename Math::Operand) == 2) {
-    return Pair<typename Math::Operand>(value);
-  } else {
-    const float operand[2] = {Math::to_operand(value[0]), Math::to_operand(value[1])};
-    return Pair<float>(operand);
-  }
-}
 template <class Math, class scalar_t>
 __device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const Pair<scalar_t>& pair) {
   if constexpr (sizeof(scalar_t) == 2) {
@@ -214,7 +215,8 @@ __device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const Pair<
   } else {
     float value[2];
     pair.unpack(value);
-    return operand_pair<Math>(value);
+    const float operand[2] = {Math::to_operand(value[0]), Math::to_operand(value[1])};
+    return Pair<float>(operand);
   }
 }
 
@@ -229,10 +231,12 @@ class WeightTile {
   using Sums = typename Math::Sums;
 
   // element(tile, row, k) is W, 0 outside of it; `shared` is the warp's own, of tile_shared_bytes. No barrier follows:
-  // a lane reads back what it wrote itself.
+  // a lane reads back what it wrote itself. `stride` is that of h.
   template <class Element>
-  __device__ __forceinline__ void load(const Element& element, int depth, uint4* shared) {
+  __device__ __forceinline__ void load(const Element& element, int depth, int stride, uint4* shared) {
     depth_ = depth;
+    stride_ = stride;
+    offset_ = device::opaque(Math::offset(stride));
     shared_ = shared + threadIdx.x % kWarpLanes;
 #pragma unroll
     for (int k = 0; k < kRegisterDepth; ++k) {
@@ -241,8 +245,9 @@ class WeightTile {
         if (k < depth) pack(element, tile, k, registers_[k][tile]);
       }
     }
+    // Compiled for sm_80, the largest kernels have no registers left for more than two at a time.
     for (int k = kRegisterDepth; k < depth; ++k) {
-#pragma unroll
+#pragma unroll(device::kHasClusters ? kTiles : 2)
       for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t a[4];
         pack(element, tile, k, a);
@@ -252,14 +257,14 @@ class WeightTile {
   }
 
   // sums[tile] += W[tile] h
-  __device__ __forceinline__ void multiply(Sums (&sums)[kTiles], const Operand* h, int stride) const {
-    walk<true>(sums, h, stride, 0);
+  __device__ __forceinline__ void multiply(Sums (&sums)[kTiles], const Operand* h) const {
+    walk<true>(sums, h + offset_, 0);
   }
   // sums[tile % kSums] += W[tile] h[tile], where the tiles' h lie `next` elements apart. Several sums, to be added up,
   // keep more products under way.
   template <int kSums>
-  __device__ __forceinline__ void multiply_each(Sums (&sums)[kSums], const Operand* h, int stride, int next) const {
-    walk<false>(sums, h, stride, next);
+  __device__ __forceinline__ void multiply_each(Sums (&sums)[kSums], const Operand* h, int next) const {
+    walk<false>(sums, h + offset_, next);
   }
 
  private:
@@ -272,27 +277,15 @@ class WeightTile {
   }
 
   template <bool kOneOperand, int kSums>
-  __device__ __forceinline__ void walk(Sums (&sums)[kSums], const Operand* h, int stride, int next) const {
-#pragma unroll
-    for (int k = 0; k < kRegisterDepth; k += 2) {
-      if (k < depth_) {
-        typename Math::Fragment fragment;
-        if (kOneOperand) Math::load(h + k * Math::kDepth, stride, fragment);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
-          Math::multiply(sums[tile % kSums], registers_[k][tile], fragment, 0);
-          Math::multiply(sums[tile % kSums], registers_[k + 1][tile], fragment, 1);
-        }
-      }
-    }
+  __device__ __forceinline__ void walk(Sums (&sums)[kSums], const Operand* h, int next) const {
+    walk_registers<kOneOperand, kRegisterDepth>(sums, h, next);
     for (int k = kRegisterDepth; k < depth_; k += 2) {
       typename Math::Fragment fragment;
-      if (kOneOperand) Math::load(h + k * Math::kDepth, stride, fragment);
+      if (kOneOperand) Math::load(h + k * Math::kDepth, stride_, fragment);
       // With one sum for all tiles, one operand at a time: together they would fill the registers.
 #pragma unroll(kSums == 1 ? 1 : kTiles)
       for (int tile = 0; tile < kTiles; ++tile) {
-        if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride, fragment);
+        if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride_, fragment);
 #pragma unroll
         for (int inner = 0; inner < 2; ++inner) {
           const uint4 packed = *shared_fragment(tile, k + inner);
@@ -303,9 +296,29 @@ class WeightTile {
     }
   }
 
+  // As much of kDepth tiles of k as there is. One question, and then no branch, behind which the compiler would have
+  // all products finished before it begins the next.
+  template <bool kOneOperand, int kDepth, int kSums>
+  __device__ __forceinline__ void walk_registers(Sums (&sums)[kSums], const Operand* h, int next) const {
+    if constexpr (kDepth > 0) {
+      if (depth_ < kDepth) return walk_registers<kOneOperand, kDepth - 2>(sums, h, next);
+#pragma unroll
+      for (int k = 0; k < kDepth; k += 2) {
+        typename Math::Fragment fragment;
+        if (kOneOperand) Math::load(h + k * Math::kDepth, stride_, fragment);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride_, fragment);
+          Math::multiply(sums[tile % kSums], registers_[k][tile], fragment, 0);
+          Math::multiply(sums[tile % kSums], registers_[k + 1][tile], fragment, 1);
+        }
+      }
+    }
+  }
+
   uint32_t registers_[kRegisterDepth == 0 ? 1 : kRegisterDepth][kTiles][4];
   uint4* shared_ = nullptr;
-  int depth_ = 0;
+  int depth_ = 0, stride_ = 0, offset_ = 0;
 };
 
 }  // namespace rnnfast::cuda

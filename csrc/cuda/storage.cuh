@@ -74,10 +74,16 @@ class Pair {
  public:
   Pair() = default;
   __device__ __forceinline__ explicit Pair(const acc_type<scalar_t> (&value)[2]) {
-    Packet<scalar_t, 2> packet;
-    from_acc(value[0], packet.value[0]);
-    from_acc(value[1], packet.value[1]);
-    memcpy(&bits_, &packet, sizeof bits_);
+    // One instruction for the 16-bit types.
+    if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+      const __nv_bfloat162 both = __floats2bfloat162_rn(value[0], value[1]);
+      memcpy(&bits_, &both, sizeof bits_);
+    } else if constexpr (std::is_same_v<scalar_t, __half>) {
+      const __half2 both = __floats2half2_rn(value[0], value[1]);
+      memcpy(&bits_, &both, sizeof bits_);
+    } else {
+      memcpy(&bits_, value, sizeof bits_);
+    }
   }
 
   // One instruction; aligned to the pair.
@@ -87,6 +93,13 @@ class Pair {
     return pair;
   }
   __device__ __forceinline__ void store(scalar_t* to) const { *reinterpret_cast<Word*>(to) = bits_; }
+  // In global memory, where they are wanted.
+  __device__ __forceinline__ void load_if(bool wanted, const scalar_t* from) {
+    device::load_if(wanted, reinterpret_cast<const Word*>(from), bits_);
+  }
+  __device__ __forceinline__ void store_if(bool wanted, scalar_t* to) const {
+    device::store_if(wanted, bits_, reinterpret_cast<Word*>(to));
+  }
 
   // Anywhere; of the two, `count` are there, one at least. The other reads as zero.
   static __device__ __forceinline__ Pair load(const scalar_t* from, int count) {
@@ -125,7 +138,7 @@ class Pair {
   static __device__ __forceinline__ uint32_t whole(uint32_t bits) { return device::opaque(bits); }
   static __device__ __forceinline__ uint64_t whole(uint64_t bits) { return bits; }
 
-  Bits bits_ = 0;
+  Word bits_ = 0;
 };
 
 }  // namespace rnnfast::cuda

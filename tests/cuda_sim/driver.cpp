@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cell/cells.h"
-#include "fast_float.cuh"
+#include "lane_number.cuh"
 #include "params.h"
 #include "storage.cuh"
 
@@ -272,11 +272,11 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
   return tensors.fetch() ? 0 : cudaErrorUnknown;
 }
 
-// The nonlinearities of csrc/cuda/fast_float.cuh, but for the hardware's approximations.
+// The fast nonlinearities of csrc/cuda/lane_number.cuh, but for the hardware's approximations.
 EXPORT void sim_fast_float(const float* x, float* tanh_of_x, float* sigmoid_of_x, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    tanh_of_x[i] = static_cast<float>(tanh(cuda::FastFloat(x[i])));
-    sigmoid_of_x[i] = static_cast<float>(sigmoid(cuda::FastFloat(x[i])));
+    tanh_of_x[i] = cuda::FastFunctions::tanh(x[i]);
+    sigmoid_of_x[i] = cuda::FastFunctions::sigmoid(x[i]);
   }
 }
 

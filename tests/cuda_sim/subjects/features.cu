@@ -73,7 +73,7 @@ __global__ void cluster_push_kernel(unsigned* out) {
   device::cluster_arrive_release();  // a block that has not begun has no shared memory
   device::cluster_wait_acquire();
   if (kind == Push::exit_early && rank == 1) return;
-  if (threadIdx.x < count) device::store_remote(received + rank, threadIdx.x, make_uint2(rank, rank));
+  if (threadIdx.x < count) device::RemoteShared<uint2>(received + rank, threadIdx.x).store(0, make_uint2(rank, rank));
   if (kind != Push::no_arrive) device::cluster_arrive_release();
   if (kind == Push::arrive_twice) device::cluster_arrive_release();
   if (kind != Push::no_wait) device::cluster_wait_acquire();

@@ -116,7 +116,8 @@ def recurrent(
             batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
             recurrent dropout or zoneout; layer_norm comes with heads, or for a cell that has none.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
-        TypeError: an argument is no tensor, lengths and reset are not integers and bool, or generator is none.
+        TypeError: an argument is no tensor, lengths and reset are not integers and bool, or generator is no
+            torch.Generator.
     """
     check_options(cell, num_heads, layer_norm)
     _check_generator(generator)
@@ -248,7 +249,8 @@ def step(
 
     ``input`` is ``[B, I]`` or ``[I]``; ``hx`` and the result are ``[B, H]`` or ``[H]``, for LSTM a pair of them; None
     means zeros. The options are those of :func:`recurrent`; zoneout's masks are a call's own. Raises ValueError for a
-    wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does.
+    wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does, and TypeError for what is no tensor or
+    no generator.
     """
     w_ih = weights[0]
     _check_generator(generator)
@@ -424,8 +426,8 @@ def _with_w_hh(
 def _dropped(w_hh: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """``w_hh`` with elements dropped."""
     if generator is None:
-        return torch.dropout(w_hh, probability, True)
-    # which takes no generator
+        return drop(w_hh, probability)
+    # torch's dropout takes no generator.
     keep = torch.empty_like(w_hh, requires_grad=False).bernoulli_(1 - probability, generator=generator)
     return w_hh * (keep * (1 / (1 - probability) if probability < 1 else 0.0))
 

@@ -383,8 +383,7 @@ def _direction(
         state = tuple(torch.cat([new, old[size:]]) for new, old in zip(current, state, strict=True))
 
     in_order = reversed(history) if reverse else history
-    nothing = tuple(tensor[:0] for tensor in state)  # the result where T = 0, and what gives cat the shape
-    every = tuple(torch.cat(rows).to(dtype) for rows in zip(nothing, *in_order, strict=True))
+    every = tuple(torch.cat(rows).to(dtype) for rows in zip(*in_order, strict=True))
     return every, tuple(tensor.to(dtype) for tensor in state)
 
 

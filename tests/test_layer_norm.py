@@ -112,7 +112,7 @@ def test_against_a_loop(cell: str, proj_size: int, bias: bool, backend: str) -> 
 @needs_operators
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.cell in NORMED], ids=lambda sample: sample.name)
 def test_operators_against_reference(sample: Sample) -> None:
-    """With the products kept and made again; some with recurrent dropout and zoneout."""
+    """With what backward reads kept and made again; some with recurrent dropout and zoneout."""
     sample = replace(sample, layer_norm=True)
     seed = torch.arange(sample.batch)
     noise = (0.3, 0.2, 0.4 if sample.cell == "lstm" else 0.0)
@@ -261,7 +261,7 @@ def test_resets_are_separate_sequences(name: str) -> None:
 @needs_operators
 @each_layer
 def test_recomputing_is_the_same(name: str) -> None:
-    """Bit for bit, in 16 bits too: what is kept of a product is what it is rounded to when it is made again."""
+    """Bit for bit, in 16 bits too: what is kept is rounded, and so it is when it is made again."""
     for dtype in (torch.float64, torch.bfloat16):
         module = make(name, dtype=dtype)
         again = make(name, dtype=dtype, recompute=True)

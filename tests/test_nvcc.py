@@ -227,6 +227,7 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler())
     functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)[1:]
     assert len(functions) == len(compiled.kernels(source))
+    seen = dict.fromkeys(NONLINEARITIES, 0)
     for function in functions:
         name = function.splitlines()[0]
         assert ("HMMA" in function) == ("ScalarFloat" not in name), name
@@ -235,11 +236,13 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
         assert ".CONSTANT" not in function, f"{name} loads through the constant cache"
         for cell, count in NONLINEARITIES.items():
             if cell in name and "forward" in name and "ScalarFloat" not in name:
+                seen[cell] += 1
                 together = max(run.count("MUFU") for run in re.split(r"\b(?:BRA|BSYNC|BAR|EXIT)\b", function))
                 assert together >= count, f"{name} computes {together} of {count} at a time"
         assert not re.search(r" LD\.E", function), f"{name} has generic loads"
         if "persistent_cluster" not in source.name:
             assert not re.search(r" ST\.E", function), f"{name} has generic stores"
+    assert all(seen.values()) or all("ScalarFloat" in function.splitlines()[0] for function in functions)
 
 
 LAYOUT = """

@@ -40,7 +40,7 @@ class Backward {
         Backward(sizes, layer.direction[d], member, pieces.shared[d], pieces.own).run();
       });
     });
-    BackwardProducts<S>::run(sizes, workspace);
+    GradientProducts<S>::run(sizes, workspace);
   }
 
  private:
@@ -69,7 +69,7 @@ class Backward {
                         shared_.forward_second, shared_.bias_second),
         window_(member.divide == Divide::units ? shared.saved : own.saved),
         saved_(sizes.recomputes() ? window_ : static_cast<const S*>(direction.saved)),
-        scales_(sizes.recomputes() ? own.scales : sizes.scales(direction)),
+        scales_(sizes.recomputes() ? own.scales : scales_behind(saved_, s_.rows, sizes.saved_width())),
         scale_rows_(sizes.recomputes() ? sizes.window_rows() : s_.rows),
         rows_(row_share(s_, member)),
         output_share_(block_share(outputs_.count(), member)),

@@ -6,7 +6,7 @@
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 template <class S>
-class BackwardProducts {
+class GradientProducts {
   using Workspace = BackwardWorkspace<S>;
   using Products = ProductsOverSteps<S, LayerBackward>;
 

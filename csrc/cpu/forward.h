@@ -79,7 +79,7 @@ class Forward {
         columns_(hidden_.columns()),
         ld_gates_(sizes.ld_gates()),
         capacity_(sizes.capacity()),
-        scales_(sizes.scales(d_)) {
+        scales_(d_.saved ? scales_behind(static_cast<S*>(d_.saved), s_.rows, sizes.saved_width()) : nullptr) {
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
     const Share& h_share = shared_.hidden ? output_share_ : blocks_;
     keep_h_ = Zoneout<Acc>(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,

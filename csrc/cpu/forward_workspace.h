@@ -71,10 +71,6 @@ class ForwardWorkspace {
 
   bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
   int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
-  Acc* scales(const DirectionForward& direction) const {
-    S* const saved = static_cast<S*>(direction.saved);
-    return saved ? reinterpret_cast<Acc*>(saved + layer.sequence.rows * saved_width()) : nullptr;
-  }
   // The tile of the first product has the width that fits.
   UnitBlocks hidden_blocks(int gates) const {
     UnitBlocks blocks = unit_blocks<S>(cell.first_gates, cell.gates, layer.hidden_size, plan.divide);

@@ -139,6 +139,15 @@ Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, in
   return of;
 }
 
+// [kNormNumbers, rows] by what forward scaled the halves of the gates of each row, behind the `width` elements of every
+// row in `saved`.
+template <class S>
+auto* scales_behind(S* saved, int64_t rows, int64_t width) {
+  static_assert(kNormNumbers == 2);  // as there are halves
+  using Acc = acc_t<std::remove_const_t<S>>;
+  return reinterpret_cast<std::conditional_t<std::is_const_v<S>, const Acc, Acc>*>(saved + rows * width);
+}
+
 // Of a half of the gates [G*H]; the bias may be null.
 template <class S>
 const S* norm_weights(const DirectionWeights& of, int half) {

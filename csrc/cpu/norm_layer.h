@@ -142,8 +142,9 @@ struct Backward<Cell, S>::NormRow {
   const Acc *keep_h, *keep_c;
   Acc* grads;  // [1 or 2 halves, G, ld_h] of the gates
   // With two states.
-  Acc *values, *c;                 // [S, ld_h] what the cell kept; [ld_h] c'
-  Acc *grad_c, *grad_output_gate;  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
+  Acc *values = nullptr, *c = nullptr;  // [S, ld_h] what the cell kept; [ld_h] c'
+  // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
+  Acc *grad_c = nullptr, *grad_output_gate = nullptr;
 
   void load_values(int64_t u, int64_t ld, V* to) const {
     for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
@@ -203,10 +204,12 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
   row.keep_c = keep_c_.row(slot);
   row.grads = own_.norms + index * sizes_.norm_vectors() * ld_h_;
-  row.values = row.grads + kGradHalves * G * ld_h_;
-  row.c = row.values + Cell::kSaved * ld_h_;
-  row.grad_c = row.c + ld_h_;
-  row.grad_output_gate = row.grad_c + ld_h_;
+  if (Cell::kStates > 1) {
+    row.values = row.grads + kGradHalves * G * ld_h_;
+    row.c = row.values + Cell::kSaved * ld_h_;
+    row.grad_c = row.c + ld_h_;
+    row.grad_output_gate = row.grad_c + ld_h_;
+  }
   return row;
 }
 

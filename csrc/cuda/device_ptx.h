@@ -157,7 +157,8 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 }
 
 // A word of 4 or 8 bytes from global memory, if it is wanted, and into it. Without a branch: the compiler would take
-// one around several.
+// one around several. It may move the load past stores, too, so a kernel may write there only what it computes from
+// this very word.
 template <class Word>
 __device__ __forceinline__ void load_if(bool wanted, const Word* from, Word& to) {
   static_assert(sizeof(Word) == 4 || sizeof(Word) == 8, "one instruction");

@@ -71,8 +71,8 @@ struct FastFunctions {
   static __device__ __forceinline__ float sigmoid(float x) {
     return device::fast_reciprocal(1.0f + device::fast_exp2(-kLog2E * x));
   }
-  // x p(x^2) / q(x^2) with the p and q of least largest relative error up to kLimit, 1.2e-7; tanh(kLimit) is 1
-  // - 3.4e-7. One reciprocal, where the exponential would take two of the slow instructions and, near 0, a series
+  // x p(x^2) / q(x^2) with the p and q of least largest relative error up to kLimit: 1.2e-7, and rounding. tanh(kLimit)
+  // is 1 - 3.4e-7. One reciprocal, where the exponential would take two of the slow instructions and, near 0, a series
   // beside them. No branch, which would keep the compiler from running several side by side. NaN passes through.
   static __device__ __forceinline__ float tanh(float x) {
     constexpr float kLimit = 7.8f;

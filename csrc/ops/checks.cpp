@@ -253,9 +253,8 @@ void check_gradients(const Geometry& g, const LayerArguments& a, const OptionalT
   }
   if (saved.numel() > 0) {
     check_like(g.info, "saved", saved, a.input);
-    check_shape(
-        g.info, "saved", saved,
-        {g.layer_norm ? "[D, N, S*H and the row's numbers]" : "[D, N, S*H]", {g.directions, g.rows, g.saved_width()}});
+    const char* names = g.layer_norm ? "[D, N, S*H + numbers behind all rows]" : "[D, N, S*H]";
+    check_shape(g.info, "saved", saved, {names, {g.directions, g.rows, g.saved_elements_a_row()}});
     TORCH_CHECK(saved.is_contiguous(), "rnnfast.", g.info.name, ": saved is not contiguous");
   }
 }

@@ -111,7 +111,7 @@ ForwardTensors::ForwardTensors(const Geometry& g, const Tensor& like, Save save,
   c = two_states && save != Save::nothing ? empty_steps(g, like, g.directions * g.hidden_size, gaps)
                                           : no_elements(like);
   saved = save == Save::gates && g.saved_values() > 0
-              ? at::empty({g.directions, g.rows, g.saved_width()}, like.options())
+              ? at::empty({g.directions, g.rows, g.saved_elements_a_row()}, like.options())
               : no_elements(like);
 }
 

@@ -273,7 +273,7 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
 }
 
 // The fast nonlinearities of csrc/cuda/lane_number.cuh, but for the hardware's approximations.
-EXPORT void sim_fast_float(const float* x, float* tanh_of_x, float* sigmoid_of_x, size_t count) {
+EXPORT void sim_fast_functions(const float* x, float* tanh_of_x, float* sigmoid_of_x, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     tanh_of_x[i] = cuda::FastFunctions::tanh(x[i]);
     sigmoid_of_x[i] = cuda::FastFunctions::sigmoid(x[i]);

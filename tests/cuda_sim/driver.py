@@ -193,11 +193,11 @@ class Simulator:
         if error:
             raise SimulationError(f"error {error}: {self.library.sim_last_message().decode()}")
 
-    def fast_float(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def fast_functions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """tanh and sigmoid of float32 numbers, as kernels compute them that round the state anyway."""
         results = torch.empty_like(x), torch.empty_like(x)
         pointers = (c_void_p(t.data_ptr()) for t in (x, *results))
-        self.library.sim_fast_float(*pointers, c_size_t(x.numel()))
+        self.library.sim_fast_functions(*pointers, c_size_t(x.numel()))
         return results
 
     def forward(self, layer: Layer, *, save: int = GATES) -> tuple[Tensor, Tensor, Tensor, Saved]:

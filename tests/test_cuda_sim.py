@@ -341,8 +341,8 @@ def test_fast_nonlinearities(simulators: dict[str, driver.Simulator]) -> None:
     assert (tanh.abs() <= 1).all()
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
     tanh, sigmoid = simulator(simulators, "sim").fast_functions(special)
-    # tanh ends where it differs from 1 by 3e-7.
-    torch.testing.assert_close(tanh[:2], torch.tensor([1.0, -1.0]), rtol=2e-6, atol=0)
+    # tanh ends where it differs from 1 by 3.4e-7, and rounding.
+    torch.testing.assert_close(tanh[:2], torch.tensor([1.0, -1.0]), rtol=5e-7, atol=0)
     assert sigmoid.tolist()[:2] == [1, 0]
     assert tanh[2].isnan()
     assert sigmoid[2].isnan()

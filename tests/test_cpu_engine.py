@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +223,32 @@ def test_backward_keeps_no_more_than_torch_nn_s(name: str) -> None:
 
     kept: list[object] = []  # results stay alive, so that no storage's address is used twice
     assert kept_bytes(getattr(rnnfast, name)(32, 64)) <= kept_bytes(getattr(torch.nn, name)(32, 64))
+
+
+def flags_of_memory(tensor: Tensor) -> list[str]:
+    """What the kernel has noted for the stretch of memory in which the middle of the tensor lies."""
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head, *rest = line.split()
+        if not head.endswith(":"):
+            first, last = (int(address, 16) for address in head.split("-"))
+            inside = first <= middle < last
+        elif inside and head == "VmFlags:":
+            return rest
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no transparent huge pages"
+)
+@pytest.mark.parametrize("lengths", [None, torch.full((64,), 100)], ids=["all", "lengths"])
+def test_large_results_are_wanted_in_large_pages(lengths: Tensor | None) -> None:
+    input, h0, c0, *weights = arguments("lstm", 100, 64, 32, 256, 256, torch.float32, directions=1)
+    output, _, _, c, saved = torch.ops.rnnfast.lstm(input, h0, c0, weights, None, lengths, None, 2)
+    for result in (output, c, saved):
+        assert result.nbytes > 4 << 20
+        assert "hg" in flags_of_memory(result)
 
 
 def test_instruction_sets_may_change_beside_a_call() -> None:

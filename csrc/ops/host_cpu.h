@@ -1,48 +1,20 @@
-// Owns: what every operator on the CPU hands to the engine beside tensors: the host's view of time, the workspace, the
-// number of threads.
+// Owns: what every operator on the CPU hands to the engine beside tensors: the host's view of time, the number of
+// threads.
 // Must not know: engines, equations.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "layer.h"
+#include "memory.h"
 
 namespace rnnfast::ops {
 
 inline int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-// Memory that comes anew from the system at every call can cost more than the call. So a thread keeps a workspace from
-// call to call, as large as it has needed so far; the work in a larger one outweighs that.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) {
-    constexpr size_t kMostKept = 32 << 20;
-    if (bytes > kMostKept) {
-      passing_.reset(c10::alloc_cpu(bytes));
-    } else if (bytes > kept_bytes_) {
-      kept_bytes_ = 0;
-      kept_.reset();
-      kept_.reset(c10::alloc_cpu(bytes));
-      kept_bytes_ = bytes;
-    }
-  }
-  void* data() { return passing_ ? passing_.get() : kept_.get(); }  // the allocator aligns to 64, too
-
- private:
-  struct Free {
-    void operator()(void* memory) const { c10::free_cpu(memory); }
-  };
-  using Memory = std::unique_ptr<void, Free>;
-  static inline thread_local Memory kept_;
-  static inline thread_local size_t kept_bytes_ = 0;
-  Memory passing_;
-};
 
 // The arrays behind a Sequence.
 class HostSequence {

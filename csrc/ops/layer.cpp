@@ -2,7 +2,19 @@
 
 #include <ATen/Functions.h>
 
+#include "memory.h"
+
 namespace rnnfast::ops {
+namespace {
+
+// Uninitialised, for as many rows as all steps have.
+Tensor empty_rows(at::IntArrayRef sizes, const Tensor& like) {
+  Tensor rows = at::empty(sizes, like.options());
+  if (rows.is_cpu()) prefer_large_pages(rows.data_ptr(), rows.nbytes());
+  return rows;
+}
+
+}  // namespace
 
 // Engines take any strides but that of the features.
 Tensor contiguous_features(const Tensor& tensor) {
@@ -13,7 +25,8 @@ Tensor empty_steps(const Geometry& g, const Tensor& like, int64_t features, bool
   const int64_t padded[] = {g.steps, g.batch, features};
   const int64_t packed[] = {g.rows, features};
   const at::IntArrayRef sizes = g.packed ? at::IntArrayRef(packed) : at::IntArrayRef(padded);
-  return zero ? at::zeros(sizes, like.options()) : at::empty(sizes, like.options());
+  const Tensor steps = empty_rows(sizes, like);
+  return zero ? steps.zero_() : steps;
 }
 
 void* block(const Tensor& tensor, int64_t d) {
@@ -111,7 +124,7 @@ ForwardTensors::ForwardTensors(const Geometry& g, const Tensor& like, Save save,
   c = two_states && save != Save::nothing ? empty_steps(g, like, g.directions * g.hidden_size, gaps)
                                           : no_elements(like);
   saved = save == Save::gates && g.saved_values() > 0
-              ? at::empty({g.directions, g.rows, g.saved_elements_a_row()}, like.options())
+              ? empty_rows({g.directions, g.rows, g.saved_elements_a_row()}, like)
               : no_elements(like);
 }
 
@@ -139,8 +152,8 @@ BackwardTensors::BackwardTensors(const Geometry& g, const LayerTensors& layer, c
 }
 
 void BackwardTensors::allocate_gate_gradients(const Geometry& g) {
-  grad_igates = at::empty({g.directions, g.rows, g.info.gates * g.hidden_size}, grad_h0.options());
-  grad_hgates = g.split_gates() ? at::empty_like(grad_igates) : grad_igates;
+  grad_igates = empty_rows({g.directions, g.rows, g.info.gates * g.hidden_size}, grad_h0);
+  grad_hgates = g.split_gates() ? empty_rows(grad_igates.sizes(), grad_h0) : grad_igates;
 }
 
 BackwardResult BackwardTensors::result() const {

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,13 +53,15 @@ def arguments(
     return [s and (torch.randn(s) * k).to(dtype) for s, k in zip(shapes, scales, strict=True)]
 
 
-def results(layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype, **options) -> list[Tensor]:
-    """Outputs and all gradients, with fixed gradients of the outputs."""
-    leaves = [t if t is None else t.to(dtype).requires_grad_() for t in tensors]
+def results(
+    layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype, of_input: bool = True, **options
+) -> list[Tensor]:
+    """Outputs and all gradients, or all but the input's, with fixed gradients of the outputs."""
+    leaves = [t if t is None else t.to(dtype).requires_grad_(i > 0 or of_input) for i, t in enumerate(tensors)]
     outputs = [t for t in layer(cell, *leaves[:3], leaves[3:], **options) if t.numel()]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator).to(tensors[0].dtype).to(dtype) for t in outputs]
-    return outputs + list(torch.autograd.grad(outputs, [t for t in leaves if t is not None], grads))
+    return outputs + list(torch.autograd.grad(outputs, [t for t in leaves if t is not None and t.requires_grad], grads))
 
 
 def allowed_error(plain: list[Tensor], want: list[Tensor]) -> float:
@@ -106,6 +110,58 @@ def test_projection(dtype: torch.dtype, instruction_set: str) -> None:
     allowed = allowed_error(results(reference.layer, "lstm", tensors, dtype), want)
     for save in (1, 2):
         assert error(results(ops.layer, "lstm", tensors, dtype, save=save), want) <= allowed
+
+
+WINDOW_FORMS = ("padded", "resets", "lengths", "packed", "projection", "recomputed", "noise", "layer_norm")
+
+
+def many_rows(cell: str, form: str, dtype: torch.dtype, directions: int) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """Tensors of a layer whose backward makes its products in several windows, and options of the call."""
+    description = reference.CELLS[cell]
+    steps, batch, hidden = 61, 37, 256 // description.gates
+    outputs = 30 if form == "projection" else hidden
+    tensors = arguments(cell, steps, batch, 11, hidden, outputs, dtype, directions)
+    lengths = torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([0]), steps)
+    options: dict[str, Any] = {}
+    if form == "resets":
+        options["reset"] = torch.rand(steps, batch) < 0.1
+    elif form == "lengths":
+        options["lengths"] = lengths
+    elif form == "packed":
+        options["batch_sizes"] = (torch.arange(steps)[:, None] < lengths).sum(1)
+        tensors[0] = tensors[0].flatten(0, 1)[: int(lengths.sum())].contiguous()
+    elif form == "noise":
+        zoneout = [0.2] * description.states + [0.0] * (2 - description.states)
+        options.update(seed=torch.randint(2**62, (batch,)), noise=[0.3, *zoneout])
+    elif form == "layer_norm":
+        norms = [description.gates * hidden] * 2 + [hidden] * 2 * (description.states - 1)
+        for d in range(directions, 0, -1):  # behind each direction's four weights
+            tensors[3 + 4 * d : 3 + 4 * d] = [torch.rand(size).to(dtype) for size in norms]
+        options["layer_norm"] = True
+    return tensors, options
+
+
+def windowed_cases() -> Iterator[tuple[str, str, torch.dtype]]:
+    for cell, description in reference.CELLS.items():
+        yield from ((cell, "padded", dtype) for dtype in DTYPES[1:3] if cell not in KINKED_CELLS)
+        for form in WINDOW_FORMS:
+            takes = {"projection": description.states == 2, "layer_norm": description.layer_norm}
+            if takes.get(form, True):
+                yield cell, form, torch.float64
+
+
+@pytest.mark.parametrize(("cell", "form", "dtype"), list(windowed_cases()), ids=str)
+def test_products_in_windows(cell: str, form: str, dtype: torch.dtype) -> None:
+    """One direction, and two: there the gradient of the input decides whether a pass of the loop has one window."""
+    for directions, of_input in ((1, True), (2, True), (2, False)):
+        tensors, options = many_rows(cell, form, dtype, directions)
+        want, plain = (results(reference.layer, cell, tensors, d, of_input, **options) for d in (torch.float64, dtype))
+        allowed = allowed_error(plain, want)
+        save = 1 if form == "recomputed" else 2
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            got = results(ops.layer, cell, tensors, dtype, of_input, **options, save=save)
+            assert error(got, want) <= allowed, (directions, of_input, threads)
 
 
 def second_derivatives(layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
@@ -242,13 +298,12 @@ def flags_of_memory(tensor: Tensor) -> list[str]:
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no transparent huge pages"
 )
-@pytest.mark.parametrize("lengths", [None, torch.full((64,), 100)], ids=["all", "lengths"])
-def test_large_results_are_wanted_in_large_pages(lengths: Tensor | None) -> None:
-    input, h0, c0, *weights = arguments("lstm", 100, 64, 32, 256, 256, torch.float32, directions=1)
-    output, _, _, c, saved = torch.ops.rnnfast.lstm(input, h0, c0, weights, None, lengths, None, 2)
-    for result in (output, c, saved):
-        assert result.nbytes > 4 << 20
-        assert "hg" in flags_of_memory(result)
+def test_large_results_are_wanted_in_large_pages() -> None:
+    """From 32 MB on: what is smaller malloc need not map anew."""
+    input, h0, c0, *weights = arguments("lstm", 100, 64, 8, 350, 350, torch.float32, directions=1)
+    *_, saved = torch.ops.rnnfast.lstm(input, h0, c0, weights, None, None, None, 2)
+    assert saved.nbytes > 32 << 20
+    assert "hg" in flags_of_memory(saved)
 
 
 def test_instruction_sets_may_change_beside_a_call() -> None:

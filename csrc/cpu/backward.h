@@ -3,9 +3,9 @@
 //
 // The loop goes from the last step to the first: the cell turns the gradient of a step's state into the gradients of
 // its gates, and one product with W_hh carries them to the step before. The gradients of the input and of the weights
-// come behind it, from backward_products.h. Where forward kept no gates they are computed again, for a window of
-// steps at a time right before the loop reads them: every h is known, so that is two products, and the window stays in
-// the cache. A cell with two products a step goes back through the second between the cell and the first.
+// come behind each pass of it, from backward_products.h. Where forward kept no gates they are computed again, for a
+// window of steps at a time right before the loop reads them: every h is known, so that is two products, and the window
+// stays in the cache. A cell with two products a step goes back through the second between the cell and the first.
 //
 // Included once per instruction set, after backward_products.h.
 
@@ -34,18 +34,25 @@ class Backward {
 
   static void run(const LayerBackward& layer, void* workspace, int threads) {
     const Workspace sizes(layer, traits_of<Cell>, threads);
-    Barrier barriers[2];
-    run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
-      for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
-        Backward(sizes, layer.direction[d], member, pieces.shared[d], pieces.own).run();
+    Steps passes[2];
+    for (int d = 0; d < layer.directions; ++d) passes[d].begin = layer.sequence.steps;
+    while (passes[0].begin > 0 || passes[1].begin > 0) {
+      for (int d = 0; d < layer.directions; ++d)
+        passes[d] = sizes.pass_before(passes[d].begin, layer.direction[d].reverse);
+      Barrier barriers[2];
+      run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
+        for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+          if (passes[d].end == 0) return;
+          Backward(sizes, layer.direction[d], member, pieces.shared[d], pieces.own, passes[d]).run();
+        });
       });
-    });
-    GradientProducts<S>::run(sizes, workspace);
+      GradientProducts<S>::run(sizes, workspace, passes);
+    }
   }
 
  private:
   Backward(const Workspace& sizes, const DirectionBackward& direction, const Member& member, const Shared& shared,
-           const Own& own)
+           const Own& own, const Steps& pass)
       : l_(sizes.layer),
         d_(direction),
         m_(member),
@@ -53,8 +60,10 @@ class Backward {
         sizes_(sizes),
         shared_(shared),
         own_(own),
-        outputs_(column_blocks<S>(l_.output_size, member.divide, member.size)),
-        hidden_(column_blocks<S>(l_.hidden_size, member.divide, member.size)),
+        pass_(pass),
+        rows_of_pass_(sizes.rows_of(pass, direction.reverse)),
+        outputs_(column_blocks<S>(l_.output_size, member.divide, sizes.threads_a_direction())),
+        hidden_(column_blocks<S>(l_.hidden_size, member.divide, sizes.threads_a_direction())),
         w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), kFirst * l_.hidden_size, shared_.w_hh),
         w_second_(outputs_, second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
                   (G - kFirst) * l_.hidden_size, shared_.w_second),
@@ -90,15 +99,18 @@ class Backward {
   }
 
   void run() {
-    prepare();
-    if (sums_.wanted()) sums_.clear();
-    m_.wait();
-    for (int64_t s = s_.steps - 1; s >= 0;) {
+    if (rows_of_pass_.begins) {
+      prepare();
+      m_.wait();
+    }
+    for (int64_t s = pass_.end - 1; s >= pass_.begin;) {
       if (kDiagonal && sizes_.recomputes()) m_.wait_step();  // the window may still be read
-      const int64_t begin = sizes_.recomputes() ? recompute(s) : 0;
+      const int64_t begin = sizes_.recomputes() ? recompute(s) : pass_.begin;
       for (; s >= begin; --s) varied() ? step<true>(s) : step<false>(s);
     }
-    m_.wait_step();
+    if (sums_.wanted()) sums_.flush();
+    if (!rows_of_pass_.ends) return;
+    m_.wait();
     finish();
     if (sums_.wanted()) add_norm_sums();
   }
@@ -112,6 +124,8 @@ class Backward {
   const S* previous_h(int64_t t, int64_t slot) const {
     return previous_state<S>(s_, d_.output, d_.h0, l_.output_size, t, slot, d_.reverse);
   }
+  // Where a row's gradients lie among those of the pass.
+  int64_t pass_row(int64_t t, int64_t slot) const { return s_.offset(t) - rows_of_pass_.first + slot; }
   // With recurrent dropout.
   Acc* mask(int64_t slot) const { return shared_.mask + slot * ld_draw(l_.output_size); }
   const S* previous_c(int64_t t, int64_t slot) const {
@@ -143,16 +157,18 @@ class Backward {
       if (Cell::kStates > 1) carry_in(d_.grad_c_n, b, l_.hidden_size, shared_.grad_c + j * ld_h_);
       if (shared_.mask) draw_dropout(l_.noise, d_.reverse, b, l_.output_size, mask(j));
     }
+    if (sums_.wanted())
+      for (int rank = m_.rank; rank < sizes_.threads_a_direction(); rank += m_.size) norm_sums(rank).clear();
     // The last pair of an odd row is half a pair.
     if (G * l_.hidden_size % Product<S>::kPair != 0) {
-      const Share all(s_.rows, m_.rank, m_.size);
+      const Share all(sizes_.pass_rows(), m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row) {
         memset(shared_.igates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
         memset(shared_.hgates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
       }
     }
     if (shared_.outputs && sizes_.ld_outputs() > l_.output_size) {
-      const Share all(s_.rows, m_.rank, m_.size);
+      const Share all(sizes_.pass_rows(), m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row)
         memset(shared_.outputs + (row + 1) * sizes_.ld_outputs() - 1, 0, sizeof(Operand));
     }
@@ -166,7 +182,7 @@ class Backward {
   // saved of the thread's rows, as forward would have kept it, for the steps [returned, last]: as many as fit.
   int64_t recompute(int64_t last) {
     int64_t begin = last, total = living(last);
-    while (begin > 0 && total + living(begin - 1) <= sizes_.window_rows()) total += living(--begin);
+    while (begin > pass_.begin && total + living(begin - 1) <= sizes_.window_rows()) total += living(--begin);
     window_end_ = total;
     const Share share = m_.divide == Divide::units ? Share(total, m_.rank, m_.size) : Share(total, 0, 1);
     int64_t s = begin, i = share.begin;  // the i-th row of step s comes next
@@ -286,7 +302,7 @@ class Backward {
 
   template <bool kVaried>
   void step(int64_t s) {
-    const int64_t t = time(s), count = living(s), row = s_.offset(t) + rows_.begin;
+    const int64_t t = time(s), count = living(s), row = pass_row(t, rows_.begin);
     const Unit* operands[kTileRows];
     if constexpr (kVaried) {
       keep_h_.reach(t);
@@ -304,7 +320,7 @@ class Backward {
         });
     }
     // Windows are filled in the order of steps and read from their end.
-    const int64_t place = sizes_.recomputes() ? window_end_ -= count : row;
+    const int64_t place = sizes_.recomputes() ? window_end_ -= count : s_.offset(t) + rows_.begin;
     const S* saved = saved_ + place * saved_width();
     const bool normalised = kVaried && l_.layer_norm;
     if constexpr (kVaried && takes_layer_norm<Cell>)
@@ -335,7 +351,7 @@ class Backward {
   // Of a cell with two products: back through the second, and through the gate of what it read.
   template <bool kVaried>
   void second_product(int64_t t, int64_t count, const S* saved) {
-    const int64_t H = l_.hidden_size, row = s_.offset(t) + rows_.begin;
+    const int64_t H = l_.hidden_size, row = pass_row(t, rows_.begin);
     const Unit* operands[kTileRows];
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b) {
       const int64_t columns = outputs_.vectors(b) * kLanes;
@@ -381,11 +397,11 @@ class Backward {
   }
   static int chunk_rows(int64_t vectors) { return kMaxRows[std::min<int64_t>(kMaxVectors, vectors)]; }
 
-  // With a projection: the gradient of the step's output, kept for the products over all steps. With zoneout that is
+  // With a projection: the gradient of the step's output, kept for the products over the steps. With zoneout that is
   // the candidate's part; the last state's stays behind as what is carried.
   template <bool kVaried>
   void output_gradient(int64_t t, int64_t slot) {
-    Operand* to = shared_.outputs + (s_.offset(t) + slot) * sizes_.ld_outputs();
+    Operand* to = shared_.outputs + pass_row(t, slot) * sizes_.ld_outputs();
     for (int64_t b = output_share_.begin; b < output_share_.end; ++b)
       for (int64_t u = 0; u < outputs_.size(b); u += kLanes) {
         const int64_t n = std::min<int64_t>(kLanes, outputs_.size(b) - u), unit = outputs_.first(b) + u;
@@ -401,7 +417,7 @@ class Backward {
 
   template <bool kVaried>
   void cell(int64_t t, int64_t slot, const S* saved) {
-    const int64_t H = l_.hidden_size, row = s_.offset(t) + slot;
+    const int64_t H = l_.hidden_size, row = pass_row(t, slot);
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
     const S* h = at<const S>(d_.output, s_, t, slot);
     const S* c = Cell::kStates > 1 ? at<const S>(d_.c, s_, t, slot) : nullptr;
@@ -477,6 +493,8 @@ class Backward {
   const Workspace& sizes_;
   const Shared& shared_;
   const Own& own_;
+  const Steps pass_;
+  const Stretch rows_of_pass_;
   const UnitBlocks outputs_, hidden_;
   const HiddenColumns w_hh_;
   const ColumnMatrix<S> w_second_, w_hr_;

@@ -5,13 +5,19 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
+// Steps in the order in which forward's loop took them.
+struct Steps {
+  int64_t begin = 0, end = 0;
+};
+
 template <class S>
 class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   using Sizes = GradientSizes<S, LayerBackward>;
   using Unit = typename Product<S>::Unit;
   using Operand = typename Product<S>::Operand;
   using Acc = acc_t<S>;
-  using Sizes::carve_buffers, Sizes::carve_columns, Sizes::carve_hidden_sums, Sizes::carve_sums, Sizes::kLanes;
+  using Sizes::carve_buffers, Sizes::carve_columns, Sizes::carve_hidden_sums, Sizes::carve_sums, Sizes::bias_sums,
+      Sizes::kLanes;
 
  public:
   using Sizes::cell, Sizes::gates, Sizes::layer, Sizes::ld_acc, Sizes::padded_gates, Sizes::plan, Sizes::threads;
@@ -24,17 +30,19 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Acc* grad_h;       // [B, ld_p] carried from step to step
     Acc* grad_c;       // [B, ld_h]
     Acc* grad_hidden;  // [B, ld_h] gradient of the state before the projection
-    Operand* igates;   // [N, ld_g] gradients of the input half of the gates
-    Operand* hgates;   // [N, ld_g] and of the hidden half
-    Operand* outputs;  // [N, ld_o] gradients of the projected state
-    S* hidden;         // [N, H] the state before the projection
+    // Of the rows of a pass, R:
+    Operand* igates;   // [R, ld_g] gradients of the input half of the gates
+    Operand* hgates;   // [R, ld_g] and of the hidden half
+    Operand* outputs;  // [R, ld_o] gradients of the projected state
+    S* hidden;         // [R, H] the state before the projection
     // Of a cell with two products only; w_hh and forward_hh have the first gates then.
     Unit *w_second, *forward_second;
     Acc* bias_second;
-    S* gated;                          // [N, P] what the second product read
+    S* gated;                          // [R, P] what the second product read
     S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
     Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
+    Acc* sums_b;                       // of the biases
     Unit *forward_ih, *forward_hh;     // panels for recomputing
     Acc *bias_ih, *bias_hh;
     Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
@@ -56,6 +64,8 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
       : Sizes(layer, cell, layer.output_size, /*whole_rows=*/layer.layer_norm, threads) {}
 
+  // As planned; the runtime may give fewer, and not in each pass as many.
+  int threads_a_direction() const { return std::max(1, plan.threads / layer.directions); }
   bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
   bool recomputes() const { return saved_width() > 0 && !layer.direction[0].saved; }
   int64_t first_gates() const { return cell.first_gates * layer.hidden_size; }
@@ -63,6 +73,43 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
   int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
+
+  // The loop leaves the gradients of the gates of a window of steps, which the products over these steps read while the
+  // cache still has them. Then the next window takes their place: a window is a pass. Where that cannot be, one pass
+  // has all windows. Sums have one order either way.
+  bool passes_are_windows() const {
+    const bool one_writes_input = layer.directions == 1 || !layer.grad_input.data;
+    // Threads with rows of their own wait for each other behind each pass: then their work must be equal in each.
+    const bool balanced =
+        plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
+    return one_writes_input && balanced && !layer.direction[0].grad_igates;
+  }
+  // The last window, or pass, of the steps before `end`.
+  Steps window_before(int64_t end, bool reverse) const {
+    int64_t begin = end, rows = 0;
+    do {
+      const int64_t of_step = layer.sequence.batch_size(reverse ? layer.sequence.steps - begin : begin - 1);
+      if (rows > 0 && rows + of_step > most_window_rows()) break;
+      rows += of_step;
+    } while (--begin > 0);
+    return {begin, end};
+  }
+  Steps pass_before(int64_t end, bool reverse) const {
+    return passes_are_windows() ? window_before(end, reverse) : Steps{0, end};
+  }
+  Stretch rows_of(const Steps& steps, bool reverse) const {
+    const Sequence& s = layer.sequence;
+    const int64_t first = reverse ? s.steps - steps.end : steps.begin;
+    const int64_t last = first + steps.end - steps.begin;
+    const int64_t begin = s.offset(first), end = last < s.steps ? s.offset(last) : s.rows;
+    return {begin, end - begin, steps.end == s.steps, steps.begin == 0};
+  }
+  // The most that a pass may have.
+  int64_t pass_rows() const {
+    const Sequence& s = layer.sequence;
+    return passes_are_windows() ? std::min(s.rows, std::max(most_window_rows(), s.batch)) : s.rows;
+  }
+
   // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
   // Of a NormRow: vectors with an element a unit.
@@ -85,9 +132,9 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
 
   Shared carve_shared(const DirectionBackward& direction, Carver& carver) const {
     const int64_t N = layer.sequence.rows, B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
-    const int64_t I = layer.input_size;
+    const int64_t I = layer.input_size, R = pass_rows();
     const auto gate_gradients = [&](void* given) {
-      return given ? static_cast<Operand*>(given) : carver.take<Operand>(N * ld_gates());
+      return given ? static_cast<Operand*>(given) : carver.take<Operand>(R * ld_gates());
     };
     Shared s{};
     if (!cell.diagonal) s.w_hh = carve_columns(carver, first_gates(), P);
@@ -97,19 +144,20 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     s.hgates = cell.split_gates || layer.layer_norm ? gate_gradients(direction.grad_hgates) : s.igates;
     if (cell.two_products) {
       s.w_second = carve_columns(carver, gates() - first_gates(), P);
-      s.gated = carver.take<S>(N * P);
+      s.gated = carver.take<S>(R * P);
     }
     if (projects()) {
       s.w_hr = carve_columns(carver, P, H);
       s.grad_hidden = carver.take<Acc>(B * ld_acc(H));
-      s.outputs = carver.take<Operand>(N * ld_outputs());
-      s.hidden = carver.take<S>(N * H);
+      s.outputs = carver.take<Operand>(R * ld_outputs());
+      s.hidden = carver.take<S>(R * H);
       s.sums_hr = carve_sums(carver, P, H);
     }
     if (layer.grad_input.data) s.w_ih = carve_columns(carver, gates(), I);
     if (direction.grad_w_hh) {
       s.sums_ih = carve_sums(carver, gates(), I);
       s.sums_hh = carve_hidden_sums(carver);
+      s.sums_b = carver.take<Acc>(bias_sums());
     }
     if (recomputes()) {
       const UnitBlocks all = gate_blocks(cell.gates), first = gate_blocks(cell.first_gates);
@@ -129,7 +177,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     }
     if (layer.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
     if (layer.layer_norm && direction.grad_w_hh)
-      s.sums = carver.take<Acc>(threads * NormSums<Acc>::elements(norm_lines(), ld_acc(H)));
+      s.sums = carver.take<Acc>(threads_a_direction() * NormSums<Acc>::elements(norm_lines(), ld_acc(H)));
     return s;
   }
 
@@ -158,6 +206,15 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
       if (recomputes()) o.scales = carver.take<Acc>(2 * window_rows());
     }
     return o;
+  }
+
+ private:
+  // Of a window of several steps: what the cache holds, but no fewer than WeightGradient takes at once.
+  int64_t most_window_rows() const {
+    constexpr int64_t kBytes = 1 << 20;
+    const int64_t halves = cell.split_gates || layer.layer_norm ? 2 : 1;
+    const int64_t row_bytes = halves * ld_gates() * sizeof(Operand);
+    return std::max<int64_t>(WeightGradient<S>::kDepth, kBytes / row_bytes);
   }
 };
 

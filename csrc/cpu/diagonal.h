@@ -94,18 +94,18 @@ class DiagonalGradient {
 
   // The vectors [begin, end) of the units of each gate.
   template <class RowSource>
-  static void run(const Operand* a, int64_t lda, int64_t begin, int64_t end, int64_t gates, int64_t units, int64_t rows,
-                  const RowSource& source, Acc* sums, S* out) {
+  static void run(const Operand* a, int64_t lda, int64_t begin, int64_t end, int64_t gates, int64_t units,
+                  const Stretch& of, const RowSource& source, Acc* sums, S* out) {
     constexpr int64_t kSumRows = 32;  // the rounding error of one long sum would show in float32
     const auto for_vectors = [&](const auto& f) {
       for (int64_t v = begin; v < end; ++v)
         for (int64_t g = 0; g < gates; ++g) f(v * V::kLanes, g, sums + g * round_up(units, V::kLanes) + v * V::kLanes);
     };
-    for_vectors([](int64_t, int64_t, Acc* sum) { V(Acc(0)).store(sum); });
-    for (int64_t first = 0; first < rows; first += kDepth) {
-      const int64_t depth = std::min<int64_t>(kDepth, rows - first);
+    if (of.begins) for_vectors([](int64_t, int64_t, Acc* sum) { V(Acc(0)).store(sum); });
+    for (int64_t first = 0; first < of.rows; first += kDepth) {
+      const int64_t depth = std::min<int64_t>(kDepth, of.rows - first);
       const S* b[kDepth];
-      source(first, depth, b);
+      source(of.first + first, depth, b);
       for (int64_t row = 0; row < depth; row += kSumRows) {
         const int64_t last = std::min(depth, row + kSumRows);
         for_vectors([&](int64_t u, int64_t g, Acc* sum) {
@@ -116,7 +116,8 @@ class DiagonalGradient {
         });
       }
     }
-    for_vectors([&](int64_t u, int64_t g, Acc* sum) { store(out + g * units + u, V::load(sum), units - u); });
+    if (of.ends)
+      for_vectors([&](int64_t u, int64_t g, Acc* sum) { store(out + g * units + u, V::load(sum), units - u); });
   }
 };
 

@@ -194,7 +194,7 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   NormRow row;
   row.normals = normals;
   row.slot = slot;
-  row.at = s_.offset(t) + slot;
+  row.at = pass_row(t, slot);
   row.zero = starts_from_zero(s_, t, slot, d_.reverse);
   row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
   row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
@@ -392,15 +392,13 @@ void Backward<Cell, S>::back_to_products(const NormRows& rows) {
 // The gradients of norms and biases, from the sums of all threads, which share the units out.
 template <class Cell, class S>
 void Backward<Cell, S>::add_norm_sums() {
-  sums_.flush();
-  m_.wait();
   void* const of_gates[4] = {d_.grad_norm_ih, d_.grad_norm_hh, d_.grad_b_ih, d_.grad_b_hh};
   void* const of_c[2] = {d_.grad_norm_c, d_.grad_norm_bias_c};
   const Share share(ld_h_ / kLanes, m_.rank, m_.size);
   for (int64_t u = share.begin * kLanes; u < share.end * kLanes; u += kLanes) {
     const auto write = [&](int line, void* to, int64_t first) {
       V sum(Acc(0));
-      for (int rank = 0; rank < m_.size; ++rank) sum = sum + norm_sums(rank).total(line, u);
+      for (int rank = 0; rank < sizes_.threads_a_direction(); ++rank) sum = sum + norm_sums(rank).total(line, u);
       if (to) store(static_cast<S*>(to) + first + u, sum, l_.hidden_size - u);
     };
     for (int kind = 0; kind < 4; ++kind)

@@ -390,9 +390,15 @@ class ColumnMatrix {
   Unit* packed_;
 };
 
-// C [M, N] = sum over rows of A[row]^T B[row], the gradient of a weight matrix: A [rows, M] are gate gradients
-// (operands, contiguous, leading dimension lda), B [rows, N] are storage rows anywhere in memory, null for zero.
-// One slice of M at a time, so that threads share nothing and the sum has one order.
+// The rows that one go adds to a sum over all rows.
+struct Stretch {
+  int64_t first = 0, rows = 0;
+  bool begins = true, ends = true;  // the sum
+};
+
+// C [M, N] = sum over rows of A[row]^T B[row], the gradient of a weight matrix: A [rows, M] are the gate gradients of
+// a stretch (operands, contiguous, leading dimension lda), B [rows, N] are storage rows anywhere in memory, null for
+// zero. One slice of M at a time, so that threads share nothing and the sum has one order.
 template <class S>
 class WeightGradient {
  public:
@@ -406,10 +412,10 @@ class WeightGradient {
   static int64_t sum_elements(int64_t m, int64_t n) { return m * round_up(n, kLanes); }
   static bool sums_in_place(int64_t n) { return std::is_same_v<S, Acc> && n % kLanes == 0; }
 
-  // rows(first, count, S** pointers) names the rows of B. panels: panel_units(n); sums: [M, round_up(n)], or null when
-  // sums_in_place.
+  // source(first, count, S** pointers) names the rows of B. panels: panel_units(n); sums: [M, round_up(n)], or null
+  // when sums_in_place.
   template <class RowSource>
-  static void run(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, int64_t n, int64_t rows,
+  static void run(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, int64_t n, const Stretch& of,
                   const RowSource& source, Unit* panels, Acc* sums, S* out) {
     if (m_begin >= m_end) return;
     const int64_t vectors = divide_up(n, kLanes), ldc = sums ? vectors * kLanes : n;
@@ -418,11 +424,12 @@ class WeightGradient {
       if (!sums) c = out;
     }
     Unit* packed_a = panels + kDepth * vectors * kLanes;
-    for (int64_t first = 0; first < rows; first += kDepth) {
-      const int64_t depth = std::min<int64_t>(kDepth, rows - first);
+    for (int64_t first = 0; first < of.rows; first += kDepth) {
+      const int64_t depth = std::min<int64_t>(kDepth, of.rows - first);
       const int64_t units = units_of<S>(depth);
+      const bool accumulate = !of.begins || first > 0;
       const S* b[kDepth];
-      source(first, depth, b);
+      source(of.first + first, depth, b);
       for (int64_t v = 0; v < vectors; v += kMaxVectors)
         pack_b(b, depth, n, v * kLanes, std::min<int64_t>(kMaxVectors, vectors - v) * kLanes,
                panels + v * kLanes * units);
@@ -430,32 +437,33 @@ class WeightGradient {
         pack_a(a + first * lda + m, lda, depth, int(mr), packed_a);
         for (int64_t v = 0; v < vectors; v += kMaxVectors) {
           const int nv = int(std::min<int64_t>(kMaxVectors, vectors - v));
-          pick_outer_tile<S>(int(mr), nv)(packed_a, panels + v * kLanes * units, nv * kLanes, units, first > 0,
+          pick_outer_tile<S>(int(mr), nv)(packed_a, panels + v * kLanes * units, nv * kLanes, units, accumulate,
                                           c + m * ldc + v * kLanes, ldc);
         }
       });
     }
-    if (rows == 0) {
-      memset(out + m_begin * n, 0, (m_end - m_begin) * n * sizeof(S));
-    } else if (sums) {
+    if (sums && of.ends) {
       for (int64_t m = m_begin; m < m_end; ++m)
         for (int64_t i = 0; i < n; i += kLanes) store(out + m * n + i, Vec<Acc>::load(sums + m * ldc + i), n - i);
     }
   }
 
-  // out[m] = sum over rows of A[row][m], for m in [m_begin, m_end).
-  static void column_sums(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, int64_t rows, S* out) {
+  // out[m] = sum over rows of A[row][m], for m in [m_begin, m_end). sums: [M].
+  static void column_sums(const Operand* a, int64_t lda, int64_t m_begin, int64_t m_end, const Stretch& of, Acc* sums,
+                          S* out) {
     // Several neighbouring vectors at once, so that each row is read as a stretch of memory.
     constexpr int kVectors = 8, kSumRows = 32;
     for (int64_t first = m_begin; first < m_end; first += kVectors * kLanes) {
       const int64_t n = std::min<int64_t>(kVectors * kLanes, m_end - first);
       Vec<Acc> sum[kVectors];
       for (auto& s : sum) s = Vec<Acc>(Acc(0));
+      if (!of.begins)
+        for (int v = 0; v * kLanes < n; ++v) sum[v] = Vec<Acc>::load(sums + first + v * kLanes);
       // Sums of a few rows first: the rounding error of one long sum would show in a float32 bias gradient.
-      for (int64_t row = 0; row < rows; row += kSumRows) {
+      for (int64_t row = 0; row < of.rows; row += kSumRows) {
         Vec<Acc> part[kVectors];
         for (auto& p : part) p = Vec<Acc>(Acc(0));
-        for (int64_t r = row; r < std::min(rows, row + kSumRows); ++r) {
+        for (int64_t r = row; r < std::min(of.rows, row + kSumRows); ++r) {
           const Operand* from = a + r * lda + first;
           if (n == kVectors * kLanes) {
             for (int v = 0; v < kVectors; ++v) part[v] = part[v] + load(from + v * kLanes);
@@ -465,7 +473,13 @@ class WeightGradient {
         }
         for (int v = 0; v < kVectors; ++v) sum[v] = sum[v] + part[v];
       }
-      for (int v = 0; v * kLanes < n; ++v) store(out + first + v * kLanes, sum[v], n - v * kLanes);
+      for (int v = 0; v * kLanes < n; ++v) {
+        if (of.ends) {
+          store(out + first + v * kLanes, sum[v], n - v * kLanes);
+        } else {
+          sum[v].store(sums + first + v * kLanes);
+        }
+      }
     }
   }
 

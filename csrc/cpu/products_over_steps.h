@@ -1,4 +1,4 @@
-// Owns: what backward and backward along a tangent have in common: sizes of a layer, and the products over all steps
+// Owns: what backward and backward along a tangent have in common: sizes of a layer, and the products over the steps
 // that a loop leaves, the gradients of the input and of the weights.
 // Must not know: which cell it is, but for its numbers; which of the products are wanted; equations, tensors.
 //
@@ -38,7 +38,7 @@ class GradientSizes {
         plan(make_plan(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs(), layer.directions,
                        layer.sequence, sizeof(S), whole_rows, threads)) {}
 
-  // How many threads the products over all steps take: they can use some that the loop cannot.
+  // How many threads the products over the steps take: they can use some that the loop cannot.
   int team_size() const {
     const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
     return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
@@ -63,6 +63,7 @@ class GradientSizes {
   static Acc* carve_sums(Carver& carver, int64_t m, int64_t n) {
     return WeightGradient<S>::sums_in_place(n) ? nullptr : carver.take<Acc>(WeightGradient<S>::sum_elements(m, n));
   }
+  int64_t bias_sums() const { return 2 * ld_acc(gates()); }
   // That of W_hh.
   Acc* carve_hidden_sums(Carver& carver) const {
     if (!cell.diagonal) return carve_sums(carver, gates(), output_size);
@@ -90,31 +91,35 @@ class ProductsOverSteps {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  // Gradients of gates, or of projected outputs.
+  // Gradients of gates, or of projected outputs, of a stretch of rows.
   struct Gradients {
     const Operand* data;  // [rows, ld]
-    int64_t ld, rows;
+    int64_t ld;
+    Stretch of;
   };
   struct InputTerm {
     const void* w_ih;      // [G*H, I]
     Unit* packed;          // its column panels; null: in place
-    const Operand* gates;  // [N, ld] gradients
+    const Operand* gates;  // [rows, ld] gradients
   };
 
   ProductsOverSteps(const Sizes& sizes, const typename Sizes::Buffers& own, int rank, int size)
       : sizes_(sizes), s_(sizes.layer.sequence), own_(own), rank_(rank), size_(size) {}
 
-  // to = the sum over the terms of gates W_ih, a slice of rows a thread.
-  void input(const InputTerm* terms, int count, int64_t ld, const Rows& to, Barrier& everyone) const {
+  // to = the sum over the terms of gates W_ih, a slice of the rows a thread.
+  void input(const InputTerm* terms, int count, int64_t ld, const Stretch& of, const Rows& to,
+             Barrier& everyone) const {
     const UnitBlocks blocks = column_blocks<S>(sizes_.layer.input_size, Divide::rows, 1);
     const auto weights = [&](const InputTerm& term) {
       return ColumnMatrix<S>(blocks, static_cast<const S*>(term.w_ih), sizes_.gates(), term.packed);
     };
-    const Share pack(blocks.count(), rank_, size_);
-    for (int i = 0; i < count; ++i)
-      for (int64_t b = pack.begin; b < pack.end; ++b) weights(terms[i]).prepare(b);
-    everyone.wait(size_);
-    const Share slice(s_.rows, rank_, size_);
+    if (of.begins) {
+      const Share pack(blocks.count(), rank_, size_);
+      for (int i = 0; i < count; ++i)
+        for (int64_t b = pack.begin; b < pack.end; ++b) weights(terms[i]).prepare(b);
+      everyone.wait(size_);
+    }
+    const Share slice(of.rows, rank_, size_);
     for_chunks(slice.begin, slice.end, kRowsAtOnce, [&](int64_t first, int64_t rows) {
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes;
@@ -124,7 +129,7 @@ class ProductsOverSteps {
             operands[r] = reinterpret_cast<const Unit*>(terms[i].gates + (first + r) * ld);
           weights(terms[i]).multiply(b, operands, rows, i ? own_.grad_input : nullptr, own_.grad_input, columns);
         }
-        for_rows(s_, first, rows, [&](int64_t r, int64_t t, int64_t slot) {
+        for_rows(s_, of.first + first, rows, [&](int64_t r, int64_t t, int64_t slot) {
           S* row = at<S>(to, s_, t, slot) + blocks.first(b);
           for (int64_t u = 0; u < blocks.size(b); u += kLanes)
             store(row + u, V::load(own_.grad_input + r * columns + u), blocks.size(b) - u);
@@ -143,8 +148,7 @@ class ProductsOverSteps {
   // The rows m of grad = gradients^T source; source [rows, n], as WeightGradient takes it.
   template <class Source>
   void weight(const Gradients& of, const Share& m, int64_t n, const Source& source, Acc* sums, void* grad) const {
-    WeightGradient<S>::run(of.data, of.ld, m.begin, m.end, n, of.rows, source, own_.panels, sums,
-                           static_cast<S*>(grad));
+    WeightGradient<S>::run(of.data, of.ld, m.begin, m.end, n, of.of, source, own_.panels, sums, static_cast<S*>(grad));
   }
   // That of W_hh, source [rows, P]; of a diagonal the thread's units.
   template <class Source>
@@ -152,23 +156,24 @@ class ProductsOverSteps {
     if (!sizes_.cell.diagonal) return weight(of, m, sizes_.output_size, source, sums, grad);
     const int64_t H = sizes_.layer.hidden_size;
     const Share vectors(divide_up(H, kLanes), rank_, size_);
-    DiagonalGradient<S>::run(of.data, of.ld, vectors.begin, vectors.end, sizes_.cell.gates, H, of.rows, source, sums,
+    DiagonalGradient<S>::run(of.data, of.ld, vectors.begin, vectors.end, sizes_.cell.gates, H, of.of, source, sums,
                              static_cast<S*>(grad));
   }
-  void biases(const Gradients& igates, const Gradients& hgates, void* grad_b_ih, void* grad_b_hh) const {
+  // sums: bias_sums(), from stretch to stretch.
+  void biases(const Gradients& igates, const Gradients& hgates, Acc* sums, void* grad_b_ih, void* grad_b_hh) const {
     const Share m = slice(sizes_.gates());
-    const auto sum = [&](const Gradients& of, void* grad) {
-      WeightGradient<S>::column_sums(of.data, of.ld, m.begin, m.end, of.rows, static_cast<S*>(grad));
+    const auto sum = [&](const Gradients& of, Acc* sums, void* grad) {
+      WeightGradient<S>::column_sums(of.data, of.ld, m.begin, m.end, of.of, sums, static_cast<S*>(grad));
     };
-    sum(igates, grad_b_ih);
+    sum(igates, sums, grad_b_ih);
     if (sizes_.cell.split_gates) {
-      sum(hgates, grad_b_hh);
-    } else if (m.begin < m.end) {
+      sum(hgates, sums + Sizes::ld_acc(sizes_.gates()), grad_b_hh);
+    } else if (igates.of.ends && m.begin < m.end) {
       memcpy(static_cast<S*>(grad_b_hh) + m.begin, static_cast<S*>(grad_b_ih) + m.begin, (m.end - m.begin) * sizeof(S));
     }
   }
 
-  // A source of the rows of every step: row(i, t, slot) for the i-th that is asked for.
+  // A source of rows of steps: row(i, t, slot) for the i-th that is asked for.
   template <class F>
   auto each_row(const F& row) const {
     return [=, this](int64_t first, int64_t count, const S** rows) {

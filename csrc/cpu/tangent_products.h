@@ -1,4 +1,4 @@
-// Owns: the products over all steps that backward's loop along a tangent leaves.
+// Owns: the products over the steps that backward's loop along a tangent leaves.
 // Must not know: which cell it is, but for its numbers; equations, tensors.
 //
 // A gradient is a product, and its tangent the sum of two: a' b + a b'. A row of gate gradients has its tangent behind
@@ -28,7 +28,7 @@ class TangentProducts {
           terms[count++] = {w_ih.value, shared.columns_ih, shared.grad_igates + sizes.padded_gates()};
           if (w_ih.tangent) terms[count++] = {w_ih.tangent, shared.t_columns_ih, shared.grad_igates};
         }
-        products.input(terms, count, 2 * sizes.padded_gates(), layer.t_grad_input, everyone);
+        products.input(terms, count, 2 * sizes.padded_gates(), {0, layer.sequence.rows}, layer.t_grad_input, everyone);
       }
       for (int d = 0; d < layer.directions; ++d)
         if (layer.direction[d].t_grad_w_hh) grad_weights(sizes, products, layer.direction[d], pieces.shared[d]);
@@ -43,8 +43,8 @@ class TangentProducts {
     const DualRows& input = sizes.layer.input;
     const int64_t I = sizes.layer.input_size, H = sizes.layer.hidden_size, ld = sizes.padded_gates();
     const Share m = products.slice(sizes.gates());
-    const auto tangents = [&](const S* gates) { return Gradients{gates + ld, 2 * ld, s.rows}; };
-    const auto pairs = [&](const S* gates) { return Gradients{gates, ld, 2 * s.rows}; };
+    const auto tangents = [&](const S* gates) { return Gradients{gates + ld, 2 * ld, {0, s.rows}}; };
+    const auto pairs = [&](const S* gates) { return Gradients{gates, ld, {0, 2 * s.rows}}; };
     const auto by_turns = [&](const auto& value, const auto& tangent) {
       static_assert(WeightGradient<S>::kDepth % 2 == 0 && DiagonalGradient<S>::kDepth % 2 == 0,
                     "whole pairs at a time");
@@ -74,7 +74,8 @@ class TangentProducts {
     const auto both_states = by_turns(states(d.output.value, d.h0.value), states(d.output.tangent, d.h0.tangent));
     products.hidden_weight(pairs(shared.grad_hgates), m, both_states, shared.sums_hh, d.t_grad_w_hh);
     if (d.t_grad_b_ih)
-      products.biases(tangents(shared.grad_igates), tangents(shared.grad_hgates), d.t_grad_b_ih, d.t_grad_b_hh);
+      products.biases(tangents(shared.grad_igates), tangents(shared.grad_hgates), nullptr, d.t_grad_b_ih,
+                      d.t_grad_b_hh);
   }
 };
 

@@ -36,13 +36,12 @@ class Backward {
     const Workspace sizes(layer, traits_of<Cell>, threads);
     Steps passes[2];
     for (int d = 0; d < layer.directions; ++d) passes[d].begin = layer.sequence.steps;
-    while (passes[0].begin > 0 || passes[1].begin > 0) {
+    while (passes[0].begin > 0) {
       for (int d = 0; d < layer.directions; ++d)
         passes[d] = sizes.pass_before(passes[d].begin, layer.direction[d].reverse);
       Barrier barriers[2];
       run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
         for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
-          if (passes[d].end == 0) return;
           Backward(sizes, layer.direction[d], member, pieces.shared[d], pieces.own, passes[d]).run();
         });
       });

@@ -41,6 +41,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     S* gated;                          // [R, P] what the second product read
     S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
     Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
+    Acc* grad_input;                   // of the first of two directions: [N, ld_acc(I)] what is half a sum, in 16 bits
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
     Acc* sums_b;                       // of the biases
     Unit *forward_ih, *forward_hh;     // panels for recomputing
@@ -78,20 +79,20 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   // cache still has them. Then the next window takes their place: a window is a pass. Where that cannot be, one pass
   // has all windows. Sums have one order either way.
   bool passes_are_windows() const {
-    const bool one_writes_input = layer.directions == 1 || !layer.grad_input.data;
     // Threads with rows of their own wait for each other behind each pass: then their work must be equal in each.
     const bool balanced =
         plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
-    return one_writes_input && balanced && !layer.direction[0].grad_igates;
+    return balanced && !layer.direction[0].grad_igates;
   }
-  // The last window, or pass, of the steps before `end`.
+  // The last window, or pass, of the steps before `end`. As full as can be, there are the fewest there can be, and so
+  // as many in each direction.
   Steps window_before(int64_t end, bool reverse) const {
-    int64_t begin = end, rows = 0;
-    do {
+    int64_t begin = end;
+    for (int64_t rows = 0; begin > 0; --begin) {
       const int64_t of_step = layer.sequence.batch_size(reverse ? layer.sequence.steps - begin : begin - 1);
       if (rows > 0 && rows + of_step > most_window_rows()) break;
       rows += of_step;
-    } while (--begin > 0);
+    }
     return {begin, end};
   }
   Steps pass_before(int64_t end, bool reverse) const {
@@ -153,7 +154,11 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
       s.hidden = carver.take<S>(R * H);
       s.sums_hr = carve_sums(carver, P, H);
     }
-    if (layer.grad_input.data) s.w_ih = carve_columns(carver, gates(), I);
+    if (layer.grad_input.data) {
+      s.w_ih = carve_columns(carver, gates(), I);
+      if (layer.directions == 2 && !direction.reverse && !std::is_same_v<S, Acc>)
+        s.grad_input = carver.take<Acc>(N * ld_acc(I));
+    }
     if (direction.grad_w_hh) {
       s.sums_ih = carve_sums(carver, gates(), I);
       s.sums_hh = carve_hidden_sums(carver);

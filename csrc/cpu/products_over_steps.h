@@ -103,36 +103,58 @@ class ProductsOverSteps {
     const Operand* gates;  // [rows, ld] gradients
   };
 
+  // Two directions may add to a row at different times.
+  struct GradInput {
+    Rows rows;
+    bool of_two = false;
+    int64_t begin = 0, end = 0;  // the steps whose rows have the other direction's part
+    Acc* partial = nullptr;      // [N, ld_acc(I)] where the first part lies; null: in the rows themselves
+  };
+
   ProductsOverSteps(const Sizes& sizes, const typename Sizes::Buffers& own, int rank, int size)
       : sizes_(sizes), s_(sizes.layer.sequence), own_(own), rank_(rank), size_(size) {}
 
-  // to = the sum over the terms of gates W_ih, a slice of the rows a thread.
-  void input(const InputTerm* terms, int count, int64_t ld, const Stretch& of, const Rows& to,
-             Barrier& everyone) const {
-    const UnitBlocks blocks = column_blocks<S>(sizes_.layer.input_size, Divide::rows, 1);
-    const auto weights = [&](const InputTerm& term) {
-      return ColumnMatrix<S>(blocks, static_cast<const S*>(term.w_ih), sizes_.gates(), term.packed);
-    };
-    if (of.begins) {
-      const Share pack(blocks.count(), rank_, size_);
-      for (int i = 0; i < count; ++i)
-        for (int64_t b = pack.begin; b < pack.end; ++b) weights(terms[i]).prepare(b);
-      everyone.wait(size_);
-    }
+  // Packs what input() reads, a part a thread.
+  void prepare_input(const InputTerm& term) const {
+    const UnitBlocks blocks = input_blocks();
+    const Share pack(blocks.count(), rank_, size_);
+    for (int64_t b = pack.begin; b < pack.end; ++b) weights(blocks, term).prepare(b);
+  }
+  // The gradient of the input = the sum over the terms of gates W_ih, a slice of the rows a thread.
+  void input(const InputTerm* terms, int count, int64_t ld, const Stretch& of, const GradInput& to) const {
+    const UnitBlocks blocks = input_blocks();
+    const int64_t ld_partial = Sizes::ld_acc(sizes_.layer.input_size);
     const Share slice(of.rows, rank_, size_);
     for_chunks(slice.begin, slice.end, kRowsAtOnce, [&](int64_t first, int64_t rows) {
       for (int64_t b = 0; b < blocks.count(); ++b) {
         const int64_t columns = blocks.vectors(b) * kLanes;
+        const auto each_vector = [&](const auto& f) {
+          for_rows(s_, of.first + first, rows, [&](int64_t r, int64_t t, int64_t slot) {
+            S* row = at<S>(to.rows, s_, t, slot) + blocks.first(b);
+            Acc* partial = to.partial ? to.partial + (of.first + first + r) * ld_partial + blocks.first(b) : nullptr;
+            const bool second = t >= to.begin && t < to.end;
+            for (int64_t u = 0; u < blocks.size(b); u += kLanes)
+              f(own_.grad_input + r * columns + u, row + u, partial ? partial + u : nullptr, second,
+                blocks.size(b) - u);
+          });
+        };
+        if (to.of_two)
+          each_vector([](Acc* sum, const S* row, const Acc* partial, bool second, int64_t n) {
+            (!second ? V(Acc(0)) : partial ? V::load(partial) : load(row, n)).store(sum);
+          });
         for (int i = 0; i < count; ++i) {
           const Unit* operands[kRowsAtOnce];
           for (int64_t r = 0; r < rows; ++r)
             operands[r] = reinterpret_cast<const Unit*>(terms[i].gates + (first + r) * ld);
-          weights(terms[i]).multiply(b, operands, rows, i ? own_.grad_input : nullptr, own_.grad_input, columns);
+          weights(blocks, terms[i])
+              .multiply(b, operands, rows, i > 0 || to.of_two ? own_.grad_input : nullptr, own_.grad_input, columns);
         }
-        for_rows(s_, of.first + first, rows, [&](int64_t r, int64_t t, int64_t slot) {
-          S* row = at<S>(to, s_, t, slot) + blocks.first(b);
-          for (int64_t u = 0; u < blocks.size(b); u += kLanes)
-            store(row + u, V::load(own_.grad_input + r * columns + u), blocks.size(b) - u);
+        each_vector([](const Acc* sum, S* row, Acc* partial, bool second, int64_t n) {
+          if (partial && !second) {
+            V::load(sum).store(partial);
+          } else {
+            store(row, V::load(sum), n);
+          }
         });
       }
     });
@@ -182,6 +204,11 @@ class ProductsOverSteps {
   }
 
  private:
+  UnitBlocks input_blocks() const { return column_blocks<S>(sizes_.layer.input_size, Divide::rows, 1); }
+  ColumnMatrix<S> weights(const UnitBlocks& blocks, const InputTerm& term) const {
+    return ColumnMatrix<S>(blocks, static_cast<const S*>(term.w_ih), sizes_.gates(), term.packed);
+  }
+
   const Sizes& sizes_;
   const Sequence& s_;
   const typename Sizes::Buffers& own_;

@@ -28,7 +28,9 @@ class TangentProducts {
           terms[count++] = {w_ih.value, shared.columns_ih, shared.grad_igates + sizes.padded_gates()};
           if (w_ih.tangent) terms[count++] = {w_ih.tangent, shared.t_columns_ih, shared.grad_igates};
         }
-        products.input(terms, count, 2 * sizes.padded_gates(), {0, layer.sequence.rows}, layer.t_grad_input, everyone);
+        for (int i = 0; i < count; ++i) products.prepare_input(terms[i]);
+        everyone.wait(size);
+        products.input(terms, count, 2 * sizes.padded_gates(), {0, layer.sequence.rows}, {layer.t_grad_input});
       }
       for (int d = 0; d < layer.directions; ++d)
         if (layer.direction[d].t_grad_w_hh) grad_weights(sizes, products, layer.direction[d], pieces.shared[d]);

@@ -5,6 +5,8 @@ Owns: what must hold whatever the processor offers. What an operator promises on
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -304,6 +306,36 @@ def test_large_results_are_wanted_in_large_pages() -> None:
     *_, saved = torch.ops.rnnfast.lstm(input, h0, c0, weights, None, None, None, 2)
     assert saved.nbytes > 32 << 20
     assert "hg" in flags_of_memory(saved)
+
+
+PEAK = """
+import torch, rnnfast
+from pathlib import Path
+
+def kilobytes(of):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(of))
+
+layer = getattr(rnnfast, {name!r})(16, 256, bidirectional={bidirectional})
+torch.set_num_threads(2)
+x = torch.randn({steps}, 32, 16, requires_grad=True)
+layer(x[:1])[0].sum().backward()
+resident = kilobytes("VmRSS")
+layer(x)[0].sum().backward()
+print(kilobytes("VmHWM") - resident)
+"""
+
+
+@pytest.mark.parametrize(("name", "bidirectional"), [("LSTM", False), ("GRU", False), ("LSTM", True)])
+def test_backward_keeps_the_gradients_of_a_window_of_gates(name: str, bidirectional: bool) -> None:
+    """At the peak of a training step there is what forward kept, and little else that grows with the sequence."""
+    steps = 512 // (1 + bidirectional)
+    script = PEAK.format(name=name, bidirectional=bidirectional, steps=steps)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    values = 512 * 32 * 256 * 4 // 1024  # kilobytes of a value of each unit and step
+    # saved, output, its gradient, and of an LSTM c; those of the gates would be four more, of a GRU six.
+    most = {"LSTM": 4 + 1 + 1 + 1, "GRU": 4 + 1 + 1}[name] * values
+    assert int(run.stdout) < most + 2 * values
 
 
 def test_instruction_sets_may_change_beside_a_call() -> None:

@@ -166,6 +166,18 @@ def test_products_in_windows(cell: str, form: str, dtype: torch.dtype) -> None:
             assert error(got, want) <= allowed, (directions, of_input, threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_windows_of_one_large_step(dtype: torch.dtype) -> None:
+    """Steps with more rows than a window, and steps without rows, which each direction meets at another end."""
+    tensors = arguments("lstm", 6, 2500, 3, 64, 64, dtype)
+    options = {"lengths": torch.cat([torch.full((2400,), 2), torch.full((100,), 1)])}
+    want, plain = (results(reference.layer, "lstm", tensors, d, **options) for d in (torch.float64, dtype))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got = results(ops.layer, "lstm", tensors, dtype, **options)
+        assert error(got, want) <= allowed_error(plain, want), threads
+
+
 def second_derivatives(layer, cell: str, tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     """The derivatives of all gradients, with fixed gradients of outputs and gradients."""
     leaves = [t if t is None else t.to(dtype).requires_grad_() for t in tensors]

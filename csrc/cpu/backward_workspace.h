@@ -90,7 +90,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     int64_t begin = end;
     for (int64_t rows = 0; begin > 0; --begin) {
       const int64_t of_step = layer.sequence.batch_size(reverse ? layer.sequence.steps - begin : begin - 1);
-      if (rows > 0 && rows + of_step > most_window_rows()) break;
+      if (rows > 0 && of_step > 0 && rows + of_step > most_window_rows()) break;
       rows += of_step;
     }
     return {begin, end};

@@ -156,6 +156,8 @@ class Backward {
       if (Cell::kStates > 1) carry_in(d_.grad_c_n, b, l_.hidden_size, shared_.grad_c + j * ld_h_);
       if (shared_.mask) draw_dropout(l_.noise, d_.reverse, b, l_.output_size, mask(j));
     }
+    if constexpr (takes_layer_norm<Cell>)
+      if (l_.layer_norm && m_.rank == 0) prepare_norms();
     if (sums_.wanted())
       for (int rank = m_.rank; rank < sizes_.threads_a_direction(); rank += m_.size) norm_sums(rank).clear();
     // The last pair of an odd row is half a pair.
@@ -287,13 +289,24 @@ class Backward {
   static constexpr int kGradHalves = Cell::kSplitGates ? 2 : 1;  // the other half has the same gradient
   struct NormRow;
   struct NormRows;
+  void prepare_norms() const;
+  const Acc* norm_line(int line) const { return shared_.norms + line * ld_h_; }
+  // How many of a vector's units there are from the u-th on. kWhole: H is whole vectors, and the compiler knows it.
+  template <bool kWhole>
+  int64_t lanes(int64_t u) const {
+    return kWhole ? kLanes : std::min<int64_t>(kLanes, l_.hidden_size - u);
+  }
   void normalised_cells(int64_t t, int64_t count, int64_t place);
-  NormRow norm_row(int64_t t, int64_t slot, const S* normals, int64_t index) const;
+  NormRow norm_row(int64_t t, int64_t slot, const S* normals, Acc* left) const;
+  int64_t left_stride() const { return sizes_.norm_vectors() * ld_h_; }
   V take_grad_h(const NormRow& row, int64_t u, int64_t n) const;
   void forward_again(const S* normals, int64_t u, int64_t n, const V* prev, V* values, V* state) const;
   void recompute_normalised(const Unit* const* x, const Unit* const* h, int64_t first, int64_t count);
+  template <bool kWhole>
   void back_to_c(NormRows& rows);
+  template <bool kWhole>
   void back_to_gates(NormRows& rows);
+  template <bool kWhole>
   void back_to_products(const NormRows& rows);
   void add_norm_sums();
 

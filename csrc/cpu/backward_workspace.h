@@ -47,7 +47,9 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Unit *forward_ih, *forward_hh;     // panels for recomputing
     Acc *bias_ih, *bias_hh;
     Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
-    Acc* sums;  // of NormSums, of each thread; null: no layer normalisation, or not wanted
+    // With layer normalisation only.
+    Acc* norms;  // [norm_lines, ld_h] the lines of NormSums: what they are gradients of; zeros without a bias
+    Acc* sums;   // of NormSums, of each thread; null: not wanted
   };
   struct Own : Sizes::Buffers {
     Acc *igates, *hgates;   // [kRowsAtOnce, columns of one block], for recomputing; with two products igates of all,
@@ -111,7 +113,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     return passes_are_windows() ? std::min(s.rows, std::max(most_window_rows(), s.batch)) : s.rows;
   }
 
-  // Of NormSums: norms and biases of both halves of the gates; norm and bias of c.
+  // Norms, then biases, of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
   // Of a NormRow: vectors with an element a unit.
   int norm_vectors() const { return (cell.split_gates ? 2 : 1) * cell.gates + (cell.states > 1 ? cell.saved + 3 : 0); }
@@ -181,6 +183,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
       if (plan.divide == Divide::units) s.saved = carver.take<S>(window_rows() * saved_width());
     }
     if (layer.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
+    if (layer.layer_norm) s.norms = carver.take<Acc>(norm_lines() * ld_acc(H));
     if (layer.layer_norm && direction.grad_w_hh)
       s.sums = carver.take<Acc>(threads_a_direction() * NormSums<Acc>::elements(norm_lines(), ld_acc(H)));
     return s;

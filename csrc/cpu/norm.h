@@ -181,8 +181,7 @@ class NormSums {
 
   bool wanted() const { return total_ != nullptr; }
   void clear() { memset(total_, 0, elements(lines_, ld_) * sizeof(Acc)); }
-  // x: the sum of several rows.
-  RNNFAST_INLINE void add(int line, int64_t unit, V x) {
+  RNNFAST_INLINE void add(int line, int64_t unit, V x) const {
     Acc* sum = total_ + (lines_ + line) * ld_ + unit;
     (V::load(sum) + x).store(sum);
   }

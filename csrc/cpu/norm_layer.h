@@ -132,11 +132,11 @@ void Forward<Cell, S>::hidden_from_c(const StepRow* rows, int64_t count) const {
 }
 
 // ------------------------------------------------------------------------------------------------------ backward
-// A row of a step.
+// A row of a step. Null where there is none, or zero.
 template <class Cell, class S>
 struct Backward<Cell, S>::NormRow {
+  int64_t slot;      // its row in buffers of the batch
   const S* normals;  // [2, G*H] the two halves of the gates, normalised
-  int64_t slot, at;  // its row in buffers of the batch, and in those of all steps
   bool zero;
   const S *h, *prev_h, *prev_c, *grad_output, *grad_cell;
   const Acc *keep_h, *keep_c;
@@ -146,10 +146,10 @@ struct Backward<Cell, S>::NormRow {
   // [ld_h] of c as h' reads it before the norm's weight; what hidden_backward leaves
   Acc *grad_c = nullptr, *grad_output_gate = nullptr;
 
-  void load_values(int64_t u, int64_t ld, V* to) const {
+  RNNFAST_INLINE void load_values(int64_t u, int64_t ld, V* to) const {
     for (int k = 0; k < Cell::kSaved; ++k) to[k] = V::load(values + k * ld + u);
   }
-  void load_prev(int64_t u, int64_t n, V* prev) const {
+  RNNFAST_INLINE void load_prev(int64_t u, int64_t n, V* prev) const {
     prev[0] = prev_h ? load(prev_h + u, n) : V(Acc(0));
     prev[1] = prev_c ? load(prev_c + u, n) : V(Acc(0));
   }
@@ -159,17 +159,32 @@ struct Backward<Cell, S>::NormRow {
 template <class Cell, class S>
 struct Backward<Cell, S>::NormRows {
   int64_t count;
+  int64_t at;  // the first's row in buffers of the pass
   NormRow row[kNormRows<Acc>];
   PerRow<Acc> scale[2];
   Statistics<Acc> of_c;
   PerRow<Acc> means[2][2], means_c[2];  // of the gradient, and of its product with what is normalised
 
-  // The normalised product of row r, gate g and a vector of units.
-  V normal(int64_t r, int half, int g, int64_t u, int64_t n, int64_t H) const {
-    return load(row[r].normals + (half * G + g) * H + u, n);
-  }
-  V normal_c(int64_t r, int64_t u) const { return of_c.normal(V::load(row[r].c + u), r); }
+  RNNFAST_INLINE V normal_c(int64_t r, int64_t u) const { return of_c.normal(V::load(row[r].c + u), r); }
 };
+
+template <class Cell, class S>
+void Backward<Cell, S>::prepare_norms() const {
+  const DirectionWeights& w = d_.weights;
+  const auto line = [&](int to, const S* from) {
+    for (int64_t u = 0; u < ld_h_; u += kLanes)
+      (from ? load(from + u, l_.hidden_size - u) : V(Acc(0))).store(shared_.norms + to * ld_h_ + u);
+  };
+  for (int half = 0; half < 2; ++half)
+    for (int g = 0; g < G; ++g) {
+      const S* bias = norm_bias<S>(w, half);
+      line(half * G + g, norm_weights<S>(w, half) + g * l_.hidden_size);
+      line((2 + half) * G + g, bias ? bias + g * l_.hidden_size : nullptr);
+    }
+  if (Cell::kStates == 1) return;
+  line(4 * G, static_cast<const S*>(w.norm_c));
+  line(4 * G + 1, static_cast<const S*>(w.norm_bias_c));
+}
 
 // The thread's `count` rows of step t, the first of which is the place-th of what was saved.
 template <class Cell, class S>
@@ -177,24 +192,28 @@ void Backward<Cell, S>::normalised_cells(int64_t t, int64_t count, int64_t place
   for_chunks(0, count, sizes_.norm_rows(), [&](int64_t first, int64_t n) {
     NormRows rows;
     rows.count = n;
+    rows.at = pass_row(t, rows_.begin + first);
     for (int half = 0; half < 2; ++half)
       load(scales_ + half * scale_rows_ + place + first, n).store(rows.scale[half].lanes);
     for (int64_t r = 0; r < n; ++r)
-      rows.row[r] = norm_row(t, rows_.begin + first + r, saved_ + (place + first + r) * saved_width(), r);
-    if constexpr (Cell::kStates > 1) back_to_c(rows);
-    back_to_gates(rows);
-    back_to_products(rows);
+      rows.row[r] = norm_row(t, rows_.begin + first + r, saved_ + (place + first + r) * saved_width(),
+                             own_.norms + r * left_stride());
+    const auto back = [&](auto whole) {
+      if constexpr (Cell::kStates > 1) back_to_c<whole>(rows);
+      back_to_gates<whole>(rows);
+      back_to_products<whole>(rows);
+    };
+    l_.hidden_size % kLanes == 0 ? back(std::true_type()) : back(std::false_type());
   });
 }
 
-// The index-th of those whose parts run after each other.
+// left: where the parts of the way back leave what they hand on.
 template <class Cell, class S>
 typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64_t slot, const S* normals,
-                                                                int64_t index) const {
+                                                                Acc* left) const {
   NormRow row;
-  row.normals = normals;
   row.slot = slot;
-  row.at = pass_row(t, slot);
+  row.normals = normals;
   row.zero = starts_from_zero(s_, t, slot, d_.reverse);
   row.prev_h = Cell::kStates == 1 ? previous_h(t, slot) : nullptr;
   row.prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
@@ -203,7 +222,7 @@ typename Backward<Cell, S>::NormRow Backward<Cell, S>::norm_row(int64_t t, int64
   row.grad_cell = at<const S>(d_.grad_c, s_, t, slot);
   row.keep_h = shared_.outputs ? nullptr : keep_h_.row(slot);
   row.keep_c = keep_c_.row(slot);
-  row.grads = own_.norms + index * sizes_.norm_vectors() * ld_h_;
+  row.grads = left;
   if (Cell::kStates > 1) {
     row.values = row.grads + kGradHalves * G * ld_h_;
     row.c = row.values + Cell::kSaved * ld_h_;
@@ -220,12 +239,9 @@ RNNFAST_INLINE void Backward<Cell, S>::forward_again(const S* normals, int64_t u
   const int64_t H = l_.hidden_size;
   V gates[2][G];
   for (int half = 0; half < 2; ++half)
-    for (int g = 0; g < G; ++g) {
-      const S* bias = norm_bias<S>(d_.weights, half);
-      const V shift = bias ? load(bias + g * H + u, n) : V(Acc(0));
-      gates[half][g] =
-          load(normals + (half * G + g) * H + u, n) * load(norm_weights<S>(d_.weights, half) + g * H + u, n) + shift;
-    }
+    for (int g = 0; g < G; ++g)
+      gates[half][g] = load(normals + (half * G + g) * H + u, n) * V::load(norm_line(half * G + g) + u) +
+                       V::load(norm_line((2 + half) * G + g) + u);
   Cell::forward(gates[0], gates[1], prev, state, values);
 }
 
@@ -255,7 +271,7 @@ void Backward<Cell, S>::recompute_normalised(const Unit* const* x, const Unit* c
 
 // The gradient of h', and in place of what is carried the part that zoneout's last h gets.
 template <class Cell, class S>
-Vec<acc_t<S>> Backward<Cell, S>::take_grad_h(const NormRow& row, int64_t u, int64_t n) const {
+RNNFAST_INLINE Vec<acc_t<S>> Backward<Cell, S>::take_grad_h(const NormRow& row, int64_t u, int64_t n) const {
   if (shared_.outputs) return V::load(shared_.grad_hidden + row.slot * ld_h_ + u);
   Acc* carried = shared_.grad_h + row.slot * ld_p_ + u;
   V grad = V::load(carried);
@@ -266,65 +282,69 @@ Vec<acc_t<S>> Backward<Cell, S>::take_grad_h(const NormRow& row, int64_t u, int6
 
 // From h' to c as h' reads it.
 template <class Cell, class S>
+template <bool kWhole>
 void Backward<Cell, S>::back_to_c(NormRows& rows) {
-  const int64_t H = l_.hidden_size;
-  const S *weight = static_cast<const S*>(d_.weights.norm_c), *bias = static_cast<const S*>(d_.weights.norm_bias_c);
-  RowSums<Acc> all_sums[2];
+  const int64_t H = l_.hidden_size, ld = ld_h_;
+  const Acc *weight = norm_line(4 * G), *bias = norm_line(4 * G + 1);
+  const NormSums<Acc> sums = sums_;  // a copy, which no store to memory can change
   for (int64_t r = 0; r < rows.count; ++r) {
     const NormRow& row = rows.row[r];
     for (int64_t u = 0; u < H; u += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      const int64_t n = lanes<kWhole>(u);
       V values[Cell::kSaved + 1], prev[2], state[2];
       row.load_prev(u, n, prev);
       forward_again(row.normals, u, n, prev, values, state);
-      for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld_h_ + u);
+      for (int k = 0; k < Cell::kSaved; ++k) values[k].store(row.values + k * ld + u);
       state[1].store(row.c + u);
     }
   }
-  rows.of_c = statistics(rows.row[0].c, sizes_.norm_vectors() * ld_h_, rows.count, H);
+  rows.of_c = statistics(rows.row[0].c, left_stride(), rows.count, H);
+  RowSums<Acc> row_sums[2];
   for (int64_t r = 0; r < rows.count; ++r) {
     const NormRow& row = rows.row[r];
-    V sums[2] = {V(Acc(0)), V(Acc(0))};
+    V row_sum[2] = {V(Acc(0)), V(Acc(0))};
     for (int64_t u = 0; u < H; u += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      const int64_t n = lanes<kWhole>(u);
       V values[Cell::kSaved + 1], state[2], grad_gate;
-      row.load_values(u, ld_h_, values);
-      const V c = rows.normal_c(r, u), by = load(weight + u, n);
-      state[1] = c * by + load(bias + u, n);
-      if (shared_.outputs) store(shared_.hidden + row.at * H + u, Cell::hidden(values, state), n);
+      row.load_values(u, ld, values);
+      const V c = rows.normal_c(r, u), by = V::load(weight + u);
+      state[1] = c * by + V::load(bias + u);
+      if (shared_.outputs) store(shared_.hidden + (rows.at + r) * H + u, Cell::hidden(values, state), n);
       V grad = Cell::hidden_backward(values, state, take_grad_h(row, u, n), grad_gate);
-      if (sums_.wanted()) {
-        sums_.add(4 * G, u, grad * c);
-        sums_.add(4 * G + 1, u, grad);
+      if (sums.wanted()) {
+        sums.add(4 * G, u, grad * c);
+        sums.add(4 * G + 1, u, grad);
       }
       grad = grad * by;
-      sums[0] = sums[0] + grad;
-      sums[1] = sums[1] + grad * c;
+      row_sum[0] = row_sum[0] + grad;
+      row_sum[1] = row_sum[1] + grad * c;
       grad.store(row.grad_c + u);
       grad_gate.store(row.grad_output_gate + u);
     }
-    for (int i = 0; i < 2; ++i) all_sums[i][r] = sums[i];
+    for (int i = 0; i < 2; ++i) row_sums[i][r] = row_sum[i];
   }
-  for (int i = 0; i < 2; ++i) all_sums[i].means(rows.count, H).store(rows.means_c[i].lanes);
+  for (int i = 0; i < 2; ++i) row_sums[i].means(rows.count, H).store(rows.means_c[i].lanes);
 }
 
 // To the gates.
 template <class Cell, class S>
+template <bool kWhole>
 void Backward<Cell, S>::back_to_gates(NormRows& rows) {
-  const int64_t H = l_.hidden_size;
-  RowSums<Acc> all_sums[2][2];
+  const int64_t H = l_.hidden_size, ld = ld_h_;
+  const Acc* const weights = norm_line(0);
+  RowSums<Acc> row_sums[2][2];
   for (int64_t r = 0; r < rows.count; ++r) {
     const NormRow& row = rows.row[r];
-    V sums[2][2];
-    for (auto& half : sums)
+    V row_sum[2][2];
+    for (auto& half : row_sum)
       for (V& sum : half) sum = V(Acc(0));
     for (int64_t u = 0; u < H; u += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, H - u);
+      const int64_t n = lanes<kWhole>(u);
       V values[Cell::kSaved + 1], prev[2], grads[2][G], grad_prev[2];
       row.load_prev(u, n, prev);
       if constexpr (Cell::kStates > 1) {
-        row.load_values(u, ld_h_, values);
-        Acc* carried = shared_.grad_c + row.slot * ld_h_ + u;
+        row.load_values(u, ld, values);
+        Acc* carried = shared_.grad_c + row.slot * ld + u;
         V grad = V::load(carried), kept(Acc(0));
         if (row.grad_cell) grad = grad + load(row.grad_cell + u, n);
         if (row.keep_c) kept = divide_gradient(V::load(row.keep_c + u), grad);
@@ -345,47 +365,54 @@ void Backward<Cell, S>::back_to_gates(NormRows& rows) {
       }
       for (int half = 0; half < 2; ++half)
         for (int g = 0; g < G; ++g) {
-          const V x = rows.normal(r, half, g, u, n, H),
-                  grad = grads[half][g] * load(norm_weights<S>(d_.weights, half) + g * H + u, n);
-          sums[half][0] = sums[half][0] + grad;
-          sums[half][1] = sums[half][1] + grad * x;
-          if (half < kGradHalves) grads[half][g].store(row.grads + (half * G + g) * ld_h_ + u);
+          const V grad = grads[half][g] * V::load(weights + (half * G + g) * ld + u);
+          row_sum[half][0] = row_sum[half][0] + grad;
+          row_sum[half][1] = row_sum[half][1] + grad * load(row.normals + (half * G + g) * H + u, n);
+          if (half < kGradHalves) grads[half][g].store(row.grads + (half * G + g) * ld + u);
         }
     }
     for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < 2; ++i) all_sums[half][i][r] = sums[half][i];
+      for (int i = 0; i < 2; ++i) row_sums[half][i][r] = row_sum[half][i];
   }
   for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < 2; ++i) all_sums[half][i].means(rows.count, G * H).store(rows.means[half][i].lanes);
+    for (int i = 0; i < 2; ++i) row_sums[half][i].means(rows.count, G * H).store(rows.means[half][i].lanes);
 }
 
-// To the products.
+// To the products. Both halves at once, which mostly have one gradient.
 template <class Cell, class S>
+template <bool kWhole>
 void Backward<Cell, S>::back_to_products(const NormRows& rows) {
-  const int64_t H = l_.hidden_size;
-  for (int half = 0; half < 2; ++half) {
-    Operand* const gates = half == 0 ? shared_.igates : shared_.hgates;
-    for (int g = 0; g < G; ++g)
-      for (int64_t u = 0; u < H; u += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, H - u);
-        const V weight = load(norm_weights<S>(d_.weights, half) + g * H + u, n);
-        V grad_weight(Acc(0)), grad_bias(Acc(0));
-        for (int64_t r = 0; r < rows.count; ++r) {
-          const NormRow& row = rows.row[r];
-          const V x = rows.normal(r, half, g, u, n, H),
-                  grad = V::load(row.grads + (half % kGradHalves * G + g) * ld_h_ + u);
-          grad_weight = grad_weight + grad * x;
-          grad_bias = grad_bias + grad;
-          store(gates + row.at * ld_g_ + g * H + u,
-                normalised_backward(x, rows.scale[half][r], grad * weight, rows.means[half][0][r],
+  const int64_t H = l_.hidden_size, ld = ld_h_, ld_g = ld_g_;
+  const int64_t normals_stride = saved_width(), grads_stride = left_stride();
+  const NormSums<Acc> sums = sums_;
+  Operand* const products[2] = {shared_.igates + rows.at * ld_g, shared_.hgates + rows.at * ld_g};
+  for (int g = 0; g < G; ++g)
+    for (int64_t u = 0; u < H; u += kLanes) {
+      const int64_t n = lanes<kWhole>(u), gate = g * H + u;
+      const S* const normals = rows.row[0].normals + gate;
+      const Acc* const grads = rows.row[0].grads + g * ld + u;
+      V weight[2], grad_weight[2], grad_bias[2];
+      for (int half = 0; half < 2; ++half) {
+        weight[half] = V::load(norm_line(half * G + g) + u);
+        grad_weight[half] = grad_bias[half] = V(Acc(0));
+      }
+      for (int64_t r = 0; r < rows.count; ++r)
+        for (int half = 0; half < 2; ++half) {
+          const V x = load(normals + r * normals_stride + half * G * H, n),
+                  grad = V::load(grads + r * grads_stride + half % kGradHalves * G * ld);
+          grad_weight[half] = grad_weight[half] + grad * x;
+          grad_bias[half] = grad_bias[half] + grad;
+          store(products[half] + r * ld_g + gate,
+                normalised_backward(x, rows.scale[half][r], grad * weight[half], rows.means[half][0][r],
                                     rows.means[half][1][r]),
                 n);
         }
-        if (!sums_.wanted()) continue;
-        sums_.add(half * G + g, u, grad_weight);
-        if (half == 0 || Cell::kSplitGates) sums_.add((2 + half) * G + g, u, grad_bias);
+      if (!sums.wanted()) continue;
+      for (int half = 0; half < 2; ++half) {
+        sums.add(half * G + g, u, grad_weight[half]);
+        if (half == 0 || Cell::kSplitGates) sums.add((2 + half) * G + g, u, grad_bias[half]);
       }
-  }
+    }
   if (sums_.wanted()) sums_.end_rows(rows.count);
 }
 

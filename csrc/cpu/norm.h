@@ -45,7 +45,7 @@ struct PerRow {
 template <class Acc>
 struct RowSums {
   using V = Vec<Acc>;
-  static constexpr int kRows = kNormRows<Acc>, kFew = std::min(4, kRows);
+  static constexpr int kRows = kNormRows<Acc>;
   V of[kRows];
 
   RNNFAST_INLINE V& operator[](int64_t row) { return of[row]; }
@@ -54,11 +54,17 @@ struct RowSums {
   RNNFAST_INLINE V means(int64_t count, int64_t n) {
     const V elements{Acc(n)};
     if (count == 1) return sum_lanes<1>(of) / elements;
-    const bool few = count <= kFew;
-    for (int64_t row = count; row < (few ? kFew : kRows); ++row) of[row] = V(Acc(0));
-    if (!few) return sum_lanes<kRows>(of) / elements;
-    const V sums = sum_lanes<kFew>(of) / elements;
-    return shuffle<Gathered<kRows, kFew>>(sums, sums);
+    if (count <= kRows / 4) return means_of<std::max(1, kRows / 4)>(count, elements);
+    if (count <= kRows / 2) return means_of<kRows / 2>(count, elements);
+    return means_of<kRows>(count, elements);
+  }
+
+ private:
+  template <int N>
+  RNNFAST_INLINE V means_of(int64_t count, V elements) {
+    for (int64_t row = count; row < N; ++row) of[row] = V(Acc(0));
+    const V means = sum_lanes<N>(of) / elements;
+    return shuffle<Gathered<kRows, N>>(means, means);
   }
 };
 
@@ -121,8 +127,11 @@ Statistics<acc_t<S>> statistics(const S* rows, int64_t stride, int64_t count, in
   // Of few vectors, the gates of a layer with a vector of units, the loops over them, and the sums on their way through
   // memory, take longer than the additions.
   const auto take = [&](auto n) {
-    if (count == kNormRows<Acc>) {
-      take_statistics(rows, stride, std::integral_constant<int64_t, kNormRows<Acc>>(), n, of);
+    constexpr int64_t kAll = kNormRows<Acc>, kHalf = kAll / 2;  // half: two threads' shares of a batch of kAll rows
+    if (count == kAll) {
+      take_statistics(rows, stride, std::integral_constant<int64_t, kAll>(), n, of);
+    } else if (count == kHalf) {
+      take_statistics(rows, stride, std::integral_constant<int64_t, kHalf>(), n, of);
     } else {
       take_statistics(rows, stride, count, n, of);
     }

@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc) setup.py pyproject.toml
+# _build.py has the flags, and the extension knows its version.
+SOURCES := $(shell find csrc) setup.py pyproject.toml rnnfast/_build.py rnnfast/_version.py
 CPP = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu')
 
 .DEFAULT_GOAL := help

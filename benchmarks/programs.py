@@ -1,6 +1,6 @@
 """Trains programs that other people wrote with torch.nn's layers and, under rnnfast.patch_torch(), with rnnfast's.
 
-    pip install ".[programs]"
+    pip install --no-build-isolation ".[programs]"
     python benchmarks/programs.py --json FILE
 
 Not a line of them is changed. RecurrentPPO of sb3-contrib learns CartPole with an LSTM policy: single steps when it

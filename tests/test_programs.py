@@ -1,6 +1,6 @@
 """Programs of other people train to the same numbers with rnnfast's layers. They need packages of their own:
 
-pip install ".[programs]" && pytest tests/test_programs.py --long
+pip install --no-build-isolation ".[programs]" && pytest tests/test_programs.py --long
 """
 
 from __future__ import annotations

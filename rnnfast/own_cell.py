@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -116,13 +117,15 @@ def compile_cell(
         struct: the name of the cell's struct in it; None: the only struct there is.
         step: the same equations in plain PyTorch, ``step(igates, hgates, *states) -> states`` as in
             :mod:`rnnfast.reference`; igates and hgates are ``[B, G*H]``, a state ``[B, H]``. With it there are also
-            derivatives of third order and ``backend="reference"``; without it these raise NotImplementedError.
+            derivatives of third order and ``backend="reference"``; without it these raise NotImplementedError. It is
+            the formula of all classes of that header, and held against the compiled cell at random numbers.
         directory: where it is compiled and kept; None: where torch.utils.cpp_extension does so,
             ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/torch_extensions``.
 
     Raises:
         FileNotFoundError: there is no such header.
-        ValueError: the header has no struct, or several and none is named, or its file name is no name for an operator.
+        ValueError: the header has no struct, or several and none is named, or its file name is no name for an operator;
+            step computes something else than the header.
         OSError: nothing can be written to the directory, where the cell is not there already.
         RuntimeError: it does not compile; the message is the compiler's, with the header's lines. Or there is no
             compiler, or the package has no extension itself.
@@ -166,6 +169,7 @@ def compile_cell(
             ops.register_own_cell(cell, saved, form, no_cuda)
     form = reference.OWN_CELLS[cell]
     if step is not None:
+        _check_step(header, cell, form, step)
         reference.OWN_CELLS[cell] = form._replace(step=step)
     members = {
         "cell": cell,
@@ -195,6 +199,26 @@ def _no_formula(*_arguments: Tensor) -> tuple[Tensor, ...]:
         "a compiled cell has no formula in plain PyTorch, which third derivatives and backend='reference' take: give "
         "rnnfast.compile_cell one as step="
     )
+
+
+def _check_step(header: Path, cell: str, form: reference.Cell, step: Step) -> None:
+    """Raise ValueError unless a step of the formula gives what one of the compiled cell does."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+    rows, units = 4, 3
+    igates = draw(1, rows, form.gates * units)
+    h, *c = (draw(1, rows, units) for _ in range(form.states))
+    w_hh = draw(form.gates * units) if form.diagonal else draw(form.gates * units, units)
+    hgates = h[0].repeat(1, form.gates) * w_hh if form.diagonal else h[0] @ w_hh.T
+    w_ih = torch.eye(form.gates * units, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        _, *compiled, _ = ops.layer(cell, igates, h, c[0] if c else None, [w_ih, w_hh], backend="auto")
+        formula = step(igates[0], hgates, *(state[0] for state in (h, *c)))
+    # Constants of a header may be of less than double precision.
+    close = partial(torch.allclose, rtol=1e-4, atol=1e-4, equal_nan=True)
+    given = len(formula) == form.states and all(state.shape == (rows, units) for state in formula)
+    if not given or not all(close(state, kernel[0]) for state, kernel in zip(formula, compiled, strict=False)):
+        raise ValueError(f"step: expected the equations of {header.name}, got others")
 
 
 def _doc(header: Path, struct: str) -> str:

@@ -139,6 +139,29 @@ def test_transforms_and_compilation(mgu: Any) -> None:
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
+def test_a_formula_is_that_of_the_header(mgu: Any, example: Any) -> None:
+    """Another one is refused, and leaves the one that was given; one in other words takes its place."""
+    of_mgu = reference.OWN_CELLS[mgu.cell].step
+
+    def other(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
+        (new,) = example.step(igates, hgates, h)
+        return (new + 0.01 * h,)
+
+    def two(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        (new,) = example.step(igates, hgates, h)
+        return new, new
+
+    def narrow(igates: Tensor, hgates: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (example.step(igates, hgates, h)[0][:1],)
+
+    for step in (other, two, narrow):
+        with pytest.raises(ValueError, match=r"step: expected the equations of minimal_gated_unit\.h, got others"):
+            rnnfast.compile_cell(HEADER, step=step)
+        assert reference.OWN_CELLS[mgu.cell].step is of_mgu
+    rnnfast.compile_cell(HEADER, step=lambda *gates: example.step(*gates))
+    assert reference.OWN_CELLS[mgu.cell].step is not of_mgu
+
+
 @pytest.fixture
 def diagonal(example: Any, tmp_path: Path) -> type[own_cell.OwnLayers]:
     """The same unit with a vector for each gate's recurrent weights."""

@@ -228,9 +228,9 @@ def layer(
             then with ``layer_norm`` ``norm_ih`` and ``norm_hh [G*H]`` and, for a cell with two states, ``norm_c`` and
             ``norm_bias_c [H]``.
         batch_sizes: ``[T]`` int64 on the CPU, decreasing: the input is packed as in ``PackedSequence``. Rows beyond
-            ``batch_sizes[0]`` have no steps.
-        lengths: ``[B]`` int64: row b of a padded input has ``lengths[b]`` steps. What the input holds past them,
-            NaN included, has no effect and no gradient.
+            ``batch_sizes[0]`` have no steps, and a step may be without rows.
+        lengths: ``[B]`` int64: row b of a padded input has ``lengths[b]`` steps; one below 0 counts as 0, one above T
+            as T. What the input holds past them, NaN included, has no effect and no gradient.
         reset: ``[T, B]`` (packed: ``[N]``) bool. Set at step t, it says that a new episode begins there: the forward
             direction enters step t, and the backward direction step t - 1, with a zero state.
         seed: ``[B]`` int64 on the input's device: what the masks of ``noise`` are drawn from, those of a row from its
@@ -422,10 +422,12 @@ def _check_noise(seed: Tensor | None, noise: Sequence[float], cell: Cell, batch:
 
 
 def _living_rows(batch_sizes: Tensor, batch: int, rows: int) -> list[int]:
+    if batch_sizes.dtype != torch.int64:
+        raise ValueError(f"batch_sizes: expected a Tensor of int64, got {batch_sizes.dtype}")
     sizes: list[int] = batch_sizes.tolist()
-    if sorted(sizes, reverse=True) != sizes or not all(0 < size <= batch for size in sizes) or sum(sizes) != rows:
+    if sorted(sizes, reverse=True) != sizes or not all(0 <= size <= batch for size in sizes) or sum(sizes) != rows:
         raise ValueError(
-            f"batch_sizes: expected sizes from 1 to {batch} (B) that do not increase and sum to {rows} (the rows of "
+            f"batch_sizes: expected sizes from 0 to {batch} (B) that do not increase and sum to {rows} (the rows of "
             f"input), got {sizes if len(sizes) <= 10 else f'{len(sizes)} that sum to {sum(sizes)}'}"
         )
     return sizes

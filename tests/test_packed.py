@@ -44,6 +44,22 @@ def test_a_row_does_not_depend_on_its_batch(name: str, device: str, backend: str
 
 @each_layer
 @each_backend
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_steps_without_rows(name: str, device: str, backend: str, bidirectional: bool) -> None:
+    """As torch.nn has them, at the end: they change nothing. A reset is for the rows that there are."""
+    case = ModuleCase(name, (("bidirectional", bidirectional),), "packed", True)
+    theirs, ours = case.pair(rnnfast, device=device, backend=backend)
+    packed, hx, _ = case.inputs(device=device)
+    longer = PackedSequence(packed.data, torch.cat([packed.batch_sizes, torch.zeros(2, dtype=torch.int64)]))
+    torch.testing.assert_close(flatten(ours(longer, hx)), flatten(theirs(longer, hx)))
+    reset = torch.rand(len(packed.data), device=device) < 0.4
+    torch.testing.assert_close(
+        flatten(ours(longer, hx, reset=reset)), flatten(ours(packed, hx, reset=reset)), rtol=0, atol=0
+    )
+
+
+@each_layer
+@each_backend
 def test_empty_rows_of_a_packed_batch(name: str, device: str, backend: str) -> None:
     """sorted_indices may name rows beyond batch_sizes[0]: these have no steps and keep their state."""
     case = ModuleCase(name, (("num_layers", 2), ("bidirectional", True)), "packed", True)

@@ -40,8 +40,9 @@ class _Cell(nn.RNNCellBase, ABC):
         layer_norm: bool,
         backend: str | None,
     ) -> None:
+        functional.check_sizes(zero=True, input_size=input_size, hidden_size=hidden_size)  # 0 as torch.nn's cells
         zoneout = functional.check_zoneout(self.cell, zoneout)
-        functional.check_bools(layer_norm=layer_norm)
+        functional.check_bools(bias=bias, layer_norm=layer_norm)
         functional.check_options(self.cell, 1, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         super().__init__(input_size, hidden_size, bias, self._gates, device, dtype)
@@ -65,7 +66,7 @@ class _Cell(nn.RNNCellBase, ABC):
         except KeyError:  # a parametrization or weight_norm keeps some elsewhere
             weights = [getattr(self, name) for name in self._names]
         # A call of a few microseconds, where keywords count.
-        if not self.zoneout and not self.layer_norm and generator is None:
+        if self.zoneout == 0.0 and not self.layer_norm and generator is None:
             return functional.step(self.cell, input, hx, weights, backend=self.backend)
         return functional.step(
             self.cell,
@@ -135,8 +136,8 @@ class RNNCell(_Cell):
     zoneout that is what RNN and LSTM do, while GRU also has h without the mask.
 
     Raises:
-        ValueError: a zoneout outside [0, 1), an unknown nonlinearity or backend.
-        TypeError: layer_norm is no bool.
+        ValueError: a size below 0, a zoneout outside [0, 1), an unknown nonlinearity or backend.
+        TypeError: a size is no int; bias or layer_norm is no bool.
     """
 
     nonlinearity: str
@@ -190,8 +191,8 @@ class LSTMCell(_Cell):
         zoneout: as for :class:`RNNCell`, of h and of c; or two probabilities, of h and of c.
 
     Raises:
-        ValueError: a zoneout outside [0, 1), an unknown backend.
-        TypeError: layer_norm is no bool.
+        ValueError: a size below 0, a zoneout outside [0, 1), an unknown backend.
+        TypeError: a size is no int; bias or layer_norm is no bool.
     """
 
     cell = "lstm"
@@ -235,8 +236,8 @@ class GRUCell(_Cell):
         reset_after: as for :class:`rnnfast.GRU`.
 
     Raises:
-        ValueError: a zoneout outside [0, 1), an unknown backend, layer_norm with ``reset_after=False``.
-        TypeError: layer_norm or reset_after is no bool.
+        ValueError: a size below 0, a zoneout outside [0, 1), an unknown backend, layer_norm with ``reset_after=False``.
+        TypeError: a size is no int; bias, layer_norm or reset_after is no bool.
     """
 
     reset_after: bool = True

@@ -61,6 +61,9 @@ def convert(model: ModuleT) -> ModuleT:
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
     """
     for module in _find(model, _OURS):
         _become(module, _OURS, module.__dict__.copy())
@@ -79,6 +82,7 @@ def to_torch(model: ModuleT) -> ModuleT:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
             ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``layer_norm``, ``reset_after=False``, an ``IndRNN``, a
             cell of its own); nothing has been changed then.
+        TypeError: ``model`` is no ``torch.nn.Module``.
     """
     found = _find(model, _TORCHS)
     lone = [
@@ -131,6 +135,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
 
 
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [module for module in model.modules() if type_before_parametrizations(module) in classes]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import ops, reference
 
 # hx and the final states, as torch.nn has them: one tensor, or (h, c) for LSTM.
-State: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 BACKENDS = (None, *ops.BACKENDS)
 NONLINEARITIES = tuple(cell.removeprefix("rnn_") for cell in reference.CELLS if cell.startswith("rnn_"))  # of RNN
@@ -42,9 +42,9 @@ class States(NamedTuple):
 # Units of a layer whose heads all share a call, and of a call in larger ones; see heads_a_call.
 WHOLE_UNITS, SHARED_UNITS = 128, 64
 
-LayerResult: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"  # output, h_n, c_n, c, as rnnfast.ops.layer's
+LayerResult: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # output, h_n, c_n, c, as rnnfast.ops.layer's
 Result: TypeAlias = (
-    "tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]"  # with return_states
+    tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]  # with return_states
 )
 
 
@@ -81,11 +81,14 @@ def recurrent(
             ``batch_sizes[0]`` are empty and keep their state.
         weights: the layers' weights, each in the order that :func:`rnnfast.ops.layer` takes.
         dropout: probability of zeroing an element of every layer's output but the last's.
-        lengths: ``[B]`` integers, on any device: the number of steps of each row of a padded input, 0 to T. Outputs
-            past them are zero and the final states are the row's last. On the CPU the values are checked; elsewhere
-            they are clamped, for a check would wait for the device.
+        lengths: ``[B]`` integers, on the input's device or the CPU: the number of steps of each row of a padded input,
+            0 to T. Outputs past them are zero and the final states are the row's last. On the CPU the values are
+            checked; elsewhere they are clamped, for a check would wait for the device, and so they are where the
+            reference formula is compiled or exported, for a graph of it has no values to check.
         reset: bool, shaped as the input without its features: where set, the state before that step is zero. For a
-            PackedSequence, one too, or its data ``[N]``.
+            PackedSequence, one packed as the input, or its data ``[N]``. That the order of its rows is the input's is
+            checked on the CPU; not on CUDA, where a check would wait for the device, nor where a graph is compiled or
+            exported.
         return_states: also return the states of every layer at every step.
         recompute: keep the states alone for backward, which computes the gates again from them: less memory for more
             time, and the same result. The reference formula keeps what autograd keeps.
@@ -99,9 +102,10 @@ def recurrent(
             1 / (1 - p): one mask a row, layer, direction and call, see :class:`rnnfast.reference.Noise`.
         zoneout: probability below 1 that a unit of h, and one of c, keeps its last value, drawn anew at every step; or
             one for each of both.
-        training: whether ``zoneout`` draws; otherwise it takes the expectation.
+        training: False is a module's evaluation: no dropout of any kind, and ``zoneout`` takes the expectation.
         num_heads: with n heads, W_hh is block-diagonal with n blocks, and ``w_hh`` is ``[G*H, H/n]``: row u of a gate
-            meets the states of u's own head, of which each has H/n neighbouring units. 1 for a diagonal cell.
+            meets the states of u's own head, of which each has H/n neighbouring units. 1 for a diagonal cell and with a
+            projection.
         layer_norm: whether the gates are normalised, and c where h reads it, see :func:`rnnfast.reference.layer`; the
             weights end with the norms then. Not with several heads.
         generator: what the masks of ``weight_dropout`` and the seeds of the others, one a layer and row, are drawn
@@ -114,14 +118,35 @@ def recurrent(
     Raises:
         ValueError: input has the wrong rank or another dtype than the weights; lengths come with a PackedSequence;
             batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
-            recurrent dropout or zoneout; layer_norm comes with heads, or for a cell that has none.
-        RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest.
-        TypeError: an argument is no tensor, lengths and reset are not integers and bool, or generator is no
-            torch.Generator.
+            recurrent dropout or zoneout; a probability is outside of [0, 1], of recurrent_dropout and zoneout [0, 1);
+            num_heads does not divide H, or comes with a projection; layer_norm comes with heads, or for a cell that has
+            none; weights are no layers.
+        RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest; a reset that is
+            packed otherwise than the input.
+        TypeError: an argument is no tensor, lengths and reset are not integers and bool, num_heads is no int, generator
+            no torch.Generator, or a layer's weights no sequence of tensors.
     """
-    check_options(cell, num_heads, layer_norm)
+    form = reference.find_cell(cell)
+    if num_heads != 1 or layer_norm:
+        check_options(cell, num_heads, layer_norm)
+    if dropout != 0.0 or weight_dropout != 0.0 or recurrent_dropout != 0.0:
+        check_dropouts(dropout, weight_dropout, recurrent_dropout)
+        if not training:
+            dropout = weight_dropout = recurrent_dropout = 0.0
     _check_generator(generator)
-    w_ih, w_hh = weights[0][:2]
+    try:
+        w_ih, w_hh = weights[0][:2]
+        rows, features = w_ih.shape
+        hidden_size = rows // form.gates
+        output_size = hidden_size if form.diagonal else w_hh.shape[1] * num_heads
+    except (TypeError, AttributeError, ValueError, IndexError):
+        raise _weights_error(weights, layers=True) from None
+    directions = 2 if bidirectional else 1
+    if num_heads != 1:
+        check_heads(num_heads, hidden_size, projection=len(weights[0]) // directions % 2 == 1)
+        if output_size != hidden_size:
+            takes = f"w_hh [G*H, H / num_heads] = {(rows, hidden_size // num_heads)} with num_heads = {num_heads}"
+            raise RuntimeError(f"weights: expected {takes}, got {tuple(w_hh.shape)}")
     batch_sizes = sorted_indices = unsorted_indices = None
     batched = True
     if isinstance(input, PackedSequence):
@@ -147,17 +172,15 @@ def recurrent(
         elif batch_first:
             x = x.transpose(0, 1)
         batch = x.shape[1]
-    _check_input(x, w_ih, ValueError)
+    _check_input(x, w_ih, features, ValueError)
 
-    form = reference.find_cell(cell)
-    directions = 2 if bidirectional else 1
     slots = directions * len(weights)
-    h_shape = (slots, batch, w_hh.shape[0] // form.gates if form.diagonal else w_hh.shape[1] * num_heads)
+    h_shape = (slots, batch, output_size)
     c0 = None
     if form.states == 1:
         h0 = x.new_zeros(h_shape) if hx is None else _state("hx", hx, h_shape, batched, x)
     else:
-        c_shape = (slots, batch, w_ih.shape[0] // form.gates)
+        c_shape = (slots, batch, hidden_size)
         if hx is None:
             c0 = x.new_zeros(c_shape)
             h0 = c0 if c_shape == h_shape else x.new_zeros(h_shape)
@@ -171,11 +194,14 @@ def recurrent(
     if lengths is not None:
         lengths = _lengths(lengths, x, batched, batch_sizes is not None)
     if reset is not None:
-        reset = _reset(reset, x, batched, batch_first and batch_sizes is None, batch_sizes)
+        reset = _reset(reset, x, batched, batch_first and batch_sizes is None, batch_sizes, sorted_indices)
 
     if weight_dropout:
         weights = _with_w_hh(weights, directions, partial(_dropped, probability=weight_dropout, generator=generator))
-    noise, seeds = _noise(cell, recurrent_dropout, zoneout) if recurrent_dropout or zoneout else (), None
+    noise: tuple[float, ...] = ()
+    seeds = None
+    if recurrent_dropout != 0.0 or zoneout != 0.0:
+        noise = _noise(cell, recurrent_dropout, zoneout)
     if noise and training:
         seeds = _seeds((len(weights), batch), x, generator)
         seeds = seeds if sorted_indices is None else seeds.index_select(1, sorted_indices)
@@ -249,11 +275,15 @@ def step(
 
     ``input`` is ``[B, I]`` or ``[I]``; ``hx`` and the result are ``[B, H]`` or ``[H]``, for LSTM a pair of them; None
     means zeros. The options are those of :func:`recurrent`; zoneout's masks are a call's own. Raises ValueError for a
-    wrong rank, RuntimeError for a wrong size, dtype or device, as torch.nn does, and TypeError for what is no tensor or
-    no generator.
+    wrong rank, a zoneout outside of [0, 1) or what is no cell's weights, RuntimeError for a wrong size, dtype or
+    device, as torch.nn does, and TypeError for what is no tensor or no generator.
     """
-    w_ih = weights[0]
     _check_generator(generator)
+    try:
+        w_ih = weights[0]
+        rows, features = w_ih.shape
+    except (TypeError, AttributeError, ValueError, IndexError):
+        raise _weights_error(weights, layers=False) from None
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     batched = input.dim() == 2
@@ -262,9 +292,9 @@ def step(
             raise ValueError(f"input: expected 1D [input_size] or 2D [B, input_size], got {input.dim()}D")
         input = input.unsqueeze(0)
     x = input.unsqueeze(0)
-    _check_input(x, w_ih, RuntimeError)
+    _check_input(x, w_ih, features, RuntimeError)
 
-    shape = (1, input.shape[0], w_ih.shape[0] // reference.find_cell(cell).gates)
+    shape = (1, input.shape[0], rows // reference.find_cell(cell).gates)
     if hx is None:
         h0 = x.new_zeros(shape)
         c0 = h0 if cell == "lstm" else None
@@ -274,7 +304,7 @@ def step(
     else:
         h0, c0 = _cell_state("hx", hx, shape, batched, x), None
 
-    noise = _noise(cell, 0.0, zoneout) if zoneout else ()
+    noise = _noise(cell, 0.0, zoneout) if zoneout != 0.0 else ()
     seed = _seeds((shape[1],), x, generator) if noise and training else None
     _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, seed=seed, noise=noise, layer_norm=layer_norm, backend=backend)
     if not cell.startswith("rnn_"):
@@ -435,8 +465,9 @@ def _dropped(w_hh: Tensor, probability: float, generator: torch.Generator | None
 def _noise(cell: str, recurrent_dropout: float, zoneout: float | tuple[float, float]) -> tuple[float, ...]:
     """As :func:`rnnfast.ops.layer` takes it, empty where there is none."""
     has_c = reference.find_cell(cell).states == 2
+    zoneout = check_zoneout(cell, zoneout)
     of_h, of_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if has_c else 0.0)
-    noise = (recurrent_dropout, of_h, of_c)
+    noise = (float(recurrent_dropout), of_h, of_c)
     return noise if any(noise) else ()
 
 
@@ -475,9 +506,21 @@ def _check_batch_invariant(input: Tensor, dropout: bool, backend: str | None) ->
         raise ValueError("batch_invariant: expected False with dropout, whose mask depends on the batch, got True")
 
 
-def _check_input(input: Tensor, w_ih: Tensor, dtype_error: type[Exception]) -> None:
-    if input.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(f"input: expected {w_ih.shape[1]} features (input_size), got {input.shape[-1]}")
+def _weights_error(weights: Any, layers: bool) -> ValueError:
+    """For weights that do not begin with the two that every layer has."""
+
+    def outline(part: Any) -> str:
+        if isinstance(part, (list, tuple)):
+            return f"[{', '.join(map(outline, part))}]"
+        return f"{type(part).__name__} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+
+    takes = "w_ih [G*H, I], w_hh and so on"
+    return ValueError(f"weights: expected [{takes}]{' for each layer' if layers else ''}, got {outline(weights)}")
+
+
+def _check_input(input: Tensor, w_ih: Tensor, features: int, dtype_error: type[Exception]) -> None:
+    if input.shape[-1] != features:
+        raise RuntimeError(f"input: expected {features} features (input_size), got {input.shape[-1]}")
     if input.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise dtype_error(f"input: expected the weights' dtype {w_ih.dtype}, got {input.dtype}")
     if input.device != w_ih.device:
@@ -540,23 +583,32 @@ def _lengths(lengths: Tensor, input: Tensor, batched: bool, packed: bool) -> Ten
         expected = f"shape ({batch},), one for each row" if batched else "shape (), the input being unbatched"
         raise RuntimeError(f"lengths: expected {expected}, got {tuple(lengths.shape)}")
     lengths = lengths.to(torch.int64)  # first: unsigned types have no minimum of their own in torch
-    # A graph or a transform has no values to look at; there the operator checks them.
-    values = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if values and lengths.device.type == "cpu" and lengths.numel():
-        low, high = (int(bound) for bound in torch.aminmax(lengths))
+    # A graph has no values to look at; there the operator checks them.
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and lengths.numel():
+        values = lengths
+        while torch._C._functorch.is_functorch_wrapped_tensor(values):  # a transform's, of all its samples
+            values = torch._C._functorch.get_unwrapped(values)
+        low, high = (int(bound) for bound in torch.aminmax(values))
         if low < 0 or high > steps:
             raise RuntimeError(f"lengths: expected values from 0 to {steps} (T), got {low} to {high}")
     return lengths.reshape(-1)
 
 
 def _reset(
-    reset: Tensor | PackedSequence, input: Tensor, batched: bool, batch_first: bool, batch_sizes: Tensor | None
+    reset: Tensor | PackedSequence,
+    input: Tensor,
+    batched: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    sorted_indices: Tensor | None,
 ) -> Tensor:
     if isinstance(reset, PackedSequence):
         if batch_sizes is None:
             raise TypeError("reset: expected a bool Tensor, the input being no PackedSequence, got a PackedSequence")
-        if not torch.compiler.is_compiling() and not torch.equal(reset.batch_sizes, batch_sizes):
-            raise RuntimeError("reset: expected the input's batch_sizes, got others")
+        if not torch.compiler.is_compiling():
+            if not torch.equal(reset.batch_sizes, batch_sizes):
+                raise RuntimeError("reset: expected the input's batch_sizes, got others")
+            _check_order(reset.sorted_indices, sorted_indices, batch_sizes)
         reset = reset.data
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
@@ -574,8 +626,21 @@ def _reset(
     return reset.transpose(0, 1) if batch_first else reset
 
 
+def _check_order(of_reset: Tensor | None, of_input: Tensor | None, batch_sizes: Tensor) -> None:
+    """Raise unless the rows with steps stand in one order. On a device it would have to be waited for."""
+    given = [indices for indices in (of_reset, of_input) if indices is not None]
+    if of_reset is of_input or not len(batch_sizes) or any(indices.device.type != "cpu" for indices in given):
+        return
+    rows = int(batch_sizes[0])
+    as_they_come = torch.arange(rows)
+    ours, theirs = (as_they_come if part is None else part[:rows] for part in (of_input, of_reset))
+    if not torch.equal(ours, theirs):
+        raise RuntimeError("reset: expected the input's order of rows (sorted_indices), got another")
+
+
 def check_options(cell: str, num_heads: int, layer_norm: bool) -> None:
-    """Raise ValueError unless a layer of the cell can have both."""
+    """Raise ValueError unless a layer of the cell can have both, TypeError unless num_heads is an int."""
+    check_sizes(num_heads=num_heads)
     form = reference.find_cell(cell)
     if form.diagonal and num_heads > 1:
         raise ValueError(f"num_heads: expected 1 for a diagonal cell, whose units are heads already, got {num_heads}")
@@ -584,8 +649,35 @@ def check_options(cell: str, num_heads: int, layer_norm: bool) -> None:
         raise ValueError(f"layer_norm: expected False with {other}, got True")
 
 
+def check_heads(num_heads: int, hidden_size: int, projection: bool) -> None:
+    """Raise ValueError unless the units of a layer can be divided into so many heads."""
+    if hidden_size % num_heads or (num_heads > 1 and projection):
+        takes = "1 with a projection" if projection else f"a divisor of hidden_size = {hidden_size}"
+        raise ValueError(f"num_heads: expected {takes}, got {num_heads}")
+
+
+def check_sizes(zero: bool = False, **sizes: int) -> None:
+    """Raise TypeError for a value that is no int, ValueError for one below 0, or for 0 unless ``zero``."""
+    for name, size in sizes.items():
+        if not isinstance(size, (int, Integral)):  # an int is found faster than what is Integral
+            raise TypeError(f"{name}: expected an int, got {size!r}")
+        if size < 0 or (size == 0 and not zero):
+            raise ValueError(f"{name}: expected {'0 or ' if zero else ''}an int above 0, got {size}")
+
+
+def check_dropouts(dropout: Any, weight_dropout: Any, recurrent_dropout: Any) -> None:
+    """Raise ValueError unless they are probabilities, the last below 1."""
+    for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
+        if not is_probability(probability, one=True):
+            raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
+    if not is_probability(recurrent_dropout):
+        raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
+
+
 def check_zoneout(cell: str, zoneout: Any) -> float | tuple[float, float]:
     """``zoneout`` in floats; raise ValueError unless it is a probability below 1, or with c one for each of h and c."""
+    if isinstance(zoneout, float) and 0 <= zoneout < 1:
+        return zoneout
     has_c = reference.find_cell(cell).states == 2
     each: Sequence[Any] = zoneout if has_c and isinstance(zoneout, (tuple, list)) and len(zoneout) == 2 else (zoneout,)
     if not all(map(is_probability, each)):
@@ -594,9 +686,11 @@ def check_zoneout(cell: str, zoneout: Any) -> float | tuple[float, float]:
     return (float(each[0]), float(each[1])) if len(each) == 2 else float(each[0])
 
 
-def is_probability(value: object) -> bool:
-    """Whether it is one below 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+def is_probability(value: object, one: bool = False) -> bool:
+    """Whether it is one below 1, or 1 if ``one``."""
+    if not isinstance(value, (float, Real)) or isinstance(value, bool):  # a float is found faster than what is Real
+        return False
+    return 0 <= float(value) < 1 or (one and value == 1)
 
 
 def check_bools(**values: object) -> None:

@@ -66,15 +66,11 @@ class _Layers(nn.RNNBase):
         layer_norm: bool = False,
         backend: str | None,
     ) -> None:
-        _check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
-        if hidden_size % num_heads or (num_heads > 1 and proj_size):
-            takes = "1 with a projection" if proj_size else f"a divisor of hidden_size = {hidden_size}"
-            raise ValueError(f"num_heads: expected {takes}, got {num_heads}")
-        for name, probability in (("dropout", dropout), ("weight_dropout", weight_dropout)):
-            if isinstance(probability, bool) or not isinstance(probability, Real) or not 0 <= probability <= 1:
-                raise ValueError(f"{name}: expected a probability from 0 to 1, got {probability!r}")
-        if not functional.is_probability(recurrent_dropout):
-            raise ValueError(f"recurrent_dropout: expected a probability below 1, got {recurrent_dropout!r}")
+        functional.check_sizes(
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads
+        )
+        functional.check_heads(num_heads, hidden_size, projection=bool(proj_size))
+        functional.check_dropouts(dropout, weight_dropout, recurrent_dropout)
         zoneout = functional.check_zoneout(mode.lower(), zoneout)
         if not isinstance(proj_size, Integral):
             raise TypeError(f"proj_size: expected an int, got {proj_size!r}")
@@ -138,8 +134,9 @@ class _Layers(nn.RNNBase):
                 PackedSequence; T may be 0.
             hx: ``[L*D, B, H_out]``, unbatched ``[L*D, H_out]``; for LSTM ``(h_0, c_0)``, c_0 with hidden_size for
                 H_out. None means zeros.
-            lengths: ``[B]`` integers on any device, the steps of each row of a padded input. Outputs past them are
-                zero, the states returned are the row's last, and a row of length 0 keeps its initial state.
+            lengths: ``[B]`` integers on the input's device or the CPU, the steps of each row of a padded input. Outputs
+                past them are zero, the states returned are the row's last, and a row of length 0 keeps its initial
+                state.
             reset: bool, ``[T, B]`` (``[B, T]`` if batch_first, ``[T]`` unbatched, one for each element when packed):
                 where set, the state before that step is zero, and no gradient crosses. The backward direction has
                 the same boundary, so it starts afresh at the step before.
@@ -169,14 +166,14 @@ class _Layers(nn.RNNBase):
             self._layer_weights(),
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout,
             lengths=lengths,
             reset=reset,
             return_states=return_states,
             recompute=self.recompute,
             batch_invariant=self.batch_invariant,
-            weight_dropout=self.weight_dropout if self.training else 0.0,
-            recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
+            weight_dropout=self.weight_dropout,
+            recurrent_dropout=self.recurrent_dropout,
             zoneout=self.zoneout,
             training=self.training,
             num_heads=self.num_heads,
@@ -308,7 +305,7 @@ class RNN(_Layers):
             GRU's blocks). The heads of a layer of up to 128 units are one call of the operator, with W_hh written out;
             in a larger one neighbours share a call that have at most 64 units together, and larger heads have a call
             each. So have all with a nonlinearity that does not bound h. In a shared call an infinite or nan weight,
-            initial state or gradient of one head makes nan of the others.
+            initial state or gradient of one head makes nan of the others. Not with a projection.
         layer_norm: whether both halves of the gates are normalised over all gates of a row, before b_ih and b_hh are
             added: :math:`W_{ih} x_t` becomes :math:`w_{ih} \odot \mathrm{LN}(W_{ih} x_t)`, and :math:`W_{hh} h_{t-1}`
             likewise, with :math:`\mathrm{LN}(x) = (x - \mathrm{mean}) / \sqrt{\mathrm{variance} + 10^{-5}}`. An LSTM
@@ -320,7 +317,8 @@ class RNN(_Layers):
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), an
-            unknown nonlinearity or backend, a proj_size, layer_norm with num_heads.
+            unknown nonlinearity or backend, a proj_size, num_heads that does not divide hidden_size, layer_norm with
+            num_heads.
         TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or layer_norm is no bool.
     """
 
@@ -389,13 +387,16 @@ class LSTM(_Layers):
             batch_invariant, weight_dropout, recurrent_dropout, num_heads, layer_norm, backend: as for :class:`RNN`.
         zoneout: as for :class:`RNN`, of h and of c; or two probabilities, of h and of c.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
+            Not with num_heads.
         forget_bias: what the forget gates' bias starts from, bias_ih and bias_hh together: 1 helps to remember long
             (Jozefowicz, Zaremba and Sutskever, "An Empirical Exploration of Recurrent Network Architectures", ICML
-            2015). None leaves torch.nn's initial values.
+            2015). None leaves torch.nn's initial values. Not with ``bias=False``.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), proj_size
-            outside 0 .. hidden_size - 1, an unknown backend, a forget_bias that is no number or has no bias to go to.
+            outside 0 .. hidden_size - 1, an unknown backend, a forget_bias that is no number or comes with
+            ``bias=False``, num_heads that does not divide hidden_size or comes with proj_size, layer_norm with
+            num_heads.
         TypeError: a size is no int; bias, batch_first, recompute, batch_invariant or layer_norm is no bool.
     """
 
@@ -461,6 +462,24 @@ class LSTM(_Layers):
                     start = self.forget_bias if name.startswith("bias_ih") else 0.0
                     parameter[self.hidden_size : 2 * self.hidden_size].fill_(start)
 
+    # What RNNBase has for one state torch.nn.LSTM has for two. It reads of a layer what ours has as well.
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Return the shape of c, as torch.nn.LSTM does."""
+        return nn.LSTM.get_expected_cell_size(self, input, batch_sizes)  # type: ignore[arg-type]
+
+    def check_forward_args(  # type: ignore[override]
+        self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """Raise torch.nn.LSTM's error unless input and states have the layer's sizes."""
+        nn.LSTM.check_forward_args(self, input, hidden, batch_sizes)  # type: ignore[arg-type]
+
+    def permute_hidden(  # type: ignore[override]
+        self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return both states with their rows in the order of ``permutation``, as torch.nn.LSTM does."""
+        return nn.LSTM.permute_hidden(self, hx, permutation)  # type: ignore[arg-type]
+
 
 class GRU(_Layers):
     r"""Multi-layer gated recurrent unit.
@@ -488,7 +507,8 @@ class GRU(_Layers):
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
-            proj_size, an unknown backend, layer_norm with num_heads or with ``reset_after=False``.
+            proj_size, an unknown backend, num_heads that does not divide hidden_size, layer_norm with num_heads or with
+            ``reset_after=False``.
         TypeError: a size is no int; bias, batch_first, recompute, batch_invariant, layer_norm or reset_after is no
             bool.
     """
@@ -653,14 +673,6 @@ def draw_parameters(module: nn.Module, hidden_size: int) -> None:
 
 def _initial_norm(name: str) -> float:
     return 0.0 if name.startswith("norm_bias") else 1.0
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, Integral):
-            raise TypeError(f"{name}: expected an int, got {size!r}")
-        if size <= 0:
-            raise ValueError(f"{name}: expected an int above 0, got {size}")
 
 
 def _check_no_projection(proj_size: int) -> None:

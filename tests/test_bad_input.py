@@ -9,9 +9,10 @@ import pytest
 import torch
 from sample_inputs import each_backend, each_layer
 from torch import Tensor, nn, zeros
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
+from rnnfast import functional
 
 
 def exception_of(call: Callable[[], Any]) -> type[BaseException]:
@@ -218,6 +219,15 @@ def test_batch_sizes_that_do_not_fit(name: str, backend: str, sizes: list[int]) 
         getattr(rnnfast, name)(3, 4, backend=backend)(PackedSequence(PACKED.data, torch.tensor(sizes)))
 
 
+@each_layer
+@each_backend
+def test_batch_sizes_of_another_type(name: str, backend: str) -> None:
+    packed = PackedSequence(PACKED.data, PACKED.batch_sizes.int())
+    assert issubclass(exception_of(lambda: getattr(nn, name)(3, 4)(packed)), RuntimeError)
+    with pytest.raises(ValueError, match=r"batch_sizes.* (got torch\.int32|has dtype Int)"):
+        getattr(rnnfast, name)(3, 4, backend=backend)(packed)
+
+
 # ------------------------------------------------------------------------------------------ lengths and resets
 LENGTHS: list[tuple[Any, type[Exception], str]] = [
     # torch.nn.utils.rnn.pack_padded_sequence raises RuntimeError for each of these that it refuses.
@@ -247,6 +257,20 @@ def test_lengths_with_other_forms(name: str) -> None:
         module(PACKED, lengths=torch.tensor([5, 3]))
     with pytest.raises(RuntimeError, match=r"lengths: expected shape \(\), the input being unbatched, got \(1,\)"):
         module(X[:, 0], lengths=torch.tensor([3]))
+
+
+@each_backend
+def test_lengths_of_samples(backend: str) -> None:
+    """Of one batch for all samples, and of each."""
+    module = rnnfast.GRU(3, 4, backend=backend)
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        return module(x, lengths=lengths)[0]
+
+    for lengths, dim in ((torch.tensor([1, 6]), None), (torch.tensor([[5, 1], [6, 1]]), 0)):
+        with pytest.raises(RuntimeError, match=r"lengths: expected values from 0 to 5 \(T\), got 1 to 6"):
+            torch.func.vmap(run, (0, dim))(torch.stack([X, X]), lengths)
+        torch.func.vmap(run, (0, dim))(torch.stack([X, X]), lengths - 1)
 
 
 @each_layer
@@ -289,7 +313,159 @@ def test_reset(name: str, input: Any, reset: Any, error: type[Exception], messag
         getattr(rnnfast, name)(3, 4)(input, reset=reset)
 
 
+@each_layer
+def test_reset_packed_otherwise(name: str) -> None:
+    """The same lengths in another order give the same batch_sizes. No order is that of the rows."""
+    layer, mask = getattr(rnnfast, name)(3, 4), zeros(5, 2).bool()
+    mask[1, 0] = True
+
+    def packed(part: Tensor, *lengths: int, enforce_sorted: bool = False) -> PackedSequence:
+        return pack_padded_sequence(part, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+
+    output, _ = layer(packed(X, 3, 5), reset=packed(mask, 3, 5))
+    first, _ = layer(X[1:3, 0])
+    torch.testing.assert_close(pad_packed_sequence(output)[0][1:3, 0], first)
+    for other in (packed(mask, 5, 3), packed(mask, 5, 3, enforce_sorted=True)):
+        with pytest.raises(RuntimeError, match=r"reset: expected the input's order of rows \(sorted_indices\)"):
+            layer(packed(X, 3, 5), reset=other)
+        output, _ = layer(packed(X, 5, 3, enforce_sorted=True), reset=other)
+        torch.testing.assert_close(pad_packed_sequence(output)[0][1:, 0], layer(X[1:, 0])[0])
+    with pytest.raises(RuntimeError, match=r"reset: expected the input's order of rows"):
+        layer(packed(X, 5, 3, enforce_sorted=True), reset=packed(mask, 3, 5))
+    with pytest.raises(RuntimeError, match=r"reset: expected the input's batch_sizes"):
+        layer(packed(X, 3, 5), reset=packed(mask, 4, 5))
+
+
+# --------------------------------------------------------------------------------------------------- functional
+def weights_of(name: str, layers: int = 1, **options: Any) -> list[list[Tensor]]:
+    return getattr(rnnfast, name)(3, 4, layers, **options)._layer_weights()
+
+
+PROBABILITY, BELOW_ONE = "expected a probability from 0 to 1", "expected a probability below 1"
+OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("GRU", {"num_heads": 3}, ValueError, "num_heads: expected a divisor of hidden_size = 4, got 3"),
+    ("GRU", {"num_heads": 0}, ValueError, "num_heads: expected an int above 0, got 0"),
+    ("GRU", {"num_heads": -1}, ValueError, "num_heads: expected an int above 0, got -1"),
+    ("GRU", {"num_heads": 2.0}, TypeError, "num_heads: expected an int, got 2.0"),
+    (
+        "GRU",
+        {"num_heads": 2},
+        RuntimeError,
+        r"weights: expected w_hh \[G\*H, H / num_heads\] = \(12, 2\) with num_heads = 2, got \(12, 4\)",
+    ),
+    ("GRU", {"zoneout": [0.1, 0.2]}, ValueError, rf"zoneout: {BELOW_ONE}, got \[0.1, 0.2\]"),
+    ("GRU", {"zoneout": []}, ValueError, rf"zoneout: {BELOW_ONE}, got \[\]"),
+    ("GRU", {"zoneout": 1.0}, ValueError, f"zoneout: {BELOW_ONE}, got 1.0"),
+    ("GRU", {"zoneout": float("nan")}, ValueError, f"zoneout: {BELOW_ONE}, got nan"),
+    ("LSTM", {"zoneout": (0.1, 0.2, 0.3)}, ValueError, rf"zoneout: {BELOW_ONE} or two.*, got \(0.1, 0.2, 0.3\)"),
+    ("LSTM", {"zoneout": "a"}, ValueError, f"zoneout: {BELOW_ONE} or two.*, got 'a'"),
+    ("LSTM", {"dropout": 2.0}, ValueError, f"^dropout: {PROBABILITY}, got 2.0"),
+    ("LSTM", {"dropout": 2.0, "training": False}, ValueError, f"^dropout: {PROBABILITY}, got 2.0"),
+    ("LSTM", {"dropout": None}, ValueError, f"^dropout: {PROBABILITY}, got None"),
+    ("LSTM", {"weight_dropout": -1}, ValueError, f"weight_dropout: {PROBABILITY}, got -1"),
+    ("LSTM", {"weight_dropout": True}, ValueError, f"weight_dropout: {PROBABILITY}, got True"),
+    ("LSTM", {"recurrent_dropout": 1.0}, ValueError, f"recurrent_dropout: {BELOW_ONE}, got 1.0"),
+    ("LSTM", {"recurrent_dropout": "a"}, ValueError, f"recurrent_dropout: {BELOW_ONE}, got 'a'"),
+]
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "options", "error", "message"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_options(backend: str, name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.recurrent(name.lower(), X, None, weights_of(name), backend=backend, **options)
+
+
+def test_heads_of_a_projection() -> None:
+    with pytest.raises(ValueError, match="num_heads: expected 1 with a projection, got 2"):
+        functional.recurrent("lstm", X, None, weights_of("LSTM", proj_size=2), num_heads=2)
+    with pytest.raises(ValueError, match="num_heads: expected 1 with a projection, got 2"):
+        rnnfast.LSTM(3, 4, proj_size=2, num_heads=2)
+
+
+def test_zoneout_of_a_step() -> None:
+    for zoneout in ((0.1, 0.2, 0.3), 1.0, "a", []):
+        with pytest.raises(ValueError, match=f"zoneout: {BELOW_ONE} or two, of h and c, got"):
+            functional.step("lstm", X[0], None, weights_of("LSTM")[0], zoneout=zoneout)
+
+
+MATRICES = r"\[w_ih \[G\*H, I\], w_hh and so on\]"
+FLAT = r"\[Parameter \[12, 3\], Parameter \[12, 4\], Parameter \[12\], Parameter \[12\]\]"
+WEIGHTS: dict[str, tuple[Callable[[list[list[Tensor]]], Any], str]] = {
+    "none": (lambda _: None, "NoneType"),
+    "no layers": (lambda _: [], r"\[\]"),
+    "a flat list": (lambda layers: layers[0], FLAT),
+    "one weight": (lambda layers: [layers[0][:1]], r"\[\[Parameter \[12, 3\]\]\]"),
+    "a vector": (lambda layers: [layers[0][2:]], r"\[\[Parameter \[12\], Parameter \[12\]\]\]"),
+    "no tensors": (lambda _: [[1, 2]], r"\[\[int, int\]\]"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights(kind: str) -> None:
+    make, got = WEIGHTS[kind]
+    with pytest.raises(ValueError, match=f"^weights: expected {MATRICES} for each layer, got {got}$"):
+        functional.recurrent("gru", X, None, make(weights_of("GRU")))
+
+
+def test_weights_of_a_step() -> None:
+    for weights, got in (([], r"\[\]"), (weights_of("GRU"), rf"\[{FLAT}\]"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=f"^weights: expected {MATRICES}, got {got}$"):
+            functional.step("gru", X[0], None, weights)
+
+
+@each_backend
+def test_no_dropout_without_training(backend: str) -> None:
+    options: dict[str, Any] = {"dropout": 0.5, "weight_dropout": 0.5, "recurrent_dropout": 0.5}
+    weights = weights_of("LSTM", 1) + rnnfast.LSTM(4, 4)._layer_weights()
+    with torch.no_grad():
+        expected = functional.recurrent("lstm", X, None, weights, backend=backend)[0]
+        quiet = functional.recurrent("lstm", X, None, weights, backend=backend, training=False, **options)[0]
+        noisy = functional.recurrent("lstm", X, None, weights, backend=backend, **options)[0]
+    assert torch.equal(quiet, expected)
+    assert not torch.equal(noisy, expected)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_zoneout_set_as_an_attribute(name: str) -> None:
+    module = getattr(rnnfast, name)(3, 4)
+    results = []
+    for zoneout in ((0.4, 0.3), [0.4, 0.3]):
+        module.zoneout = zoneout
+        results.append(module(X[0], generator=torch.Generator().manual_seed(1))[0])
+    assert torch.equal(*results)
+    for zoneout in ([0.4, 0.3, 0.2], None, 1.5, []):
+        module.zoneout = zoneout
+        with pytest.raises(ValueError, match=f"zoneout: {BELOW_ONE} or two, of h and c, got"):
+            module(X[0])
+
+
 # -------------------------------------------------------------------------------------------------------- cells
+CELL_CONSTRUCTORS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+    ((-3, 4), ValueError, "input_size: expected 0 or an int above 0, got -3"),
+    ((3, -4), ValueError, "hidden_size: expected 0 or an int above 0, got -4"),
+    ((3, 4.5), TypeError, "hidden_size: expected an int, got 4.5"),
+    ((3, 4, "no"), TypeError, "bias: expected a bool, got 'no'"),
+    ((3, 4, 1), TypeError, "bias: expected a bool, got 1"),
+]
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize(("args", "error", "message"), CELL_CONSTRUCTORS)
+def test_cell_constructor(name: str, args: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(rnnfast, name)(*args)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("sizes", [(0, 4), (3, 0)])
+def test_cells_without_features_or_units(name: str, sizes: tuple[int, int]) -> None:
+    """torch.nn has them, which its layers are not."""
+    theirs, ours = getattr(nn, name)(*sizes), getattr(rnnfast, name)(*sizes)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(zeros(2, sizes[0])), theirs(zeros(2, sizes[0])))
+
+
 CELL_CALLS: dict[str, tuple[Callable[[str], tuple[Any, ...]], str]] = {
     "3D input": (lambda _: (X,), "input: expected 1D .* or 2D .*, got 3D"),
     "0D input": (lambda _: (zeros(()),), "input: expected 1D .* or 2D .*, got 0D"),
@@ -334,6 +510,10 @@ def test_a_failed_call_changes_nothing(name: str, backend: str) -> None:
     torch.testing.assert_close(module(X), expected, rtol=0, atol=0)
 
 
-def test_explain_takes_modules() -> None:
+def test_what_takes_modules() -> None:
     with pytest.raises(TypeError, match=r"module: expected a torch.nn.Module, got str"):
         rnnfast.explain("lstm")
+    for function in (rnnfast.convert, rnnfast.to_torch):
+        for model, got in ((5, "int"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module, got {got}"):
+                function(model)

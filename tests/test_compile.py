@@ -103,14 +103,17 @@ def test_packed(enforce_sorted: bool, device: str) -> None:
     torch._dynamo.reset()
     layer = rnnfast.LSTM(12, 16, bidirectional=True, device=device)
 
-    def run(packed: PackedSequence) -> Tensor:
-        output, (h_n, _) = layer(packed)
+    def run(packed: PackedSequence, reset: PackedSequence) -> Tensor:
+        output, (h_n, _) = layer(packed, reset=reset)
         return output[0].sum() + h_n.sum()  # torch 2.12 does not trace .data of a PackedSequence made inside
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     input = torch.randn(7, 3, 12, device=device)
-    packed = pack_padded_sequence(input, torch.tensor([7, 5, 2]), enforce_sorted=enforce_sorted)
-    assert torch.equal(compiled(packed), run(packed))
+    arguments = [
+        pack_padded_sequence(part, torch.tensor([7, 5, 2]), enforce_sorted=enforce_sorted)
+        for part in (input, torch.rand(7, 3, device=device) < 0.3)
+    ]
+    assert torch.equal(compiled(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])

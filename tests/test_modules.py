@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
+import math
+import pkgutil
 import subprocess
 import sys
+import typing
 from typing import Any
 
 import pytest
@@ -132,9 +136,99 @@ def test_torch_interface(name: str) -> None:
     before = [parameter.data_ptr() for parameter in ours.parameters()]
     assert ours.flatten_parameters() is None
     assert [parameter.data_ptr() for parameter in ours.parameters()] == before
-    input = torch.randn(2, 3, 4)
+
+
+@each_layer
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+def test_public_attributes_and_methods_are_torchs(name: str, options: dict[str, Any]) -> None:
+    theirs, ours = getattr(nn, name)(4, 6, **options), getattr(rnnfast, name)(4, 6, **options)
+    names = {attribute for attribute in dir(theirs) if not attribute.startswith("_")}
+    assert names - set(dir(ours)) == set()
+    for attribute in names:
+        expected, got = getattr(theirs, attribute), getattr(ours, attribute)
+        if isinstance(expected, (int, float, str)):  # bool is an int
+            assert got == expected, attribute
+        elif callable(expected):
+            taken = list(inspect.signature(got).parameters)
+            assert taken[: len(inspect.signature(expected).parameters)] == list(inspect.signature(expected).parameters)
+        else:
+            assert type(got) is type(expected), attribute
+
+    slots, batch = (4, 5) if options else (1, 3)
+    input, order = torch.randn(5, 3, 4), torch.tensor([2, 0, 1])
+    state, short = torch.randn(slots, batch, 6), torch.randn(slots, batch, 5)
+    hx, wrong = ((state, state + 1), (state, short)) if name == "LSTM" else (state, short)
     assert ours.get_expected_hidden_size(input, None) == theirs.get_expected_hidden_size(input, None)
-    ours.check_forward_args(input, torch.zeros(4, 2, 6), None) if name != "LSTM" else ours.check_input(input, None)
+    if name == "LSTM":
+        assert ours.get_expected_cell_size(input, None) == theirs.get_expected_cell_size(input, None)
+    torch.testing.assert_close(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order), rtol=0, atol=0)
+    assert ours.permute_hidden(hx, None) is hx
+    messages = []
+    for module in (theirs, ours):
+        module.check_forward_args(input, hx, None)
+        for bad in ((input, wrong, None), (input[..., :2], hx, None), (input[0], hx, None)):
+            with pytest.raises(RuntimeError) as caught:
+                module.check_forward_args(*bad)
+            messages.append(str(caught.value))
+    assert messages[3:] == messages[:3]
+
+
+@each_layer
+def test_a_subclass_with_a_forward_of_its_own(name: str) -> None:
+    """As people take it from torch.nn: zero states made, checked and put in another order by torch.nn's methods."""
+
+    def define() -> type[nn.RNNBase]:
+        class Shuffled(getattr(nn, name)):  # type: ignore[misc]
+            def forward(self, input: Tensor, order: Tensor) -> Any:
+                shapes = [self.get_expected_hidden_size(input, None)]
+                if name == "LSTM":
+                    shapes.append(self.get_expected_cell_size(input, None))
+                states = tuple(torch.linspace(-1, 1, math.prod(shape)).view(shape) for shape in shapes)
+                hx = states if name == "LSTM" else states[0]
+                self.check_forward_args(input, hx, None)
+                output, hx = super().forward(input[:, order], self.permute_hidden(hx, order))
+                return output[:, order.argsort()], self.permute_hidden(hx, order.argsort())
+
+        return Shuffled
+
+    options = {"proj_size": 2} if name == "LSTM" else {}
+    theirs = define()(4, 6, **options)
+    with rnnfast.patch_torch():
+        ours = define()(4, 6, **options)
+    assert isinstance(ours, getattr(rnnfast, name))
+    ours.load_state_dict(theirs.state_dict())
+    input, order = torch.randn(5, 3, 4), torch.tensor([2, 0, 1])
+    torch.testing.assert_close(flatten(ours(input, order)), flatten(theirs(input, order)))
+    unshuffled = flatten(theirs(input, torch.arange(3)))
+    torch.testing.assert_close(flatten(ours(input, order)), unshuffled)
+
+
+def public_callables() -> list[Any]:
+    """Functions and classes of the package whose names are public, and the methods that these classes have from it."""
+    found: dict[str, Any] = {}
+    for module in (importlib.import_module(f"rnnfast.{info.name}") for info in pkgutil.iter_modules(rnnfast.__path__)):
+        if module.__name__ in ("rnnfast._C", "rnnfast.__main__"):  # no Python; a command
+            continue
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
+                continue
+            found[f"{module.__name__}.{name}"] = value
+            for part, method in inspect.getmembers(value, inspect.isfunction) if inspect.isclass(value) else ():
+                if method.__module__.startswith("rnnfast"):  # some are torch.nn's
+                    found[f"{module.__name__}.{name}.{part}"] = method
+    return [pytest.param(value, id=name) for name, value in found.items() if callable(value)]
+
+
+@pytest.mark.parametrize("value", public_callables())
+def test_type_hints_can_be_read(value: Any) -> None:
+    typing.get_type_hints(value)
+
+
+def test_type_hints_are_those_of_the_interface() -> None:
+    names = {parameter.id for parameter in public_callables()}
+    assert names >= {"rnnfast.functional.recurrent", "rnnfast.modules.LSTM.forward", "rnnfast.own_cell.compile_cell"}
+    hints = typing.get_type_hints(rnnfast.LSTM.forward)
+    assert hints["hx"] == Tensor | tuple[Tensor, Tensor] | None
 
 
 @pytest.mark.parametrize(

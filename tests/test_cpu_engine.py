@@ -212,6 +212,33 @@ def test_second_derivatives_by_every_instruction_set(cell: str, dtype: torch.dty
         assert error(second_derivatives(ops.layer, cell, tensors, dtype), want) <= allowed, threads
 
 
+@pytest.mark.parametrize("form", ["padded", "resets", "lengths", "packed"])
+@pytest.mark.parametrize("cell", TANGENT_CELLS)
+def test_second_derivatives_in_windows(cell: str, form: str) -> None:
+    """As :func:`test_products_in_windows`, of the gradients of input and states: only products of the engine's own."""
+    for directions in (1, 2):
+        tensors, options = many_rows(cell, form, torch.float64, directions)
+        tensors[3:] = [0.5 * weight for weight in tensors[3:]]  # or states grow where nothing bounds them
+
+        def by_all(layer: Any, tensors: list[Tensor | None], options: dict[str, Any]) -> list[Tensor]:
+            leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
+            wanted = [t for t in leaves if t is not None]
+            results = layer(cell, *leaves[:3], leaves[3:], **options)
+            generator = torch.Generator().manual_seed(1)
+            loss = sum((r * torch.randn(r.shape, generator=generator)).sin().sum() for r in results if r.numel())
+            states = [t for t in leaves[:3] if t is not None]
+            gradients = torch.autograd.grad(loss, states, create_graph=True)
+            return list(torch.autograd.grad(sum(g.sin().sum() for g in gradients), wanted))
+
+        want, on_one = by_all(reference.layer, tensors, options), None
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            got = by_all(ops.layer, tensors, options)
+            on_one = on_one or got
+            assert error(got, want) <= 1e-13 * float(torch.cat([w.flatten() for w in want]).norm()), threads
+            assert all(torch.equal(a, b) for a, b in zip(got, on_one, strict=True)), (directions, threads)
+
+
 def every_operator(cell: str, tensors: list[Tensor | None], *sequences: Tensor | None) -> list[Tensor]:
     """What the layer, its backward, and the derivative of either along a tangent return.
 

@@ -38,7 +38,7 @@ class Backward {
     for (int d = 0; d < layer.directions; ++d) passes[d].begin = layer.sequence.steps;
     while (passes[0].begin > 0) {
       for (int d = 0; d < layer.directions; ++d)
-        passes[d] = sizes.pass_before(passes[d].begin, layer.direction[d].reverse);
+        passes[d] = sizes.passes.pass_before(passes[d].begin, layer.direction[d].reverse);
       Barrier barriers[2];
       run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
         for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
@@ -60,7 +60,7 @@ class Backward {
         shared_(shared),
         own_(own),
         pass_(pass),
-        rows_of_pass_(sizes.rows_of(pass, direction.reverse)),
+        rows_of_pass_(sizes.passes.rows_of(pass, direction.reverse)),
         outputs_(column_blocks<S>(l_.output_size, member.divide, sizes.threads_a_direction())),
         hidden_(column_blocks<S>(l_.hidden_size, member.divide, sizes.threads_a_direction())),
         w_hh_(outputs_, static_cast<const S*>(d_.weights.w_hh), kFirst * l_.hidden_size, shared_.w_hh),
@@ -162,14 +162,14 @@ class Backward {
       for (int rank = m_.rank; rank < sizes_.threads_a_direction(); rank += m_.size) norm_sums(rank).clear();
     // The last pair of an odd row is half a pair.
     if (G * l_.hidden_size % Product<S>::kPair != 0) {
-      const Share all(sizes_.pass_rows(), m_.rank, m_.size);
+      const Share all(sizes_.passes.rows(), m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row) {
         memset(shared_.igates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
         memset(shared_.hgates + row * ld_g_ + G * l_.hidden_size, 0, sizeof(Operand));
       }
     }
     if (shared_.outputs && sizes_.ld_outputs() > l_.output_size) {
-      const Share all(sizes_.pass_rows(), m_.rank, m_.size);
+      const Share all(sizes_.passes.rows(), m_.rank, m_.size);
       for (int64_t row = all.begin; row < all.end; ++row)
         memset(shared_.outputs + (row + 1) * sizes_.ld_outputs() - 1, 0, sizeof(Operand));
     }

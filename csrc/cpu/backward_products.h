@@ -17,43 +17,24 @@ class GradientProducts {
     Barrier everyone;
     run_carved(sizes, workspace, sizes.team_size(), [&](const Carved<Workspace>& pieces, int rank, int size) {
       const Products products(sizes, pieces.own, rank, size);
-      Steps windows[2];
-      for (int d = 0; d < layer.directions; ++d) windows[d].begin = passes[d].end;
-      while (windows[0].begin > passes[0].begin) {
-        for (int d = 0; d < layer.directions; ++d)
-          windows[d] = sizes.window_before(windows[d].begin, layer.direction[d].reverse);
-        for (int d = 0; d < layer.directions; ++d) {
-          const DirectionBackward& direction = layer.direction[d];
-          const Stretch of = sizes.rows_of(windows[d], direction.reverse);
-          const int64_t origin = sizes.rows_of(passes[d], direction.reverse).first;
-          if (layer.grad_input.data) {
-            const typename Products::InputTerm term{direction.weights.w_ih, pieces.shared[d].w_ih,
-                                                    pieces.shared[d].igates + (of.first - origin) * sizes.ld_gates()};
-            if (of.begins) products.prepare_input(term);
-            // The other direction's part of a row may be another thread's.
-            if (of.begins || layer.directions == 2) everyone.wait(size);
-            products.input(&term, 1, sizes.ld_gates(), of, grad_input(layer, pieces.shared[0].grad_input, windows, d));
-          }
-          if (direction.grad_w_hh)
-            grad_weights(sizes, products, direction, pieces.shared[d], pieces.own.masked, of, origin);
+      products.each_window(sizes.passes, passes, [&](int d, const Steps* windows, const Stretch& of, int64_t origin) {
+        const DirectionBackward& direction = layer.direction[d];
+        if (layer.grad_input.data) {
+          const typename Products::InputTerm term{direction.weights.w_ih, pieces.shared[d].w_ih,
+                                                  pieces.shared[d].igates + (of.first - origin) * sizes.ld_gates()};
+          if (of.begins) products.prepare_input(term);
+          // The other direction's part of a row may be another thread's.
+          if (of.begins || layer.directions == 2) everyone.wait(size);
+          products.input(&term, 1, sizes.ld_gates(), of,
+                         products.grad_input(layer.grad_input, pieces.shared[0].grad_input, windows, d));
         }
-      }
+        if (direction.grad_w_hh)
+          grad_weights(sizes, products, direction, pieces.shared[d], pieces.own.masked, of, origin);
+      });
     });
   }
 
  private:
-  // Direction 0 makes its products of a pair of windows before direction 1.
-  static typename Products::GradInput grad_input(const LayerBackward& layer, acc_t<S>* partial, const Steps* windows,
-                                                 int d) {
-    const int64_t steps = layer.sequence.steps;
-    typename Products::GradInput to{layer.grad_input};
-    if (layer.directions == 1) return to;
-    to.of_two = true;
-    to.begin = d == 0 ? 0 : windows[0].begin;
-    to.end = d == 0 ? steps - windows[1].end : steps;
-    to.partial = partial;
-    return to;
-  }
   // origin: the row with which the pass begins.
   static void grad_weights(const Workspace& sizes, const Products& products, const DirectionBackward& d,
                            const typename Workspace::Shared& shared, S* masked, const Stretch& of, int64_t origin) {

@@ -5,11 +5,6 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// Steps in the order in which forward's loop took them.
-struct Steps {
-  int64_t begin = 0, end = 0;
-};
-
 template <class S>
 class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   using Sizes = GradientSizes<S, LayerBackward>;
@@ -64,8 +59,12 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Acc* scales;  // [2, window rows] of the halves of the gates, recomputed
   };
 
+  const Passes passes;
+
   BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
-      : Sizes(layer, cell, layer.output_size, /*whole_rows=*/layer.layer_norm, threads) {}
+      : Sizes(layer, cell, layer.output_size, /*whole_rows=*/layer.layer_norm, threads),
+        passes(layer.sequence, halves() * ld_gates() * sizeof(Operand), WeightGradient<S>::kDepth,
+               this->balanced() && !layer.direction[0].grad_igates) {}
 
   // As planned; the runtime may give fewer, and not in each pass as many.
   int threads_a_direction() const { return std::max(1, plan.threads / layer.directions); }
@@ -76,42 +75,6 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
   int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
-
-  // The loop leaves the gradients of the gates of a window of steps, which the products over these steps read while the
-  // cache still has them. Then the next window takes their place: a window is a pass. Where that cannot be, one pass
-  // has all windows. Sums have one order either way.
-  bool passes_are_windows() const {
-    // Threads with rows of their own wait for each other behind each pass: then their work must be equal in each.
-    const bool balanced =
-        plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
-    return balanced && !layer.direction[0].grad_igates;
-  }
-  // The last window, or pass, of the steps before `end`. As full as can be, there are the fewest there can be, and so
-  // as many in each direction.
-  Steps window_before(int64_t end, bool reverse) const {
-    int64_t begin = end;
-    for (int64_t rows = 0; begin > 0; --begin) {
-      const int64_t of_step = layer.sequence.batch_size(reverse ? layer.sequence.steps - begin : begin - 1);
-      if (rows > 0 && of_step > 0 && rows + of_step > most_window_rows()) break;
-      rows += of_step;
-    }
-    return {begin, end};
-  }
-  Steps pass_before(int64_t end, bool reverse) const {
-    return passes_are_windows() ? window_before(end, reverse) : Steps{0, end};
-  }
-  Stretch rows_of(const Steps& steps, bool reverse) const {
-    const Sequence& s = layer.sequence;
-    const int64_t first = reverse ? s.steps - steps.end : steps.begin;
-    const int64_t last = first + steps.end - steps.begin;
-    const int64_t begin = s.offset(first), end = last < s.steps ? s.offset(last) : s.rows;
-    return {begin, end - begin, steps.end == s.steps, steps.begin == 0};
-  }
-  // The most that a pass may have.
-  int64_t pass_rows() const {
-    const Sequence& s = layer.sequence;
-    return passes_are_windows() ? std::min(s.rows, std::max(most_window_rows(), s.batch)) : s.rows;
-  }
 
   // Norms, then biases, of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
@@ -135,7 +98,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
 
   Shared carve_shared(const DirectionBackward& direction, Carver& carver) const {
     const int64_t N = layer.sequence.rows, B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size;
-    const int64_t I = layer.input_size, R = pass_rows();
+    const int64_t I = layer.input_size, R = passes.rows();
     const auto gate_gradients = [&](void* given) {
       return given ? static_cast<Operand*>(given) : carver.take<Operand>(R * ld_gates());
     };
@@ -217,13 +180,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   }
 
  private:
-  // Of a window of several steps: what the cache holds, but no fewer than WeightGradient takes at once.
-  int64_t most_window_rows() const {
-    constexpr int64_t kBytes = 1 << 20;
-    const int64_t halves = cell.split_gates || layer.layer_norm ? 2 : 1;
-    const int64_t row_bytes = halves * ld_gates() * sizeof(Operand);
-    return std::max<int64_t>(WeightGradient<S>::kDepth, kBytes / row_bytes);
-  }
+  int halves() const { return cell.split_gates || layer.layer_norm ? 2 : 1; }
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

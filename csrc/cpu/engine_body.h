@@ -20,6 +20,7 @@
 //
 #include "noise.h"
 #include "norm.h"
+#include "passes.h"
 //
 #include "products_over_steps.h"
 //

@@ -199,7 +199,7 @@ class Forward {
     }
     for (int64_t i = 0; i < count; ++i) own_.rows[i] = step_row<kVaried>(s, rows_.begin + i);
     if constexpr (has_two_products<Cell>) return two_products<kVaried>(count, igates_row);
-    alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
+    alignas(64) Acc hgates[kTileElements<Acc>];
     const Unit* h[kTileRows];
     const bool normalised = kVaried && l_.layer_norm;
     if constexpr (kVaried && takes_layer_norm<Cell>)
@@ -261,7 +261,7 @@ class Forward {
   // One of two products over the thread's rows and units: f(how many rows abreast, tile).
   template <class Source, class F>
   void each_tile(const GateMatrix<S>& weights, const Source& operand, int64_t count, int64_t igates_row, const F& f) {
-    alignas(64) Acc hgates[kTileRows * kMaxBlockVectors * kLanes];
+    alignas(64) Acc hgates[kTileElements<Acc>];
     const Unit* operands[kTileRows];
     for (int64_t b = blocks_.begin; b < blocks_.end; ++b) {
       const int64_t columns = hidden_.vectors(b) * kLanes, size = hidden_.size(b);

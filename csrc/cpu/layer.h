@@ -219,6 +219,9 @@ inline const S* previous_state(const Sequence& s, const Rows& rows, const void* 
 
 constexpr int kMaxBlockVectors = 4 * kMaxVectors;  // gates times vectors of a block, at most
 static_assert(kMaxGates <= kMaxBlockVectors);
+// Elements of the product of a block with a few rows; a load of the last units takes a whole vector.
+template <class Acc>
+constexpr int kTileElements = (kTileRows * kMaxBlockVectors + 1) * Vec<Acc>::kLanes;
 
 // Units a block: one vector for each of the `gates` that a product makes, four vectors in all, so that a tile is one
 // block. A small layer is one block, whose gates lie side by side without padding between them. all_gates: those of the

@@ -2,7 +2,7 @@
 // that a loop leaves, the gradients of the input and of the weights.
 // Must not know: which cell it is, but for its numbers; which of the products are wanted; equations, tensors.
 //
-// Included once per instruction set, after layer.h. Compiled once for all cells.
+// Included once per instruction set, after passes.h. Compiled once for all cells.
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -42,6 +42,11 @@ class GradientSizes {
   int team_size() const {
     const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
     return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
+  }
+  // Whether each thread's work is equal in every pass of the loop. Threads with rows of their own wait for each other
+  // behind each.
+  bool balanced() const {
+    return plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
   }
   int64_t gates() const { return cell.gates * layer.hidden_size; }
   // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
@@ -113,6 +118,33 @@ class ProductsOverSteps {
 
   ProductsOverSteps(const Sizes& sizes, const typename Sizes::Buffers& own, int rank, int size)
       : sizes_(sizes), s_(sizes.layer.sequence), own_(own), rank_(rank), size_(size) {}
+
+  // f(d, windows, rows, origin) for every window of a pass, direction by direction; windows: of each direction, origin:
+  // the row with which the pass of direction d begins.
+  template <class F>
+  void each_window(const Passes& of, const Steps* passes, const F& f) const {
+    const Layer& layer = sizes_.layer;
+    Steps windows[2];
+    for (int d = 0; d < layer.directions; ++d) windows[d].begin = passes[d].end;
+    while (windows[0].begin > passes[0].begin) {
+      for (int d = 0; d < layer.directions; ++d)
+        windows[d] = of.window_before(windows[d].begin, layer.direction[d].reverse);
+      for (int d = 0; d < layer.directions; ++d) {
+        const bool reverse = layer.direction[d].reverse;
+        f(d, windows, of.rows_of(windows[d], reverse), of.rows_of(passes[d], reverse).first);
+      }
+    }
+  }
+  // For direction d, while direction 0 makes its products of a pair of windows before direction 1.
+  GradInput grad_input(const Rows& rows, Acc* partial, const Steps* windows, int d) const {
+    GradInput to{rows};
+    if (sizes_.layer.directions == 1) return to;
+    to.of_two = true;
+    to.begin = d == 0 ? 0 : windows[0].begin;
+    to.end = d == 0 ? s_.steps - windows[1].end : s_.steps;
+    to.partial = partial;
+    return to;
+  }
 
   // Packs what input() reads, a part a thread.
   void prepare_input(const InputTerm& term) const {

@@ -31,15 +31,24 @@ class Tangent {
 
   static void run(const LayerTangent& layer, void* workspace, int threads) {
     const Workspace sizes(layer, traits_of<Cell>, threads);
-    Barrier barriers[2];
-    run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
-      for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
-        const Tangent direction(sizes, layer.direction[d], member, pieces.shared[d]);
-        direction.forward();
-        if (layer.backward) direction.backward();
+    const auto each_direction = [&](const auto& f) {
+      Barrier barriers[2];
+      run_carved(sizes, workspace, sizes.plan.threads, [&](const Carved<Workspace>& pieces, int rank, int size) {
+        for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+          f(Tangent(sizes, layer.direction[d], member, pieces.shared[d]), d);
+        });
       });
-    });
-    if (layer.backward) TangentProducts<S>::run(sizes, workspace);
+    };
+    each_direction([](const Tangent& direction, int) { direction.forward(); });
+    if (!layer.backward) return;
+    Steps passes[2];
+    for (int d = 0; d < layer.directions; ++d) passes[d].begin = layer.sequence.steps;
+    while (passes[0].begin > 0) {
+      for (int d = 0; d < layer.directions; ++d)
+        passes[d] = sizes.passes.pass_before(passes[d].begin, layer.direction[d].reverse);
+      each_direction([&](const Tangent& direction, int d) { direction.backward(passes[d]); });
+      TangentProducts<S>::run(sizes, workspace, passes);
+    }
   }
 
  private:
@@ -71,8 +80,10 @@ class Tangent {
   T* saved_row(T* data, int64_t t, int64_t slot) const {
     return data ? data + (s_.offset(t) + slot) * Cell::kSaved * H_ : nullptr;
   }
-  // A row's gate gradients; their tangents stand ld_g_ further.
-  S* gate_row(S* data, int64_t t, int64_t slot) const { return data + (s_.offset(t) + slot) * 2 * ld_g_; }
+  // The gate gradients of a row of a pass that begins with the row `origin`; their tangents stand ld_g_ further.
+  S* gate_row(S* data, int64_t origin, int64_t t, int64_t slot) const {
+    return data + (s_.offset(t) - origin + slot) * 2 * ld_g_;
+  }
   static V load_or_zero(const S* row, int64_t unit, int64_t n) { return row ? load(row + unit, n) : V(S(0)); }
 
   // ------------------------------------------------------------------------------------------------- forward
@@ -86,7 +97,7 @@ class Tangent {
     if (m_.rank == 0) memset(shared_.zeros, 0, H_ * sizeof(S));
     m_.wait();
     const Share blocks = block_share(gates_.count(), m_);
-    alignas(64) S products[kTileRows * kMaxBlockVectors * kLanes];
+    alignas(64) S products[kTileElements<S>];
     int64_t projected = 0;  // steps
     const S* of_input = nullptr;
     for (int64_t s = 0; s < s_.steps; ++s) {
@@ -209,25 +220,29 @@ class Tangent {
   }
 
   // ------------------------------------------------------------------------------------------------- backward
-  void backward() const {
+  void backward(const Steps& pass) const {
+    const Stretch rows_of_pass = sizes_.passes.rows_of(pass, d_.reverse);
+    const int64_t origin = rows_of_pass.first;
     const HiddenColumns w_hh(columns_, static_cast<const S*>(d_.w_hh.value), G * H_, shared_.columns_hh);
     const HiddenColumns t_w_hh(columns_, static_cast<const S*>(d_.w_hh.tangent), G * H_, shared_.t_columns_hh);
-    const Share all(columns_.count(), m_.rank, m_.size);
-    for (int64_t b = all.begin; b < all.end; ++b) {
-      w_hh.prepare(b);
-      if (d_.w_hh.tangent) t_w_hh.prepare(b);
+    if (rows_of_pass.begins) {
+      const Share all(columns_.count(), m_.rank, m_.size);
+      for (int64_t b = all.begin; b < all.end; ++b) {
+        w_hh.prepare(b);
+        if (d_.w_hh.tangent) t_w_hh.prepare(b);
+      }
+      const Share carried(s_.batch, m_.rank, m_.size);
+      for (int64_t slot = carried.begin; slot < carried.end; ++slot) {
+        carry_in(d_.grad_h_n, slot, shared_.grad_h);
+        if (Cell::kStates > 1) carry_in(d_.grad_c_n, slot, shared_.grad_c);
+      }
+      m_.wait();
     }
-    const Share carried(s_.batch, m_.rank, m_.size);
-    for (int64_t slot = carried.begin; slot < carried.end; ++slot) {
-      carry_in(d_.grad_h_n, slot, shared_.grad_h);
-      if (Cell::kStates > 1) carry_in(d_.grad_c_n, slot, shared_.grad_c);
-    }
-    m_.wait();
     const Share blocks = block_share(columns_.count(), m_);
-    for (int64_t s = s_.steps - 1; s >= 0; --s) {
+    for (int64_t s = pass.end - 1; s >= pass.begin; --s) {
       const int64_t t = time(s), count = living(s);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t b = blocks.begin; b < blocks.end; ++b) backward_cell(t, rows_.begin + i, b);
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) backward_cell(origin, t, rows_.begin + i, b);
       m_.wait_step();
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const int chunk = kMaxRows[columns_.vectors(b)];
@@ -236,13 +251,14 @@ class Tangent {
         for_chunks(0, 2 * count, chunk, [&](int64_t first, int64_t n) {
           for (int64_t i = 0; i < n; ++i) {
             const int64_t row = first + i;
-            operands[i] = gate_row(shared_.grad_hgates, t, rows_.begin + row / 2) + row % 2 * ld_g_;
+            operands[i] = gate_row(shared_.grad_hgates, origin, t, rows_.begin + row / 2) + row % 2 * ld_g_;
           }
           w_hh.multiply(b, operands, n, grad + first * ld_, grad + first * ld_, ld_);
         });
         if (d_.w_hh.tangent)
           for_chunks(0, count, chunk, [&](int64_t first, int64_t n) {
-            for (int64_t i = 0; i < n; ++i) operands[i] = gate_row(shared_.grad_hgates, t, rows_.begin + first + i);
+            for (int64_t i = 0; i < n; ++i)
+              operands[i] = gate_row(shared_.grad_hgates, origin, t, rows_.begin + first + i);
             S* tangent = grad + (2 * first + 1) * ld_;
             t_w_hh.multiply(b, operands, n, tangent, tangent, 2 * ld_);
           });
@@ -252,6 +268,7 @@ class Tangent {
               memset(grad + (2 * i + part) * ld_, 0, columns_.vectors(b) * kLanes * sizeof(S));
       }
     }
+    if (!rows_of_pass.ends) return;
     m_.wait_step();
     const Share rows = m_.divide == Divide::rows ? rows_ : Share(s_.batch, m_.rank, m_.size);
     for (int64_t slot = rows.begin; slot < rows.end; ++slot) {
@@ -271,7 +288,7 @@ class Tangent {
     }
   }
 
-  void backward_cell(int64_t t, int64_t slot, int64_t b) const {
+  void backward_cell(int64_t origin, int64_t t, int64_t slot, int64_t b) const {
     // Where one row's value and tangent lie; null where they are zero.
     struct Pair {
       const S *value, *tangent;
@@ -296,8 +313,8 @@ class Tangent {
                             previous(states.tangent, initial.tangent, t, slot)};
     const Pair saved_rows = {saved_row(static_cast<const S*>(d_.saved), t, slot),
                              saved_row(static_cast<const S*>(shared_.t_saved), t, slot)};
-    const Target igates = pair(gate_row(shared_.grad_igates, t, slot), ld_g_);
-    const Target hgates = pair(gate_row(shared_.grad_hgates, t, slot), ld_g_);
+    const Target igates = pair(gate_row(shared_.grad_igates, origin, t, slot), ld_g_);
+    const Target hgates = pair(gate_row(shared_.grad_hgates, origin, t, slot), ld_g_);
     const Target carried_h = pair(shared_.grad_h + 2 * slot * ld_, ld_);
     const Target carried_c = kState ? pair(shared_.grad_c + 2 * slot * ld_, ld_) : Target{};
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);

@@ -10,7 +10,7 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 template <class S>
 class TangentWorkspace : public GradientSizes<S, LayerTangent> {
   using Sizes = GradientSizes<S, LayerTangent>;
-  using Sizes::carve_buffers, Sizes::carve_columns, Sizes::carve_hidden_sums, Sizes::carve_sums;
+  using Sizes::carve_buffers, Sizes::carve_columns, Sizes::carve_hidden_sums, Sizes::carve_sums, Sizes::bias_sums;
   static_assert(std::is_same_v<S, acc_t<S>>, "tangents are float32 or float64");
 
  public:
@@ -25,13 +25,18 @@ class TangentWorkspace : public GradientSizes<S, LayerTangent> {
     S* zeros;                      // [H]
     S* t_saved;                    // [N, S*H]: written by forward, read by backward
     S *grad_h, *grad_c;            // [B, 2, ld]: each row's gradient, then its tangent
-    S *grad_igates, *grad_hgates;  // [N, 2, ld_gates]: likewise, of the two halves of the gates
+    S *grad_igates, *grad_hgates;  // [R, 2, ld_gates]: likewise, of the two halves of the gates, of the rows of a pass
     S *sums_ih, *sums_hh;          // weight gradients not summed in place
+    S* sums_b;                     // of the biases
   };
   using Own = typename Sizes::Buffers;
 
+  const Passes passes;
+
   TangentWorkspace(const LayerTangent& layer, const CellTraits& cell, int threads)
-      : Sizes(layer, cell, /*output_size=*/layer.hidden_size, /*whole_rows=*/false, threads) {}
+      : Sizes(layer, cell, /*output_size=*/layer.hidden_size, /*whole_rows=*/false, threads),
+        passes(layer.sequence, (cell.split_gates ? 2 : 1) * 2 * padded_gates() * sizeof(S),
+               WeightGradient<S>::kDepth / 2, this->balanced()) {}
 
   // The input is projected for so many steps at once.
   int64_t window_steps() const {
@@ -58,8 +63,8 @@ class TangentWorkspace : public GradientSizes<S, LayerTangent> {
     s.t_saved = carver.take<S>(N * cell.saved * H);
     s.grad_h = carver.take<S>(B * 2 * ld_acc(H));
     if (cell.states > 1) s.grad_c = carver.take<S>(B * 2 * ld_acc(H));
-    s.grad_igates = carver.take<S>(N * 2 * padded_gates());
-    s.grad_hgates = cell.split_gates ? carver.take<S>(N * 2 * padded_gates()) : s.grad_igates;
+    s.grad_igates = carver.take<S>(passes.rows() * 2 * padded_gates());
+    s.grad_hgates = cell.split_gates ? carver.take<S>(passes.rows() * 2 * padded_gates()) : s.grad_igates;
     const auto columns = [&](const DualPointer& weight, int64_t n, S*& value, S*& tangent) {
       value = carve_columns(carver, gates(), n);
       if (weight.tangent) tangent = carve_columns(carver, gates(), n);
@@ -69,6 +74,7 @@ class TangentWorkspace : public GradientSizes<S, LayerTangent> {
     if (direction.t_grad_w_hh) {
       s.sums_ih = carve_sums(carver, gates(), I);
       s.sums_hh = carve_hidden_sums(carver);
+      s.sums_b = carver.take<S>(bias_sums());
     }
     return s;
   }

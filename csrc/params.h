@@ -130,8 +130,8 @@ struct LayerForward {
   DirectionForward direction[2];
   cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
   Noise noise;          // the CPU engine and stepwise
-  bool layer_norm =
-      false;  // the CPU engine and stepwise: the two halves of the gates are normalised, and c where h reads it
+  // The CPU engine and stepwise: whether the two halves of the gates are normalised, and c where h reads it.
+  bool layer_norm = false;
 };
 
 struct DirectionBackward {
@@ -181,8 +181,8 @@ struct LayerBackward {
   DirectionBackward direction[2];
   cuda::Spread spread;  // persistent_cluster and persistent_grid: as planned
   Noise noise;          // the CPU engine and stepwise
-  bool layer_norm =
-      false;  // the CPU engine and stepwise: the two halves of the gates are normalised, and c where h reads it
+  // The CPU engine and stepwise: whether the two halves of the gates are normalised, and c where h reads it.
+  bool layer_norm = false;
 };
 
 // ---------------------------------------------------------------------------------------------------- tangents
@@ -301,8 +301,8 @@ struct Context {
 
 // What backward leaves for the weight gradients, which are matrix products over all steps:
 //   grad_w_hh = grad_hgates^T h_prev    grad_w_hr = grad_h^T hidden
-// where of a cell with two products the gates of the second have gated for h_prev.
-// and of a diagonal cell grad_w_hh = the sum over rows of grad_hgates * h_prev.
+// where for the second product's gates of a cell with two products gated stands in place of h_prev, and for a diagonal
+// cell grad_w_hh is the sum over rows of grad_hgates * h_prev.
 struct BackwardProducts {
   void* h_prev = nullptr;  // compact [N, P]: the state each step read; the initial one at first, zero behind a reset
   // With a projection only.

@@ -481,6 +481,22 @@ def test_bad_groups(groups: int) -> None:
         operator("gru_grouped_backward")(*backward_arguments(Sample("gru")), [True] * 4, groups)
 
 
+def test_groups_must_divide_each_step() -> None:
+    arguments = backward_arguments(Sample("gru", batch=4, form="packed", row_lengths=(3, 2, 2, 1)))
+    with pytest.raises(
+        ValueError, match=r"groups is 2, it takes a divisor of every step's rows, batch_sizes\[1\] is 3"
+    ):
+        operator("gru_grouped_backward")(*arguments, [True] * 4, 2)
+
+
+@pytest.mark.parametrize("directions", [0, 3])
+def test_tangents_of_what_is_no_layer(directions: int) -> None:
+    arguments, _ = tangent_arguments(Sample("lstm"))
+    arguments[5] = arguments[5].new_zeros(directions, 3, 5)
+    with pytest.raises(RuntimeError, match=r"rnnfast.lstm: h0 has shape"):
+        operator("lstm_jvp")(*arguments)
+
+
 def test_gradients_of_groups_refuse_a_derivative() -> None:
     arguments = backward_arguments(Sample("gru"))
     require_gradients(arguments[:8])

@@ -168,6 +168,17 @@ def test_calls_of_operators(name: str, expected: list[str]) -> None:
     assert operators.seen == expected
 
 
+def test_forward_mode_calls_one_kernel_though_parameters_require_gradients() -> None:
+    """The formula would take some dozen operators a step, for a derivative that nobody asked for."""
+    layer, input = rnnfast.LSTM(3, 4), torch.randn(5, 2, 3)
+    with forward_ad.dual_level(), Operators() as operators:
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(input, torch.ones_like(input)))[0]).tangent
+    assert operators.seen == ["lstm", "lstm_jvp"]
+    with Operators() as operators:
+        torch.autograd.grad(tangent.square().sum(), list(layer.parameters()))
+    assert operators.seen == ["lstm_backward_jvp"]
+
+
 @each_form
 def test_per_sample_gradients_equal_the_loop(sample: Sample, device: str) -> None:
     function, tensors = as_function(ops.layer, sample, device)

@@ -72,13 +72,17 @@ OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? Option
 Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 // Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
+// What is no layer at all goes to the kernels too, whose checks say what is wrong with it.
 bool has_tangent_kernel(CellKind kind, const Tensor& input, const Tensor& h0, at::TensorList weights) {
-  return !cell_info(kind).two_products && input.device().is_cpu() &&
-         (weights.size() / h0.sym_size(0).guard_int(__FILE__, __LINE__)) % 2 == 0;
+  if (!h0.defined() || h0.dim() == 0) return true;
+  const int64_t directions = h0.sym_size(0).guard_int(__FILE__, __LINE__);
+  if (directions < 1 || directions > 2) return true;
+  return !cell_info(kind).two_products && input.device().is_cpu() && (weights.size() / directions) % 2 == 0;
 }
 
 // Whether there is recurrent dropout or zoneout. Tangents have no kernel for them, nor for layer normalisation.
 bool any_noise(at::ArrayRef<double> noise) {
+  noise = noise.slice(0, std::min<size_t>(3, noise.size()));  // behind the probabilities stands the first unit
   return std::any_of(noise.begin(), noise.end(), [](double p) { return p > 0; });
 }
 
@@ -387,17 +391,113 @@ BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const O
                                                     reset, output, c, saved, output_mask, groups);
 }
 
+// The derivative along a tangent, as a function of the tangent and of the layer's arguments.
+struct LayerJvp : torch::autograd::Function<LayerJvp> {
+  static variable_list forward(AutogradContext* context, const OptionalTensor& t_input, const OptionalTensor& t_h0,
+                               const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& input,
+                               const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                               const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                               const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved,
+                               CellKind kind) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [t_output, t_h_n, t_c_n, t_c] = jvp_operator(kind).call(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights,
+                                                                 batch_sizes, lengths, reset, output, c, saved);
+    variable_list kept = {undefined_unless(t_input),
+                          undefined_unless(t_h0),
+                          undefined_unless(t_c0),
+                          input,
+                          h0,
+                          undefined_unless(c0),
+                          undefined_unless(batch_sizes),
+                          undefined_unless(lengths),
+                          undefined_unless(reset),
+                          output,
+                          c,
+                          saved};
+    kept.insert(kept.end(), weights.begin(), weights.end());
+    kept.insert(kept.end(), t_weights.begin(), t_weights.end());
+    context->save_for_backward(std::move(kept));
+    if (cell_info(kind).states == 1) context->mark_non_differentiable({t_c_n, t_c});
+    context->set_materialize_grads(false);
+    keep_kind(*context, kind);
+    context->saved_data[kWeights] = static_cast<int64_t>(weights.size());
+    return {t_output, t_h_n, t_c_n, t_c};
+  }
+
+  // <grads, J tangent>, J the layer's derivative: with respect to the tangent its derivative is that of backward, and
+  // with respect to the arguments backward's along the tangent.
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const CellKind kind = kept_kind(*context);
+    const size_t count = context->saved_data.at(kWeights).toInt();
+    const variable_list kept = context->get_saved_variables();
+    const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
+    const at::TensorList weights = at::TensorList(kept).slice(12, count),
+                         t_weights = at::TensorList(kept).slice(12 + count);
+
+    // Tensors count here, arguments without one do not.
+    size_t index = 0;
+    const auto needed = [&](size_t first, size_t lists) {
+      OutputMask mask{};
+      for (size_t i = 0; i < 3; ++i) mask[i] = kept[first + i].defined() && context->needs_input_grad(index++);
+      mask[3] = lists > 0 && context->needs_input_grad({{index, index + lists}});
+      index += lists;
+      return mask;
+    };
+    const OutputMask of_tangent = needed(0, t_weights.size()), of_layer = needed(3, count);
+    const auto any = [](const OutputMask& mask) {
+      return std::any_of(mask.begin(), mask.end(), [](bool b) { return b; });
+    };
+
+    variable_list result;
+    const auto append = [&](const OutputMask& mask, const Tensor& input, const Tensor& h0, const Tensor& c0,
+                            std::vector<Tensor> of_weights, size_t lists) {
+      const Tensor states[] = {input, h0, c0};
+      for (size_t i = 0; i < 3; ++i) result.push_back(mask[i] ? states[i] : Tensor());
+      of_weights.resize(mask[3] ? lists : 0);
+      of_weights.resize(lists);
+      result.insert(result.end(), of_weights.begin(), of_weights.end());
+    };
+    if (any(of_tangent)) {
+      auto [input, h0, c0, of_weights] = backward_operator(kind).call(
+          optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), kept[3], kept[4],
+          kept_or_none(5), weights, kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11],
+          of_tangent, std::nullopt, {}, false);
+      append(of_tangent, input, h0, c0, of_weights, t_weights.size());
+    } else {
+      append(of_tangent, {}, {}, {}, {}, t_weights.size());
+    }
+    if (any(of_layer)) {
+      auto [t_output, t_h_n, t_c_n, t_c, input, h0, c0, of_weights] = backward_jvp_operator(kind).call(
+          {}, {}, {}, {}, kept_or_none(0), kept_or_none(1), kept_or_none(2), t_weights, optional(grads[0]),
+          optional(grads[1]), optional(grads[2]), optional(grads[3]), kept[3], kept[4], kept_or_none(5), weights,
+          kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11], of_layer);
+      append(of_layer, input, h0, c0, of_weights, count);
+    } else {
+      append(of_layer, {}, {}, {}, {}, count);
+    }
+    result.resize(result.size() + 7);  // batch_sizes, lengths, reset, output, c, saved, kind
+    return result;
+  }
+
+ private:
+  static constexpr const char* kWeights = "weights";
+};
+
 JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_input, const OptionalTensor& t_h0,
               const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& input, const Tensor& h0,
               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
               const Tensor& saved) {
   if (!has_tangent_kernel(kind, input, h0, weights) ||
-      any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights) ||
       any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
     static const auto reference = find_operator<ReferenceJvpSignature>("reference_jvp");
     return reference.call(cell_info(kind).name, t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes,
                           lengths, reset);
+  }
+  if (any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
+    auto result = LayerJvp::apply(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths, reset,
+                                  output.detach(), c.detach(), saved, kind);
+    return {result[0], result[1], result[2], result[3]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return jvp_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, t_input, t_h0, t_c0, t_weights, input,

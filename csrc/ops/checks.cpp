@@ -72,8 +72,8 @@ void read_weights(Geometry& g, const LayerArguments& a) {
   g.input_size = a.weights[0].size(1);
   g.hidden_size = a.weights[0].size(0) / g.info.gates;
   g.output_size = g.projection ? a.weights[1].size(1) : g.hidden_size;
-  TORCH_CHECK(!g.projection || g.output_size > 0, "rnnfast.", g.info.name, ": w_hh has shape ", a.weights[1].sizes(),
-              ", with a projection it takes [", g.info.gates, "*H, P] with P > 0");
+  TORCH_CHECK(!g.projection || (g.output_size > 0 && g.hidden_size > 0), "rnnfast.", g.info.name, ": w_hh has shape ",
+              a.weights[1].sizes(), ", with a projection it takes [", g.info.gates, "*H, P] with H > 0 and P > 0");
 }
 
 void check_weights(const Geometry& g, const LayerArguments& a) {

@@ -40,9 +40,8 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
               ": a layer with a projection has no kernel for gradients of groups");
   TORCH_CHECK(!of_given.info.two_products, "rnnfast.", of_given.info.name,
               ": a cell with two products a step has no kernel for gradients of groups");
-  TORCH_CHECK_VALUE(groups > 0 && of_given.batch % groups == 0 && of_given.rows % groups == 0, "rnnfast.",
-                    of_given.info.name, ": groups is ", groups, ", it takes a divisor of the batch, ", of_given.batch,
-                    ", and of every step's rows");
+  TORCH_CHECK_VALUE(groups > 0 && of_given.batch % groups == 0, "rnnfast.", of_given.info.name, ": groups is ", groups,
+                    ", it takes a divisor of the batch, ", of_given.batch);
 
   // ATen's products of 16-bit numbers would round the gates' gradients; the engine's do not.
   const Tensor wide_input = widen(input), wide_h0 = widen(h0);
@@ -52,6 +51,10 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
   const Geometry g = check_layer(kind, arguments);
   const LayerTensors layer(arguments);
   const HostSequence host(g, arguments, layer);
+  for (int64_t t = 0; g.packed && t < g.steps; ++t)
+    TORCH_CHECK_VALUE(host.sequence().batch_size(t) % groups == 0, "rnnfast.", g.info.name, ": groups is ", groups,
+                      ", it takes a divisor of every step's rows, batch_sizes[", t, "] is ",
+                      host.sequence().batch_size(t));
   OutputMask mask = output_mask;
   mask[3] = false;
   BackwardTensors tensors(g, layer, widen(grad_output), widen(grad_h_n), widen(grad_c_n), widen(grad_c), widen(output),

@@ -358,8 +358,13 @@ int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], 
 }  // namespace persistent_grid
 
 // The same, where a cluster of up to 16 thread blocks holds W_hh and exchanges the state through their shared memory:
-// sm_90 and sm_100.
+// sm_90 and later.
 namespace persistent_cluster {
+
+// How many clusters of 1, 2, .. blocks the current device runs at once, where each block needs a multiprocessor to
+// itself; 0: it does not offer the size. Asks the driver and enqueues nothing. Returns 0, or the first error (a
+// cudaError_t).
+int active_clusters(int (&clusters)[kMostClusterBlocks]);
 
 size_t forward_workspace_bytes(const LayerForward& layer);
 int forward(const LayerForward& layer, const Context& context);

@@ -1,6 +1,8 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "cell/cells.h"
 #include "spread.h"
@@ -74,19 +76,39 @@ Candidate consider_persistent_cta(const Problem& problem, const Device& device) 
 // ---------------------------------------------------------------------------------------------- spread over blocks
 // What an engine that spreads W_hh over blocks may use.
 struct SpreadLimits {
-  int team_blocks;  // blocks that exchange the state
-  int all_blocks;   // blocks of a launch that run at once; one fills a multiprocessor's registers
-  int copies;       // of the exchanged vectors in shared memory
-  bool waves;       // whether teams may wait for others to end
+  int team_blocks;          // blocks that exchange the state, at most
+  int copies;               // of the exchanged vectors in shared memory
+  int64_t most_waves;       // 1: all teams run at once; more: teams may wait for others to end
+  int64_t step_clocks = 0;  // of a step that moves nothing; with one wave the same for every spread
 };
 
 // A team with few rows for each of its blocks leaves the GPU to others; many waves of them are slower than products
 // over all rows at once.
 constexpr int64_t kMostWaves = 4;
+// A step of a cluster takes this long, however little it moves: products, the cell, the push and two barriers wait for
+// each other. It is the floor that the engine is designed for, 0.35 us, at 2 GHz; to be calibrated on hardware.
+constexpr int64_t kClusterStepClocks = 700;
+constexpr int64_t kSharedBytesAClock = 128;  // of a multiprocessor
 
-// Tries every spread, and takes the one that moves the least through a block's shared memory in a step, over all waves:
-// weights that registers do not hold, the vectors as products read them, sums.
-Candidate consider_spread(const Problem& problem, const Device& device, const SpreadLimits& limits) {
+// The blocks that one multiprocessor holds, by registers and shared memory; at least one. A thread may have the
+// registers that the kernels' launch bounds leave it, and these run out before the places for threads and blocks do.
+int64_t blocks_of_a_multiprocessor(int threads, int64_t shared_bytes, const Device& device) {
+  constexpr int64_t kRegistersOfAThread = kRegisters / (cuda::kSpreadMostWarps * cuda::kWarpLanes);
+  constexpr int64_t kReservedBytes = 1024;  // of shared memory, for each block, by the system
+  const int64_t blocks = std::min(device.registers / (kRegistersOfAThread * threads),
+                                  (device.shared_bytes + kReservedBytes) / (shared_bytes + kReservedBytes));
+  return std::max<int64_t>(blocks, 1);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tries every spread, and takes the one with the shortest step over all waves: its fixed part, and what the blocks of a
+// multiprocessor move through shared memory, which is weights that registers do not hold, the vectors as products read
+// them, sums. Of equals, the one with fewer waves. teams_alone(blocks) are the teams of so many blocks that run at once
+// where each block has a multiprocessor to itself.
+template <class TeamsAlone>
+Candidate consider_spread(const Problem& problem, const Device& device, const SpreadLimits& limits,
+                          const TeamsAlone& teams_alone) {
   const int64_t most_units = static_cast<int64_t>(limits.team_blocks) * cuda::kTileUnits * cuda::kSpreadMostWarps;
   if (problem.hidden_size > most_units) {
     return {text("its blocks hold ", most_units, " hidden units at most, the layer has ", problem.hidden_size), {}};
@@ -95,7 +117,8 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
   const int H = static_cast<int>(problem.hidden_size);
   const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
   Tile best;
-  int64_t least_cost = 0, least_bytes = 0;
+  std::pair<int64_t, int64_t> least;  // cost, in bytes that would pass in that time; waves
+  int64_t least_bytes = 0;
   bool any_resident = false;
   for (int units = 1; units <= cuda::kSpreadMostWarps; ++units) {
     for (int splits = 1; units * splits <= cuda::kSpreadMostWarps; ++splits) {
@@ -103,21 +126,26 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
         const cuda::Spread spread = {units, rows, splits};
         const cuda::SpreadSizes sizes(spread, H, problem.batch, gates, problem.backward, operand_bytes, tensor_cores);
         const int64_t teams = static_cast<int64_t>(sizes.teams) * problem.directions;
-        const int64_t teams_at_once = limits.all_blocks / sizes.blocks;
-        if (sizes.blocks > limits.team_blocks || teams_at_once == 0) continue;
-        const int64_t waves = (teams + teams_at_once - 1) / teams_at_once;
-        if (waves > (limits.waves ? kMostWaves : 1)) continue;
-        any_resident = true;
+        const int64_t alone = sizes.blocks > limits.team_blocks ? 0 : teams_alone(sizes.blocks);
+        if (alone == 0) continue;
+        const int threads = sizes.warps * cuda::kWarpLanes;
         const auto shared_bytes = static_cast<int64_t>(sizes.shared_bytes(limits.copies));
+        // Blocks that all have to run at once, or wait for ever, do not count on room beside another.
+        const int64_t room = limits.most_waves == 1 ? 1 : blocks_of_a_multiprocessor(threads, shared_bytes, device);
+        const int64_t waves = divide_up(teams, alone * room);
+        if (waves > limits.most_waves) continue;
+        any_resident = true;
         if (least_bytes == 0 || shared_bytes < least_bytes) least_bytes = shared_bytes;
         if (shared_bytes > device.shared_bytes) continue;
         const int64_t moved = rows * static_cast<int64_t>(sizes.warps * sizes.weight_bytes) +
                               units * static_cast<int64_t>(sizes.vector_bytes) +
                               2 * static_cast<int64_t>(sizes.partial_bytes);
-        if (best.blocks != 0 && waves * moved >= least_cost) continue;
-        least_cost = waves * moved;
+        const int64_t neighbours = divide_up(std::min(teams, alone * room), alone);  // blocks of one multiprocessor
+        const std::pair cost(waves * (limits.step_clocks * kSharedBytesAClock + neighbours * moved), waves);
+        if (best.blocks != 0 && cost >= least) continue;
+        least = cost;
         best.blocks = static_cast<int>(sizes.blocks * teams);
-        best.threads = sizes.warps * cuda::kWarpLanes;
+        best.threads = threads;
         best.units = units * cuda::kTileUnits;
         best.rows = rows * cuda::kTileRows;
         best.shared_bytes = shared_bytes;
@@ -129,8 +157,9 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
   if (any_resident) {
     return {text("a block needs ", least_bytes, " bytes of shared memory, the device gives ", device.shared_bytes), {}};
   }
-  const std::string room = limits.waves ? text(kMostWaves, " times ", limits.team_blocks, "-block clusters have")
-                                        : text(limits.all_blocks, " blocks that run at once have");
+  const std::string room = limits.most_waves > 1
+                               ? text("the clusters that run at once have in ", limits.most_waves, " waves")
+                               : text(limits.team_blocks, " blocks that run at once have");
   return {text(problem.batch, " rows of ", problem.hidden_size, " hidden units in ", problem.directions,
                problem.directions == 1 ? " direction" : " directions", " are more than ", room),
           {}};
@@ -138,19 +167,20 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
 
 Candidate consider_persistent_cluster(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
-  constexpr int kMostBlocks = 16;
-  if (!device.clusters) {
-    return {text("it needs clusters of ", kMostBlocks, " blocks (sm_90, sm_100), the device is sm_", device.capability),
-            {}};
+  int most_blocks = cuda::kMostClusterBlocks;
+  while (most_blocks > 0 && device.clusters[most_blocks - 1] == 0) --most_blocks;
+  if (most_blocks == 0) {
+    return {text("it needs clusters of blocks (sm_90 and later), the device is sm_", device.capability), {}};
   }
-  return consider_spread(problem, device, {kMostBlocks, device.multiprocessors, cuda::kClusterCopies, /*waves=*/true});
+  return consider_spread(problem, device, {most_blocks, cuda::kClusterCopies, kMostWaves, kClusterStepClocks},
+                         [&](int blocks) -> int64_t { return device.clusters[blocks - 1]; });
 }
 
 Candidate consider_persistent_grid(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   if (!device.cooperative) return {"the device has no cooperative launches", {}};
-  return consider_spread(problem, device,
-                         {device.multiprocessors, device.multiprocessors, cuda::kGridCopies, /*waves=*/false});
+  return consider_spread(problem, device, {device.multiprocessors, cuda::kGridCopies, /*most_waves=*/1},
+                         [&](int blocks) -> int64_t { return device.multiprocessors / blocks; });
 }
 
 }  // namespace

@@ -21,7 +21,9 @@ struct Device {
   int64_t shared_bytes = 0;  // of a block, at most
   int64_t registers = 0;     // of a multiprocessor, 32 bits each
   bool cooperative = false;  // launches whose blocks are all resident
-  bool clusters = false;     // launches of clusters of up to 16 blocks
+  // Of 1, 2, .. blocks: how many run at once, each block with a multiprocessor to itself; 0: a size not offered. Fewer
+  // than multiprocessors / blocks, for those of a cluster lie in one part of the GPU.
+  std::array<int, cuda::kMostClusterBlocks> clusters = {};
 };
 
 // One call of a layer, forward or backward. The letters are those of params.h.

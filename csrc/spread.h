@@ -20,6 +20,9 @@ struct Spread {
 // Copies of a team's vectors in the shared memory of each of its blocks.
 constexpr int kClusterCopies = 2, kGridCopies = 1;
 
+// The blocks of a cluster, at most. More than 8 are not on every device that has clusters.
+constexpr int kMostClusterBlocks = 16;
+
 // 256 threads of 255 registers: more warps would leave less of the registers to W_hh.
 constexpr int kSpreadMostWarps = 8;
 // Tiles of k of each gate that a warp keeps in registers. Without tensor cores sums take four times the registers,

@@ -120,6 +120,12 @@ def test_a_spread_that_cannot_be_is_an_error_and_the_next_call_works(
     compare(sim, LAYERS[0][0], torch.float32, driver.GATES)
 
 
+def test_clusters_that_run_at_once_are_asked_for(simulators: dict[str, driver.Simulator]) -> None:
+    """Each block has a multiprocessor to itself, and each cluster lies in a part of 16; four are left over."""
+    expected = [8 * (16 // blocks) + 4 // blocks for blocks in range(1, 17)]
+    assert simulator(simulators, "sim").active_clusters() == expected
+
+
 # ------------------------------------------------------------------------------------------------ mutation
 def test_instrument_finds_what_synchronises() -> None:
     names = instrument.wrappers("__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {")

@@ -76,7 +76,7 @@ def test_cuda_engines_and_what_speaks_against_the_faster(monkeypatch: pytest.Mon
     hopper = {"capability": 90, "multiprocessors": 132, "shared_bytes": 232448, "registers": 65536}
     extension = SimpleNamespace(
         build_info=lambda: {"no_cuda_reason": ""},
-        cuda_device=lambda _index: {**hopper, "cooperative": True, "clusters": True},
+        cuda_device=lambda _index: {**hopper, "cooperative": True, "clusters": [8] * 16},
         tf32_allowed=lambda: False,
         plan=ops.extension.plan,
         cuda_engines=ops.extension.cuda_engines,

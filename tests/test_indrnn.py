@@ -193,7 +193,7 @@ def test_explain_says_why_it_runs_stepwise(monkeypatch: pytest.MonkeyPatch) -> N
     device = {"capability": 90, "multiprocessors": 132, "shared_bytes": 232448, "registers": 65536}
     extension = SimpleNamespace(
         build_info=lambda: {"no_cuda_reason": ""},
-        cuda_device=lambda _index: {**device, "cooperative": True, "clusters": True},
+        cuda_device=lambda _index: {**device, "cooperative": True, "clusters": [8] * 16},
         tf32_allowed=lambda: False,
         plan=ops.extension.plan,
         cuda_engines=ops.extension.cuda_engines,

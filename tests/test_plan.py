@@ -12,15 +12,21 @@ from rnnfast import ops
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the plan is in the extension")
 
+
+def clusters_of(parts: list[int]) -> list[int]:
+    """How many clusters of 1, 2, .. 16 blocks run at once on parts of so many multiprocessors, each in one part."""
+    return [sum(part // blocks for part in parts) for blocks in range(1, 17)]
+
+
 HOPPER = {
     "capability": 90,
     "multiprocessors": 132,
     "shared_bytes": 232448,
     "registers": 65536,
     "cooperative": True,
-    "clusters": True,
+    "clusters": clusters_of([16] * 6 + [18] * 2),
 }
-AMPERE = {**HOPPER, "capability": 80, "multiprocessors": 108, "shared_bytes": 166912, "clusters": False}
+AMPERE = {**HOPPER, "capability": 80, "multiprocessors": 108, "shared_bytes": 166912, "clusters": [0] * 16}
 TURING = {**AMPERE, "capability": 75, "shared_bytes": 65536}
 SMALL_AMPERE = {**AMPERE, "capability": 86, "multiprocessors": 28, "shared_bytes": 101376}
 
@@ -92,7 +98,75 @@ def test_a_cluster_holds_a_larger_layer() -> None:
     assert plan(hidden_size=768)["engine"] == "persistent_cluster"
     assert "bytes of shared memory, the device gives 232448" in plan(hidden_size=1024)["against"]["persistent_cluster"]
     assert plan(hidden_size=512, batch=2048)["against"]["persistent_cluster"] == (
-        "2048 rows of 512 hidden units in 1 direction are more than 4 times 16-block clusters have"
+        "2048 rows of 512 hidden units in 1 direction are more than the clusters that run at once have in 4 waves"
+    )
+
+
+def spread(made: dict[str, Any]) -> tuple[int, int, int]:
+    """Unit tiles of a block, row tiles of a team, parts of k: csrc/spread.h."""
+    tile = made["tile"]
+    units = tile["units"] // 16
+    return units, tile["rows"] // 8, tile["threads"] // 32 // units
+
+
+def test_one_wave_is_faster_than_two_that_move_as_much() -> None:
+    """A step costs time that does not shrink with what it moves, and a second wave pays it again. Teams of 8 rows move
+    half as much in a step as teams of 16, and would need two waves."""
+    made = plan(hidden_size=384, batch=96)
+    assert made["engine"] == "persistent_cluster"
+    assert (made["tile"]["blocks"], spread(made)) == (72, (2, 2, 3))  # 6 of 8 clusters of 12 blocks
+    # Over both waves these 8 teams of 3 parts of k would move less than 4 teams of 4 parts in one.
+    made = plan(hidden_size=384, batch=128, device={**HOPPER, "clusters": [4] * 16})
+    assert (made["tile"]["blocks"], spread(made)) == (48, (2, 4, 4))
+
+
+def test_the_more_clusters_run_at_once_the_fewer_rows_has_each() -> None:
+    """Devices with equally many multiprocessors may differ in it."""
+    for at_once, rows in ((8, 8), (7, 16), (4, 16), (3, 24), (2, 32)):
+        made = plan(hidden_size=512, batch=64, device={**HOPPER, "clusters": [at_once] * 16})
+        assert made["engine"] == "persistent_cluster"
+        assert (made["tile"]["blocks"], made["tile"]["rows"]) == (16 * -(-64 // rows), rows)
+    made = plan(hidden_size=512, batch=160, device={**HOPPER, "clusters": [1] * 16})
+    assert made["engine"] == "persistent_grid"
+    assert made["against"]["persistent_cluster"] == (
+        "160 rows of 512 hidden units in 1 direction are more than the clusters that run at once have in 4 waves"
+    )
+
+
+def test_a_size_of_cluster_that_is_not_offered_is_not_chosen() -> None:
+    every = [16] * 16
+    for missing, blocks in (((), 16), ((16,), 8), ((16, 8), 4)):  # of each of two teams
+        offered = [0 if size in missing else count for size, count in enumerate(every, start=1)]
+        made = plan(hidden_size=256, device={**HOPPER, "clusters": offered})
+        assert (made["engine"], made["tile"]["blocks"]) == ("persistent_cluster", 2 * blocks)
+    for most in (2, 4):
+        device = {**HOPPER, "clusters": every[:most] + [0] * (16 - most)}
+        assert plan(hidden_size=128 * most + 1, device=device)["against"]["persistent_cluster"] == (
+            f"its blocks hold {128 * most} hidden units at most, the layer has {128 * most + 1}"
+        )
+
+
+def test_small_blocks_of_clusters_share_a_multiprocessor() -> None:
+    def made(hidden_size: int, batch: int, at_once: int, **device: int) -> dict[str, Any]:
+        on = {**HOPPER, **device, "clusters": [at_once] * 16}
+        return plan(hidden_size=hidden_size, batch=batch, device=on)
+
+    # Four blocks of 64 threads fill the registers, so that 16 clusters run at once.
+    four = made(256, 128, 4)
+    assert (four["tile"]["blocks"], spread(four)) == (256, (1, 1, 2))
+    # Two fill this shared memory, so that 16 teams of 8 rows take 4 waves, the most.
+    two = made(256, 128, 2, shared_bytes=24000)
+    assert (two["tile"]["blocks"], spread(two)) == (256, (1, 1, 2))
+    # Neighbours share the bandwidth of shared memory: 8 teams of 8 rows in a wave would move more than 4 of 16 rows.
+    assert spread(made(320, 64, 4)) == (2, 2, 3)
+
+
+def test_blocks_of_a_grid_share_no_multiprocessor() -> None:
+    """All of them must run at once: none counts on room beside another."""
+    made = plan(hidden_size=512, batch=256, device=AMPERE)
+    assert made["engine"] == "stepwise"
+    assert made["against"]["persistent_grid"] == (
+        "256 rows of 512 hidden units in 1 direction are more than 108 blocks that run at once have"
     )
 
 
@@ -102,9 +176,8 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
     assert (made["tile"]["blocks"], made["tile"]["units"], made["tile"]["rows"]) == (128, 16, 8)
     old = plan(hidden_size=512, device=AMPERE)
     assert old["engine"] == "persistent_grid"
-    for capability in (80, 120):  # the clusters of sm_120 have 8 blocks at most
-        against = plan(hidden_size=512, device={**AMPERE, "capability": capability})["against"]["persistent_cluster"]
-        assert against == f"it needs clusters of 16 blocks (sm_90, sm_100), the device is sm_{capability}"
+    against = old["against"]["persistent_cluster"]
+    assert against == "it needs clusters of blocks (sm_90 and later), the device is sm_80"
     alone = plan(hidden_size=512, device={**AMPERE, "cooperative": False})
     assert alone["engine"] == "stepwise"
     assert alone["against"]["persistent_grid"] == "the device has no cooperative launches"
@@ -151,7 +224,8 @@ def test_every_plan_keeps_to_the_device(cell: str, device: dict[str, Any]) -> No
                 if made["engine"] == "persistent_grid":
                     assert tile["blocks"] <= device["multiprocessors"]
                 if made["engine"] == "persistent_cluster":
-                    assert device["clusters"]
+                    teams = -(-16 // tile["rows"])
+                    assert device["clusters"][tile["blocks"] // teams - 1] > 0
 
 
 # ------------------------------------------------------------------------------------------------ forced engines

@@ -3,6 +3,46 @@
 #include "persistent_cluster.cuh"
 
 namespace rnnfast::cuda::persistent_cluster {
+namespace {
+
+// Stands for the engine's kernels in questions: given all shared memory, a block of either has a multiprocessor to
+// itself.
+__global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1) block_of_a_multiprocessor() {}
+
+}  // namespace
+
+int active_clusters(int (&clusters)[kMostClusterBlocks]) {
+  for (int& count : clusters) count = 0;
+  int device = 0, any = 0, most_bytes = 0;
+  RNNFAST_RETURN_IF_ERROR(cudaGetDevice(&device));
+  RNNFAST_RETURN_IF_ERROR(cudaDeviceGetAttribute(&any, cudaDevAttrClusterLaunch, device));
+  if (any == 0) return 0;
+  RNNFAST_RETURN_IF_ERROR(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  LaunchShape largest;
+  largest.shared_bytes = most_bytes;
+  largest.cluster_blocks = kMostClusterBlocks;
+  RNNFAST_RETURN_IF_ERROR(allow(block_of_a_multiprocessor, largest));
+  for (unsigned blocks = 1; blocks <= kMostClusterBlocks; ++blocks) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kSpreadMostWarps * kWarpLanes);
+    config.dynamicSmemBytes = most_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters[blocks - 1], block_of_a_multiprocessor, &config);
+    if (error == cudaErrorInvalidClusterSize) {
+      (void)cudaGetLastError();  // or the next call would report it again
+      clusters[blocks - 1] = 0;
+    } else if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  return 0;
+}
 
 size_t forward_workspace_bytes(const LayerForward& layer) {
   return SpreadEngine<Exchange>::forward_workspace_bytes(layer);

@@ -42,9 +42,10 @@ Dtype find_dtype(const std::string& name) {
 py::dict make_plan(const std::string& cell, const std::string& dtype, int64_t steps, int64_t batch, int64_t hidden_size,
                    int directions, bool projection, bool tf32, bool backward, bool noise, bool layer_norm,
                    const py::dict& device) {
-  const plan::Device on = {device["capability"].cast<int>(),       device["multiprocessors"].cast<int>(),
-                           device["shared_bytes"].cast<int64_t>(), device["registers"].cast<int64_t>(),
-                           device["cooperative"].cast<bool>(),     device["clusters"].cast<bool>()};
+  const plan::Device on = {
+      device["capability"].cast<int>(),       device["multiprocessors"].cast<int>(),
+      device["shared_bytes"].cast<int64_t>(), device["registers"].cast<int64_t>(),
+      device["cooperative"].cast<bool>(),     device["clusters"].cast<decltype(plan::Device::clusters)>()};
   const plan::Plan plan = choose_cuda_engine({find_cell(cell), find_dtype(dtype), tf32, steps, batch, hidden_size,
                                               projection, directions, backward, noise, layer_norm},
                                              on);

@@ -2,20 +2,49 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "params.h"
 
 namespace rnnfast::ops {
+namespace {
 
-plan::Device cuda_device(int index) {
-  const cudaDeviceProp& properties = index < 0 ? *at::cuda::getCurrentDeviceProperties()
-                                               : *at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(index));
+plan::Device ask(c10::DeviceIndex index) {
+  const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(index);
   plan::Device device;
   device.capability = properties.major * 10 + properties.minor;
   device.multiprocessors = properties.multiProcessorCount;
   device.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   device.registers = properties.regsPerMultiprocessor;
   device.cooperative = properties.cooperativeLaunch != 0;
-  device.clusters = properties.major == 9 || properties.major == 10;  // those of sm_12x have 8 blocks at most
+#ifndef RNNFAST_OWN_CELL  // which the plan gives no persistent engine
+  const c10::cuda::CUDAGuard guard(index);
+  // The driver may load the kernel that it is asked about, which is no part of a graph that this thread captures.
+  const c10::cuda::CUDAStreamCaptureModeGuard uncaptured(cudaStreamCaptureModeRelaxed);
+  int clusters[cuda::kMostClusterBlocks];
+  const auto error = static_cast<cudaError_t>(cuda::persistent_cluster::active_clusters(clusters));
+  if (error != cudaSuccess) (void)cudaGetLastError();  // or the next call would report it again
+  TORCH_CHECK(error == cudaSuccess, "rnnfast: how many clusters cuda:", static_cast<int>(index),
+              " runs at once could not be asked: ", cudaGetErrorString(error));
+  std::copy(std::begin(clusters), std::end(clusters), device.clusters.begin());
+#endif
   return device;
+}
+
+}  // namespace
+
+plan::Device cuda_device(int index) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, plan::Device> known;  // what a device is does not change
+  const auto device = index < 0 ? c10::cuda::current_device() : static_cast<c10::DeviceIndex>(index);
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known.emplace(device, ask(device)).first->second;
 }
 
 bool tf32_allowed() {

@@ -181,6 +181,12 @@ class Simulator:
     def engine(self, name: str) -> None:
         assert self.library.sim_set_engine(name.encode()), f"the driver has no engine {name}"
 
+    def active_clusters(self) -> list[int]:
+        """What the plan is told of the device: how many clusters of 1, 2, .. blocks run at once."""
+        clusters = (ctypes.c_int * 16)(*[-1] * 16)
+        self._check(self.library.sim_active_clusters(clusters))
+        return list(clusters)
+
     def mutate(self, site: int) -> None:
         """Which place that mutate.py numbered does not synchronise; -1: all do."""
         self.library.sim_mutate(site)

@@ -172,9 +172,9 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 }
 
 // ------------------------------------------------------------------------------------------------ launches
-template <class... P, class... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-  cuda_sim::Launch launch;
+namespace cuda_sim {
+inline Launch launch_of(const cudaLaunchConfig_t* config) {
+  Launch launch;
   launch.grid = config->gridDim;
   launch.block = config->blockDim;
   launch.shared_bytes = config->dynamicSmemBytes;
@@ -185,7 +185,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       launch.cluster = dim3(attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z);
     }
   }
-  return cuda_sim::launch(launch, kernel, std::forward<A>(arguments)...);
+  return launch;
+}
+}  // namespace cuda_sim
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  return cuda_sim::launch(cuda_sim::launch_of(config), kernel, std::forward<A>(arguments)...);
 }
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes = 0,
@@ -216,6 +221,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
                                                           size_t shared_bytes) {
   *blocks = cuda_sim::resident_blocks(threads, shared_bytes);
   return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
+  cuda_sim::Launch launch = cuda_sim::launch_of(config);
+  launch.kernel = reinterpret_cast<const void*>(kernel);
+  return cuda_sim::active_clusters(clusters, launch);
 }
 template <class T>
 cudaError_t cudaMalloc(T** pointer, size_t bytes) {

@@ -468,6 +468,16 @@ int resident_blocks(size_t threads, size_t shared_bytes) {
   return static_cast<int>(std::min({kBlocksOfSm, kThreadsOfSm / ((threads + 31) / 32 * 32),
                                     kSharedBytesOfSm / (shared_bytes + g.plain_shared_bytes + kReservedSharedBytes)}));
 }
+cudaError_t active_clusters(int* clusters, const Launch& launch) {
+  constexpr int kMultiprocessorsOfPart = 16;
+  if (const cudaError_t error = check_limits(launch); error != cudaSuccess) return error;
+  const dim3 block = launch.block, cluster = launch.cluster;
+  const int room = resident_blocks(size_t{block.x} * block.y * block.z, launch.shared_bytes);
+  const int blocks = static_cast<int>(cluster.x * cluster.y * cluster.z);
+  *clusters = kMultiprocessors / kMultiprocessorsOfPart * (kMultiprocessorsOfPart * room / blocks) +
+              kMultiprocessors % kMultiprocessorsOfPart * room / blocks;
+  return cudaSuccess;
+}
 const char* last_message() { return g.message.c_str(); }
 
 // ------------------------------------------------------------------------------------------------ services

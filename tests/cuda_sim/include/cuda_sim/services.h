@@ -33,6 +33,8 @@ void allow_large_clusters(const void* kernel);  // up to 16 blocks
 // The device is that of sm_90; registers do not limit what is resident.
 constexpr int kMultiprocessors = 132;
 int resident_blocks(size_t threads, size_t shared_bytes);  // on one multiprocessor
+// How many clusters of a launch run at once. The blocks of one lie in one of the device's parts, of 16 multiprocessors.
+cudaError_t active_clusters(int* clusters, const Launch& launch);
 
 // Which of the possible orders of execution the next launches take; also the environment's CUDA_SIM_SEED.
 void set_seed(uint64_t seed);

@@ -108,6 +108,26 @@ def test_streams(name: str) -> None:
 
 
 @each_layer
+def test_pinned_lengths_may_be_filled_again(name: str) -> None:
+    """A call has read them when it returns, though the stream has not come to it; a graph would read them at replays."""
+    module = layer(name)
+    input = torch.randn(7, 5, 12, device="cuda")
+    lengths = torch.tensor([7, 3, 0, 5, 1])
+    pinned = lengths.pin_memory()
+    with torch.no_grad():
+        expected = flatten(module(input, lengths=lengths))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)
+        got = flatten(module(input, lengths=pinned))
+        pinned.fill_(1 << 40)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+        pinned.copy_(lengths)
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            module(input, lengths=pinned)
+
+
+@each_layer
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_a_device_that_is_not_the_current_one(name: str) -> None:
     module = layer(name, device="cuda:1")

@@ -18,7 +18,7 @@ namespace rnnfast::ops {
 namespace {
 
 // The arrays behind a Sequence. Lengths on the device are not looked at: the kernels take one below 0 as 0 and one
-// above T as T, which costs no synchronisation. Lengths on the CPU are checked, then copied.
+// above T as T, which costs no synchronisation. Lengths on the CPU are checked, and those that were checked are copied.
 class DeviceSequence {
  public:
   DeviceSequence(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
@@ -37,8 +37,15 @@ class DeviceSequence {
       sequence_.offsets = offsets_.data();
     }
     if (a.lengths) {
-      if (a.lengths->device().is_cpu()) check_lengths(g, *a.lengths);
-      lengths_ = a.lengths->to(tensors.input.device(), /*non_blocking=*/true).contiguous();
+      Tensor lengths = *a.lengths;
+      if (lengths.device().is_cpu()) {
+        // Pinned memory would be read when the stream comes to it, and again at each replay of a graph, with what the
+        // caller has written there by then. The clone is pageable: it has been read when the call returns, and torch
+        // refuses to capture its copy.
+        lengths = lengths.clone(at::MemoryFormat::Contiguous);
+        check_lengths(g, lengths);
+      }
+      lengths_ = lengths.to(tensors.input.device(), /*non_blocking=*/true).contiguous();
       sequence_.lengths = lengths_.const_data_ptr<int64_t>();
     }
   }

@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 
-# How far the two sides' results may be apart, as a part of the result's norm. TensorFloat-32, which torch.nn uses on
-# CUDA unless told otherwise, has the 10 bits of float16.
+# How far the two sides' results may be apart, as a part of the result's norm. TF32 has the 10 bits of float16.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 TF32_TOLERANCE = 1e-2
 FEWEST_STEPS = 8
@@ -36,24 +35,37 @@ class Case:
     device: str  # cpu, cuda
     threads: int
     baseline: str = "torch.nn"  # or "rnnfast float32"
+    tf32: bool = False  # on CUDA: both sides may round float32 factors to TF32, or neither
+
+    @property
+    def arithmetic(self) -> str:
+        return str(self.dtype).removeprefix("torch.") + (" with TF32" if self.tf32 else "")
+
+    @property
+    def tolerance(self) -> float:
+        return TF32_TOLERANCE if self.tf32 else TOLERANCES[self.dtype]
 
     @property
     def key(self) -> str:
         mode = "training" if self.training else "forward"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.shape.name} {self.cell} {mode} {dtype} {self.device} {self.threads} against {self.baseline}"
+        sides = f"{self.threads} against {self.baseline}"
+        return f"{self.shape.name} {self.cell} {mode} {self.arithmetic} {self.device} {sides}"
 
 
 class Mismatch(Exception):
     """The two sides do not compute the same."""
 
 
+def draw(case: Case, dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
+    """Random numbers, drawn where the case runs: for a large shape one thread of the CPU takes seconds a call."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=case.device).to(dtype)
+
+
 def make_input(case: Case, dtype: torch.dtype, steps: int) -> Tensor | PackedSequence:
     """The case's input at ``steps`` steps: the same values at every call, for either side."""
     shape = case.shape
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(steps, shape.batch, shape.input_size, generator=generator)
-    dense = dense.to(case.device, dtype)
+    dense = draw(case, dtype, 0, steps, shape.batch, shape.input_size)
     if not shape.packed:
         return dense.requires_grad_(case.training)
     lengths = torch.linspace(0.1, 1.0, shape.batch).mul(steps).ceil().long().clamp(1, steps).flip(0)
@@ -70,20 +82,18 @@ def make_layers(library: Any, case: Case) -> nn.Module:
 
 
 class Side:
-    """torch.nn or rnnfast, ready to run a case."""
+    """torch.nn or rnnfast, ready to run so many steps of a case."""
 
-    def __init__(self, library: Any, case: Case, dtype: torch.dtype) -> None:
+    def __init__(self, library: Any, case: Case, dtype: torch.dtype, steps: int) -> None:
         self.case, self.dtype = case, dtype
         self.module = make_layers(library, case).to(dtype)
-        self.prepare(case.shape.steps)
+        self.prepare(steps)
 
     def prepare(self, steps: int) -> None:
         self.input = make_input(self.case, self.dtype, steps)
         data = self.input.data if isinstance(self.input, PackedSequence) else self.input
         features = self.case.shape.hidden_size * self.case.shape.directions
-        generator = torch.Generator().manual_seed(1)
-        grad_output = torch.randn(*data.shape[:-1], features, generator=generator)
-        self.grad_output = grad_output.to(self.case.device, self.dtype)
+        self.grad_output = draw(self.case, self.dtype, 1, *data.shape[:-1], features)
         self.leaves = [data, *self.module.parameters()]
 
     def run(self) -> list[Tensor]:
@@ -143,6 +153,12 @@ def peak_memory(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def allow_tf32(allowed: bool) -> None:
+    """For products, whose setting rnnfast follows, and for the layers of cuDNN, which have one of their own."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def fit_steps(side: Side, limit: float, measure: Callable[[Callable[[], object], int], float]) -> int:
     """The most steps, up to the shape's, of which one run of ``side`` passes ``limit`` seconds hardly or not."""
     full = side.case.shape.steps
@@ -185,20 +201,21 @@ def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
     Raises: Mismatch.
     """
     torch.set_num_threads(case.threads)
+    if case.device == "cuda":
+        allow_tf32(case.tf32)
     measure = clock(case.device)
     against_float32 = case.baseline == "rnnfast float32"
     baseline_dtype = torch.float32 if against_float32 else case.dtype
+    fewest = min(case.shape.steps, FEWEST_STEPS)
     sides = {
-        "baseline": Side(rnnfast if against_float32 else nn, case, baseline_dtype),
-        "rnnfast": Side(rnnfast, case, case.dtype),
+        "baseline": Side(rnnfast if against_float32 else nn, case, baseline_dtype, fewest),
+        "rnnfast": Side(rnnfast, case, case.dtype, fewest),
     }
     steps = fit_steps(sides["baseline"], limit, measure)
     for side in sides.values():
         side.prepare(steps)
 
-    tf32 = case.device == "cuda" and case.dtype == torch.float32
-    tolerance = TF32_TOLERANCE if tf32 else TOLERANCES[case.dtype]
-    difference = compare(sides["baseline"].run(), sides["rnnfast"].run(), tolerance)
+    difference = compare(sides["baseline"].run(), sides["rnnfast"].run(), case.tolerance)
 
     samples, medians = in_turns({name: side.run for name, side in sides.items()}, case.device, budget)
     shape = case.shape
@@ -215,7 +232,7 @@ def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
         "packed": shape.packed,
         "cell": case.cell,
         "training": case.training,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": case.arithmetic,
         "device": case.device,
         "threads": case.threads,
         "baseline": case.baseline,

@@ -3,6 +3,7 @@
     python benchmarks/run.py                                    everything, about 10 minutes on 2 cores
     python benchmarks/run.py --quick                            the smaller shapes, about a minute
     python benchmarks/run.py --only char_lm --json FILE         measured again, the rest of the file kept
+    python benchmarks/run.py --resume --minutes 5 --json FILE   what the file lacks, as far as time goes
 
 A ratio is torch.nn's time by rnnfast's: 2.00 means half the time, and below 1.00 is a loss. Before a shape is timed,
 both sides' outputs, final states and gradients are compared. "forward" runs under no_grad; "training" is forward and
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +36,15 @@ from tqdm import tqdm
 
 import rnnfast
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEFAULT_DTYPES = "float32, and some shapes in bfloat16; on CUDA float32 with TF32 and without, and those of 16 bits"
+CUDA_DTYPES = ("tf32", "bfloat16", "float16", "float32")
 # What one step of a layer costs at least, in seconds, by what its state moves through: shared memory, that of other
 # blocks, the second-level cache.
 FLOORS = {"persistent_cta": 0.2e-6, "persistent_cluster": 0.35e-6, "persistent_grid": 1.2e-6}
@@ -44,14 +55,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, and some shapes in bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"default: {DEFAULT_DTYPES}")
     parser.add_argument("--mode", nargs="+", choices=("forward", "training"), default=("forward", "training"))
     parser.add_argument("--threads", nargs="+", type=int, help="on the CPU; default: 1 and the number of cores")
     parser.add_argument("--only", nargs="+", choices=BY_NAME, metavar="NAME", help="of " + ", ".join(BY_NAME))
     parser.add_argument("--quick", action="store_true", help="no large shape, all cores only, few samples")
     parser.add_argument("--limit", type=float, help="seconds one run may take; default: 0.5, with --quick 0.05")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, in place of the same rows")
+    parser.add_argument("--resume", action="store_true", help="measure only what the file of --json does not have")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no measurement after so long")
     args = parser.parse_args()
+    if args.resume and not args.json:
+        parser.error("--resume: needs --json, the file whose rows are not measured again")
+    if args.device == "cpu" and "tf32" in (args.dtype or ()):
+        parser.error("--dtype tf32: needs --device cuda, the CPU has no TF32")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if args.threads is None:
@@ -83,12 +100,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 for training in modes:
                     if cell not in shape.cells or (training and not shape.training):
                         continue
-                    for dtype in args.dtype or ("float32",):
-                        yield Case(shape, cell, training, DTYPES[dtype], args.device, threads)
-                    if args.dtype is None and args.device == "cuda":
-                        for dtype in ("bfloat16", "float16"):
-                            yield Case(shape, cell, training, DTYPES[dtype], "cuda", threads)
-                    elif args.dtype is None and shape.name in BFLOAT16_SHAPES:
+                    for dtype in args.dtype or (CUDA_DTYPES if args.device == "cuda" else ("float32",)):
+                        tf32 = dtype == "tf32"
+                        yield Case(shape, cell, training, DTYPES[dtype], args.device, threads, tf32=tf32)
+                    if args.dtype is None and args.device == "cpu" and shape.name in BFLOAT16_SHAPES:
                         yield Case(shape, cell, training, torch.bfloat16, "cpu", threads, "rnnfast float32")
 
 
@@ -148,8 +163,11 @@ def results_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
+    """In one go, so that a process that is killed leaves the rows of before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(json.dumps(results, indent=1) + "\n")
+    whole.replace(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -215,7 +233,9 @@ def main() -> None:
     args = parse_arguments()
     results = results_of(args)
     rows = {row["key"]: row for row in results["rows"]}
-    todo = list(cases(args))
+    chosen = list(cases(args))
+    todo = [case for case in chosen if not (args.resume and case.key in rows)]
+    end = time.monotonic() + 60 * args.minutes
     brgemm = None
     if args.device == "cpu":
         try:
@@ -223,15 +243,18 @@ def main() -> None:
         except (RuntimeError, OSError) as error:
             print(f"the brgemm rate is left out, its code does not build: {error}", file=sys.stderr)
 
-    mismatches = []
+    failures, left = [], 0
     measured_commit = commit()
     with tqdm(todo, unit="case", dynamic_ncols=True) as bar:
         for case in bar:
+            if time.monotonic() > end:
+                left += 1
+                continue
             bar.set_postfix_str(case.key, refresh=False)
             try:
                 row = measure_case(case, args.limit, budget=args.limit)
-            except Mismatch as error:
-                mismatches.append(f"{case.key}: {error}")
+            except (Mismatch, RuntimeError) as error:  # one that cannot run leaves the others their turn
+                failures.append(f"{case.key}: {error}")
                 continue
             if brgemm and has_roof(case):
                 row |= roof(case, row, brgemm)
@@ -241,13 +264,15 @@ def main() -> None:
             if args.json:
                 write(args.json, results)
 
-    measured = [rows[case.key] for case in todo if case.key in rows]
+    measured = [rows[case.key] for case in chosen if case.key in rows]
     print_tables(measured, args.device)
     headers = ["target", "forward", "reached", "", "training", "reached", ""]
     print("\nTargets")
     print(tabulate(judge(measured, args.device), headers, disable_numparse=True))
-    if mismatches:
-        raise SystemExit("\nWRONG RESULTS, not timed:\n" + "\n".join(mismatches))
+    if left:
+        print(f"\n{left} of {len(chosen)} are left after {args.minutes:g} minutes; --resume goes on with them")
+    if failures:
+        raise SystemExit("\nWRONG RESULTS or none, not timed:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":

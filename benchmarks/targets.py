@@ -104,7 +104,7 @@ CPU_TARGETS = (
 CUDA_TARGETS = (
     Target("bfloat16", on_cuda("bfloat16"), 3.0, 2.5, mean=True),
     Target("float16", on_cuda("float16"), 1.5, 1.5, mean=True),
-    Target("float32 with TF32", on_cuda("float32"), 2.0, 1.5, mean=True),
+    Target("float32 with TF32", on_cuda("float32 with TF32"), 2.0, 1.5, mean=True),
     Target("every shape, every dtype", lambda row: True, 1.0, 1.0),
     Target("packed or bidirectional", lambda row: row["packed"] or row["directions"] == 2, 2.0, 2.0),
     *(

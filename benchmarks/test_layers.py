@@ -18,6 +18,6 @@ import rnnfast
 def test_layer(benchmark, shape, cell, training, library):
     case = Case(BY_NAME[shape], cell, training, torch.float32, "cpu", torch.get_num_threads())
     benchmark.group = f"{shape} {cell} {'training' if training else 'forward'}"
-    side = Side(library, case, case.dtype)
+    side = Side(library, case, case.dtype, case.shape.steps)
     result = benchmark(side.run)
-    compare(Side(torch.nn, case, case.dtype).run(), result, TOLERANCES[case.dtype])
+    compare(Side(torch.nn, case, case.dtype, case.shape.steps).run(), result, TOLERANCES[case.dtype])

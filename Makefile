@@ -62,16 +62,8 @@ nvcc-check: .venv/deps ## compile the CUDA sources, which needs nvcc and no GPU
 bench: .venv/built ## time the layers against torch.nn on the CPU
 	$(BIN)/python benchmarks/run.py --device cpu
 
-# What GPU time there is goes in this order: is it right at all, is it right everywhere, how fast is it. The sanitizer
-# comes last: it is slow, and there are machines on which it does not run.
-gpu-check: ## on a machine with a GPU, in the Python that has its torch: build for it, test, time
-	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') RNNFAST_CUDA=1 \
-	  $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m rnnfast
-	$(PYTHON) -m pytest tests/test_cuda_hardware.py tests/test_cuda_runtime.py
-	$(PYTHON) -m pytest tests -k cuda --ignore tests/test_cuda_sim.py --ignore tests/test_cuda_sim_spread.py --ignore tests/test_nvcc.py
-	$(PYTHON) benchmarks/run.py --device cuda --limit 0.1 --json benchmarks/results/cuda.json
-	if command -v compute-sanitizer >/dev/null; then compute-sanitizer --error-exitcode 1 $(PYTHON) -m rnnfast; fi
+gpu-check: ## on a machine with a GPU, in the Python that has its torch: build for it, test, time, in 8 minutes
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean: ## remove everything that was made
 	rm -rf .venv build dist *.egg-info rnnfast/*.so rnnfast/not_built.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks \

@@ -109,7 +109,7 @@ def test_streams(name: str) -> None:
 
 @each_layer
 def test_pinned_lengths_may_be_filled_again(name: str) -> None:
-    """A call has read them when it returns, though the stream has not come to it; a graph would read them at replays."""
+    """A call has read them when it returns, before the stream comes to it; a graph would read them at each replay."""
     module = layer(name)
     input = torch.randn(7, 5, 12, device="cuda")
     lengths = torch.tensor([7, 3, 0, 5, 1])
@@ -123,7 +123,7 @@ def test_pinned_lengths_may_be_filled_again(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
         pinned.copy_(lengths)
-        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match="capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             module(input, lengths=pinned)
 
 

@@ -64,7 +64,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   BackwardWorkspace(const LayerBackward& layer, const CellTraits& cell, int threads)
       : Sizes(layer, cell, layer.output_size, /*whole_rows=*/layer.layer_norm, threads),
         passes(layer.sequence, halves() * ld_gates() * sizeof(Operand), WeightGradient<S>::kDepth,
-               this->balanced() && !layer.direction[0].grad_igates) {}
+               balanced() && !layer.direction[0].grad_igates) {}
 
   // As planned; the runtime may give fewer, and not in each pass as many.
   int threads_a_direction() const { return std::max(1, plan.threads / layer.directions); }
@@ -180,6 +180,11 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   }
 
  private:
+  // Whether each thread's work is equal in every pass of the loop. Threads with rows of their own wait for each other
+  // behind each.
+  bool balanced() const {
+    return plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
+  }
   int halves() const { return cell.split_gates || layer.layer_norm ? 2 : 1; }
 };
 

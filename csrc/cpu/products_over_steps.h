@@ -43,11 +43,6 @@ class GradientSizes {
     const double row = row_cycles(cell.gates, layer.input_size, layer.hidden_size, hidden_inputs());
     return row * double(layer.sequence.rows) * layer.directions < 1e5 ? 1 : threads;
   }
-  // Whether each thread's work is equal in every pass of the loop. Threads with rows of their own wait for each other
-  // behind each.
-  bool balanced() const {
-    return plan.divide == Divide::units || plan.threads <= layer.directions || !layer.sequence.batch_sizes;
-  }
   int64_t gates() const { return cell.gates * layer.hidden_size; }
   // A row of gate gradients, whole pairs. The weight gradients walk down columns: rows a multiple of a large power of
   // two apart would meet in one set of the cache, so such rows lie a cache line further apart.

@@ -31,12 +31,13 @@ class TangentWorkspace : public GradientSizes<S, LayerTangent> {
   };
   using Own = typename Sizes::Buffers;
 
+  // Several threads would wait for each other behind each window, for no gain that shows.
   const Passes passes;
 
   TangentWorkspace(const LayerTangent& layer, const CellTraits& cell, int threads)
       : Sizes(layer, cell, /*output_size=*/layer.hidden_size, /*whole_rows=*/false, threads),
         passes(layer.sequence, (cell.split_gates ? 2 : 1) * 2 * padded_gates() * sizeof(S),
-               WeightGradient<S>::kDepth / 2, this->balanced()) {}
+               WeightGradient<S>::kDepth / 2, /*windows=*/this->team_size() == 1) {}
 
   // The input is projected for so many steps at once.
   int64_t window_steps() const {

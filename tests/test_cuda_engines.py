@@ -265,7 +265,8 @@ def device_here() -> dict[str, Any]:
 
 
 def as_large_as_hopper(device: dict[str, Any]) -> bool:
-    sizes = ("multiprocessors", "shared_bytes", "registers", "cooperative", "clusters")
+    """Clusters and cooperative launches it then has to have as well: without them, an engine would be missing."""
+    sizes = ("multiprocessors", "shared_bytes", "registers")
     return device["capability"] == HOPPER["capability"] and all(device[key] >= HOPPER[key] for key in sizes)
 
 

@@ -199,9 +199,11 @@ EXPORT bool sim_set_engine(const char* name) {
   }
   return strcmp(name, engine->name) == 0;
 }
+#ifndef RNNFAST_OWN_CELL  // which has no persistent engine
 EXPORT int sim_active_clusters(int (&clusters)[cuda::kMostClusterBlocks]) {
   return cuda::persistent_cluster::active_clusters(clusters);
 }
+#endif
 EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
 EXPORT void sim_mutate(int site) { cuda_sim::mutate(site); }
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }

@@ -319,12 +319,17 @@ LARGE = {
 BFLOAT16 = ARITHMETICS["bfloat16"]
 
 
-def large_problem(engine: str) -> Problem:
-    limits = [against(engine, LARGE[engine], BFLOAT16, backward, device_here()) for backward in (False, True)]
+def problem_for(engine: str, sample: Sample) -> Problem:
+    """In bfloat16; skips where the device is too small for the engine to take it."""
+    limits = [against(engine, sample, BFLOAT16, backward, device_here()) for backward in (False, True)]
     if any(limits):
         assert not as_large_as_hopper(device_here())
         pytest.skip("; ".join(filter(None, limits)))
-    return Problem(LARGE[engine], BFLOAT16, "cuda")
+    return Problem(sample, BFLOAT16, "cuda")
+
+
+def large_problem(engine: str) -> Problem:
+    return problem_for(engine, LARGE[engine])
 
 
 def forward_and_backward(problem: Problem) -> list[Tensor]:
@@ -340,11 +345,7 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 @each_engine
 def test_a_small_call(engine: str) -> None:
     """Little enough for compute-sanitizer."""
-    limits = [against(engine, SMALL, BFLOAT16, backward, device_here()) for backward in (False, True)]
-    if any(limits):
-        assert not as_large_as_hopper(device_here())
-        pytest.skip("; ".join(filter(None, limits)))
-    problem = Problem(SMALL, BFLOAT16, "cuda")
+    problem = problem_for(engine, SMALL)
     with ops.cuda_engine(engine):
         results = problem.forward()
         gradients = problem.backward(results)

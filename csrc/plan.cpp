@@ -170,7 +170,9 @@ Candidate consider_persistent_cluster(const Problem& problem, const Device& devi
   int most_blocks = cuda::kMostClusterBlocks;
   while (most_blocks > 0 && device.clusters[most_blocks - 1] == 0) --most_blocks;
   if (most_blocks == 0) {
-    return {text("it needs clusters of blocks (sm_90 and later), the device is sm_", device.capability), {}};
+    return {text("it needs clusters of blocks (sm_90 and later, and code made for that), the device is sm_",
+                 device.capability),
+            {}};
   }
   return consider_spread(problem, device, {most_blocks, cuda::kClusterCopies, kMostWaves, kClusterStepClocks},
                          [&](int blocks) -> int64_t { return device.clusters[blocks - 1]; });

@@ -126,6 +126,16 @@ def test_clusters_that_run_at_once_are_asked_for(simulators: dict[str, driver.Si
     assert simulator(simulators, "sim").active_clusters() == expected
 
 
+def test_code_for_an_older_device_has_no_clusters(simulators: dict[str, driver.Simulator]) -> None:
+    """Its kernels are empty on any device that runs it."""
+    sim = simulator(simulators, "sim")
+    try:
+        sim.code_version(80)
+        assert not any(sim.active_clusters())
+    finally:
+        sim.code_version(90)
+
+
 # ------------------------------------------------------------------------------------------------ mutation
 def test_instrument_finds_what_synchronises() -> None:
     names = instrument.wrappers("__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {")

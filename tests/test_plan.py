@@ -177,7 +177,7 @@ def test_the_whole_gpu_holds_what_a_cluster_cannot() -> None:
     old = plan(hidden_size=512, device=AMPERE)
     assert old["engine"] == "persistent_grid"
     against = old["against"]["persistent_cluster"]
-    assert against == "it needs clusters of blocks (sm_90 and later), the device is sm_80"
+    assert against == "it needs clusters of blocks (sm_90 and later, and code made for that), the device is sm_80"
     alone = plan(hidden_size=512, device={**AMPERE, "cooperative": False})
     assert alone["engine"] == "stepwise"
     assert alone["against"]["persistent_grid"] == "the device has no cooperative launches"

@@ -17,6 +17,11 @@ int active_clusters(int (&clusters)[kMostClusterBlocks]) {
   RNNFAST_RETURN_IF_ERROR(cudaGetDevice(&device));
   RNNFAST_RETURN_IF_ERROR(cudaDeviceGetAttribute(&any, cudaDevAttrClusterLaunch, device));
   if (any == 0) return 0;
+  // Such a device runs code made for older ones too, in which the kernels are empty.
+  cudaFuncAttributes code = {};
+  RNNFAST_RETURN_IF_ERROR(cudaFuncGetAttributes(&code, block_of_a_multiprocessor));
+  constexpr int kFirstWithClusters = 90;
+  if (code.ptxVersion < kFirstWithClusters) return 0;
   RNNFAST_RETURN_IF_ERROR(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   LaunchShape largest;
   largest.shared_bytes = most_bytes;

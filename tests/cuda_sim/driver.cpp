@@ -204,6 +204,7 @@ EXPORT int sim_active_clusters(int (&clusters)[cuda::kMostClusterBlocks]) {
   return cuda::persistent_cluster::active_clusters(clusters);
 }
 #endif
+EXPORT void sim_set_code_version(int version) { cuda_sim::set_code_version(version); }
 EXPORT void sim_set_shift(size_t elements) { shift_in_elements = elements; }
 EXPORT void sim_mutate(int site) { cuda_sim::mutate(site); }
 EXPORT void sim_set_seed(uint64_t seed) { cuda_sim::set_seed(seed); }

@@ -187,6 +187,10 @@ class Simulator:
         self._check(self.library.sim_active_clusters(clusters))
         return list(clusters)
 
+    def code_version(self, version: int) -> None:
+        """For which architecture all kernels count as compiled: 90 is sm_90."""
+        self.library.sim_set_code_version(version)
+
     def mutate(self, site: int) -> None:
         """Which place that mutate.py numbered does not synchronise; -1: all do."""
         self.library.sim_mutate(site)

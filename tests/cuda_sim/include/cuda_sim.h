@@ -217,6 +217,12 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribu
   return cudaSuccess;
 }
 template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  *attributes = {};
+  attributes->ptxVersion = cuda_sim::code_version();
+  return cudaSuccess;
+}
+template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int threads,
                                                           size_t shared_bytes) {
   *blocks = cuda_sim::resident_blocks(threads, shared_bytes);

@@ -62,6 +62,7 @@ namespace {
 
 std::vector<char*> free_stacks;
 std::map<const void*, int> max_dynamic_shared;
+int version_of_code = 90;
 std::set<const void*> large_clusters;
 sigjmp_buf leave_kernel;
 
@@ -478,6 +479,8 @@ cudaError_t active_clusters(int* clusters, const Launch& launch) {
               kMultiprocessors % kMultiprocessorsOfPart * room / blocks;
   return cudaSuccess;
 }
+void set_code_version(int version) { version_of_code = version; }
+int code_version() { return version_of_code; }
 const char* last_message() { return g.message.c_str(); }
 
 // ------------------------------------------------------------------------------------------------ services

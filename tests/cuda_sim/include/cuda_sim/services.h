@@ -35,6 +35,9 @@ constexpr int kMultiprocessors = 132;
 int resident_blocks(size_t threads, size_t shared_bytes);  // on one multiprocessor
 // How many clusters of a launch run at once. The blocks of one lie in one of the device's parts, of 16 multiprocessors.
 cudaError_t active_clusters(int* clusters, const Launch& launch);
+// For which architecture the kernels count as compiled, 90 at first: a device runs code of older ones.
+void set_code_version(int version);
+int code_version();
 
 // Which of the possible orders of execution the next launches take; also the environment's CUDA_SIM_SEED.
 void set_seed(uint64_t seed);

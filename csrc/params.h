@@ -151,6 +151,9 @@ struct DirectionBackward {
 
   void* grad_h0 = nullptr;  // [B, P]
   void* grad_c0 = nullptr;  // [B, H]
+  // Rows of P: the gradient of every step's state, grad_output and what later steps give; data null: not wanted. CPU
+  // engine only, without a projection, noise and layer normalisation.
+  Rows grad_states;
 
   // The loop's product. For a cell without split gates grad_hgates equals grad_igates, unless they are normalised. CPU
   // engine: null, or float32 and float64 without weight gradients.
@@ -214,6 +217,7 @@ struct DirectionTangent {
   void* t_c_n = nullptr;  // [B, H]
 
   // backward
+  Rows grad_states;                // rows of P, as backward left them; data null: made again
   DualRows grad_output, grad_c;    // rows of P, rows of H
   DualPointer grad_h_n, grad_c_n;  // [B, P], [B, H]
   void* t_grad_h0 = nullptr;       // [B, P]

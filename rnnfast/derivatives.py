@@ -544,7 +544,7 @@ def _unpack_jvp(cell: str, *arguments: Any) -> _Unpacked:
 
 def _unpack_backward_jvp(cell: str, *arguments: Any) -> _Unpacked:
     t_grads, tangents, t_weights, grads = arguments[:4], arguments[4:7], arguments[7], arguments[8:12]
-    layer, kept, output_mask = arguments[12:19], arguments[19:22], arguments[22]
+    layer, kept, output_mask = arguments[12:19], arguments[19:22], arguments[22]  # grad_states follow from these
     call = _Call(cell, len(layer[3]), output_mask=tuple(output_mask))
     return _BackwardJvp, call, (*t_grads, *grads, *kept, *tangents, *_flat(layer), *t_weights), 7
 
@@ -626,7 +626,7 @@ def register(library: Any, cell: str) -> None:
         ("_backward", _unpack_backward, 15),
         ("_grouped_backward", _unpack_backward, 16),
         ("_jvp", _unpack_jvp, 14),
-        ("_backward_jvp", _unpack_backward_jvp, 23),
+        ("_backward_jvp", _unpack_backward_jvp, 24),
     ):
         library.impl(name + suffix, partial(_transformed, unpack, own, cell), "FuncTorchDynamicLayerFrontMode")
         library.impl(name + suffix, partial(_vectorized, unpack, own, cell), "Batched")

@@ -230,6 +230,11 @@ def _fake_layer_backward(
     return grad_input, grad_h0, grad_c0, [weight.new_empty(weight.shape) for weight in weights if output_mask[3]]
 
 
+def _fake_backward_with_states(*arguments: Any) -> tuple[Any, ...]:
+    output = arguments[11]
+    return *_fake_layer_backward(*arguments), output.new_empty(output.shape)
+
+
 def _fake_grouped_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     *of_backward, groups = arguments
     *grads, weights = _fake_layer_backward(*of_backward)
@@ -246,8 +251,8 @@ def _fake_jvp(t_input: Any, t_h0: Any, t_c0: Any, t_weights: Any, *arguments: An
 
 def _fake_backward_jvp(*arguments: Any) -> tuple[Any, ...]:
     t_grads, tangents, grads = arguments[:4], arguments[4:8], arguments[8:12]
-    *layer, output, c, saved, output_mask = arguments[12:]
-    _check_devices(layer[0], (*t_grads, *grads), None, None)
+    *layer, output, c, saved, output_mask = arguments[12:23]
+    _check_devices(layer[0], (*t_grads, *grads, *arguments[23:]), None, None)
     t_results = _fake_jvp(*tangents, *layer, output, c, saved)
     return *t_results, *_fake_layer_backward(*(*grads, *layer, output, c, saved, output_mask))
 
@@ -285,6 +290,7 @@ def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
     for suffix, fake in (
         ("", partial(_fake_layer, reference.find_cell(cell).gates, saved_values)),
         ("_backward", _fake_layer_backward),
+        ("_backward_with_states", _fake_backward_with_states),
         ("_grouped_backward", _fake_grouped_backward),
         ("_jvp", _fake_jvp),
         ("_backward_jvp", _fake_backward_jvp),

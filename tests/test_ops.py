@@ -418,6 +418,10 @@ def test_opcheck_tangents(sample: Sample) -> None:
     of_jvp, of_backward_jvp = tangent_arguments(sample)
     torch.library.opcheck(operator(f"{sample.cell}_jvp"), tuple(of_jvp))
     torch.library.opcheck(operator(f"{sample.cell}_backward_jvp"), (*of_backward_jvp, [True] * 4))
+    with_states = (*backward_arguments(sample), [True] * 4)
+    torch.library.opcheck(operator(f"{sample.cell}_backward_with_states"), with_states)
+    grad_states = torch.randn_like(of_backward_jvp[19])
+    torch.library.opcheck(operator(f"{sample.cell}_backward_jvp"), (*of_backward_jvp, [True] * 4, grad_states))
 
 
 @each_cell
@@ -454,6 +458,47 @@ def test_groups_sum_to_the_whole(sample: Sample) -> None:
     groups = operator(f"{sample.cell}_grouped_backward")(*arguments, [True] * 4, 2)
     assert_close(groups[:3], whole[:3])
     assert_close([gradient.sum(0) for gradient in groups[3]], whole[3])
+
+
+@each_cell
+def test_gradients_of_all_states(cell: str) -> None:
+    """That of step t's state is what grad_output gives there, and what the steps behind it give to their h0."""
+    arguments = backward_arguments(Sample(cell))
+    grad_output, grad_h_n, grad_c_n, grad_c, input, _, c0, *layer, output, c, _ = arguments
+    grad_states = operator(f"{cell}_backward_with_states")(*arguments, [True] * 4)[4]
+    for t in range(5):
+        h_t, c_t, rest = output[t][None], None if c0 is None else c[t][None], input[t + 1 :]
+        behind = operator(cell)(rest, h_t, c_t, *layer, 2)
+        grad_behind = None if grad_c is None else grad_c[t + 1 :]
+        of_behind = (grad_output[t + 1 :], grad_h_n, grad_c_n, grad_behind, rest, h_t, c_t, *layer)
+        grad_h_t = operator(f"{cell}_backward")(*of_behind, behind[0], behind[3], behind[4], [True] * 4)[1]
+        assert_close(grad_states[t], grad_output[t] + grad_h_t[0])
+
+
+@each_form
+def test_gradients_of_all_states_spare_what_they_are(sample: Sample) -> None:
+    with_states = operator(f"{sample.cell}_backward_with_states")
+    if sample.proj_size:
+        with pytest.raises(RuntimeError, match="a projection has no kernel for the gradients of all states"):
+            with_states(*backward_arguments(sample), [True] * 4)
+        return
+    arguments = backward_arguments(sample)
+    *gradients, grad_states = with_states(*arguments, [True] * 4)
+    assert_close(tuple(gradients), operator(f"{sample.cell}_backward")(*arguments, [True] * 4))
+    if sample.cell not in TANGENT_CELLS:
+        return
+    _, of_jvp = tangent_arguments(sample)
+    jvp = operator(f"{sample.cell}_backward_jvp")
+    grad_states = with_states(*of_jvp[8:12], *of_jvp[12:], [True] * 4)[4]
+    without = jvp(*of_jvp, [True] * 4)
+    assert_close(jvp(*of_jvp, [True] * 4, grad_states), without)
+    assert not torch.equal(jvp(*of_jvp, [True] * 4, 2 * grad_states)[4], without[4])  # they are what is read
+
+
+def test_bad_gradients_of_states() -> None:
+    _, of_jvp = tangent_arguments(Sample("lstm"))
+    with pytest.raises(RuntimeError, match=r"grad_states has shape \[4, 3, 5\], .* = \[5, 3, 5\]"):
+        operator("lstm_backward_jvp")(*of_jvp, [True] * 4, of_jvp[19][1:])
 
 
 BAD_TANGENTS: dict[str, tuple[int, Callable[[Any], Any], type[Exception], str]] = {
@@ -497,11 +542,12 @@ def test_tangents_of_what_is_no_layer(directions: int) -> None:
         operator("lstm_jvp")(*arguments)
 
 
-def test_gradients_of_groups_refuse_a_derivative() -> None:
+@pytest.mark.parametrize(("name", "groups"), [("gru_grouped_backward", [3]), ("gru_backward_with_states", [])])
+def test_operators_without_a_derivative_refuse_one(name: str, groups: list[int]) -> None:
     arguments = backward_arguments(Sample("gru"))
     require_gradients(arguments[:8])
-    with pytest.raises(NotImplementedError, match="gru_grouped_backward has no derivative"):
-        operator("gru_grouped_backward")(*arguments, [True] * 4, 3)
+    with pytest.raises(NotImplementedError, match=f"{name} has no derivative"):
+        operator(name)(*arguments, [True] * 4, *groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

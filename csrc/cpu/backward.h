@@ -437,6 +437,7 @@ class Backward {
     const S* prev_c = Cell::kStates > 1 ? previous_c(t, slot) : nullptr;
     const S* grad_output = at<const S>(d_.grad_output, s_, t, slot);
     const S* grad_cell = at<const S>(d_.grad_c, s_, t, slot);
+    S* grad_state = at<S>(d_.grad_states, s_, t, slot);
     Operand* igates = shared_.igates + row * ld_g_;
     Operand* hgates = shared_.hgates + row * ld_g_;
     const Acc* keep_h = kVaried && !shared_.outputs ? keep_h_.row(slot) : nullptr;
@@ -455,6 +456,7 @@ class Backward {
           grad[0] = V::load(carried_h);
           if (grad_output) grad[0] = grad[0] + load(grad_output + u, n);
         }
+        if (!kVaried && grad_state) store(grad_state + u, grad[0], n);
         if (kVaried && keep_h) kept[0] = divide_gradient(V::load(keep_h + u), grad[0]);
         if constexpr (Cell::kStates > 1) {
           state[1] = load(c + u, n);

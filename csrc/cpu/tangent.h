@@ -6,6 +6,7 @@
 // to the first, the cell on dual numbers turns the gradient of a step's state, with its tangent, into those of the
 // gates; then, of the step before,
 //   grad_h = grad_hgates W_hh       grad_h' = grad_hgates' W_hh + grad_hgates W_hh'
+// the first of which backward may have kept.
 // States are read where the tensors have them, so only backward carries anything from step to step. The gradients of
 // the input and of the weights come behind it, from tangent_products.h.
 //
@@ -239,6 +240,8 @@ class Tangent {
       m_.wait();
     }
     const Share blocks = block_share(columns_.count(), m_);
+    // Which rows of the gradients the product with W_hh carries: values and tangents by turns, or the latter alone.
+    const int64_t first_row = d_.grad_states.data ? 1 : 0, step = first_row + 1;
     for (int64_t s = pass.end - 1; s >= pass.begin; --s) {
       const int64_t t = time(s), count = living(s);
       for (int64_t i = 0; i < count; ++i)
@@ -248,12 +251,13 @@ class Tangent {
         const int chunk = kMaxRows[columns_.vectors(b)];
         S* grad = shared_.grad_h + rows_.begin * 2 * ld_ + columns_.column(b);
         const S* operands[kTileRows];
-        for_chunks(0, 2 * count, chunk, [&](int64_t first, int64_t n) {
+        for_chunks(0, 2 * count / step, chunk, [&](int64_t first, int64_t n) {
           for (int64_t i = 0; i < n; ++i) {
-            const int64_t row = first + i;
+            const int64_t row = first_row + (first + i) * step;
             operands[i] = gate_row(shared_.grad_hgates, origin, t, rows_.begin + row / 2) + row % 2 * ld_g_;
           }
-          w_hh.multiply(b, operands, n, grad + first * ld_, grad + first * ld_, ld_);
+          S* carried = grad + (first_row + first * step) * ld_;
+          w_hh.multiply(b, operands, n, carried, carried, step * ld_);
         });
         if (d_.w_hh.tangent)
           for_chunks(0, count, chunk, [&](int64_t first, int64_t n) {
@@ -317,6 +321,7 @@ class Tangent {
     const Target hgates = pair(gate_row(shared_.grad_hgates, origin, t, slot), ld_g_);
     const Target carried_h = pair(shared_.grad_h + 2 * slot * ld_, ld_);
     const Target carried_c = kState ? pair(shared_.grad_c + 2 * slot * ld_, ld_) : Target{};
+    const S* grad_state = row_of(d_.grad_states, t, slot);
     const bool zero = starts_from_zero(s_, t, slot, d_.reverse);
     const int64_t end = columns_.first(b) + columns_.size(b);
     for (int64_t u = columns_.first(b); u < end; u += kLanes) {
@@ -327,6 +332,7 @@ class Tangent {
       prev[kState] = prev_rows.load(u, n);
       const auto carried = [&](const Target& from) { return W(V::load(from.value + u), V::load(from.tangent + u)); };
       grad[0] = carried(carried_h) + grad_output.load(u, n);
+      if (grad_state) grad[0].value = load(grad_state + u, n);
       if (kState) grad[1] = carried(carried_c) + grad_cell.load(u, n);
       Cell::backward(saved, prev, state, grad, grad_igates, grad_hgates, grad_prev);
       for (int g = 0; g < G; ++g) {

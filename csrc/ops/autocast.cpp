@@ -32,7 +32,7 @@ template <CellKind kind, at::DeviceType device>
 void implement(torch::Library& m) {
   const std::string name = cell_info(kind).name;
   m.impl(name.c_str(), &forward<kind, device>);
-  for (const char* derivative : {"_backward", "_grouped_backward", "_jvp", "_backward_jvp"})
+  for (const char* derivative : {"_backward", "_backward_with_states", "_grouped_backward", "_jvp", "_backward_jvp"})
     m.impl((name + derivative).c_str(), torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
 }
 

@@ -68,6 +68,12 @@ bool any_tangent(const Tensors&... tensors) {
   return (any_of(has_tangent, tensors) || ...);
 }
 
+template <class... Tensors>
+void check_no_derivative(CellKind kind, const char* suffix, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_requires_grad(tensors...) && !any_tangent(tensors...), "rnnfast.",
+                              cell_info(kind).name, suffix, " has no derivative");
+}
+
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
@@ -252,9 +258,16 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
                                const Tensor& c, const Tensor& saved, OutputMask output_mask, CellKind kind,
                                const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_input, grad_h0, grad_c0, grad_weights] =
-        backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                     lengths, reset, output, c, saved, output_mask, std::nullopt, {}, false);
+    // The gradients of all states spare the second backward one of its products a step. In 16 bits they would be
+    // rounded, those that it makes itself are not.
+    auto [grad_input, grad_h0, grad_c0, grad_weights, grad_states] =
+        at::isReducedFloatingType(input.scalar_type())
+            ? std::tuple_cat(backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
+                                                          weights, batch_sizes, lengths, reset, output, c, saved,
+                                                          output_mask, std::nullopt, {}, false),
+                             std::tuple(Tensor()))
+            : backward_with_states_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
+                                                       batch_sizes, lengths, reset, output, c, saved, output_mask);
     variable_list kept = {undefined_unless(grad_output),
                           undefined_unless(grad_h_n),
                           undefined_unless(grad_c_n),
@@ -268,8 +281,8 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
       kept[5] = duals->h0;
       kept[6] = duals->c0;
     }
-    kept.insert(kept.end(),
-                {undefined_unless(batch_sizes), undefined_unless(lengths), undefined_unless(reset), output, c, saved});
+    kept.insert(kept.end(), {undefined_unless(batch_sizes), undefined_unless(lengths), undefined_unless(reset), output,
+                             c, saved, grad_states});
     const at::TensorList kept_weights = duals ? duals->weights : weights;
     kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
@@ -287,7 +300,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     const variable_list kept = context->get_saved_variables();
     const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
     const Tensor &input = kept[4], &h0 = kept[5];
-    const at::TensorList weights = at::TensorList(kept).slice(13);
+    const at::TensorList weights = at::TensorList(kept).slice(14);
     OptionalTensor t_states[3];
     for (size_t i = 0; i < 3; ++i) t_states[i] = optional(tangents[i]);
     const std::vector<Tensor> t_weights = all_or_none({tangents.begin() + 3, tangents.end()}, weights);
@@ -301,7 +314,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     auto [t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0, grad_weights] = backward_jvp_operator(kind).call(
         {}, {}, {}, {}, t_states[0], t_states[1], t_states[2], t_weights, kept_or_none(0), kept_or_none(1),
         kept_or_none(2), kept_or_none(3), input, h0, kept_or_none(6), weights, kept_or_none(7), kept_or_none(8),
-        kept_or_none(9), kept[10], kept[11], kept[12], mask);
+        kept_or_none(9), kept[10], kept[11], kept[12], mask, kept_or_none(13));
 
     variable_list result = {t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0};
     for (size_t i = 0; i < 7; ++i)
@@ -370,21 +383,31 @@ BackwardResult backward(CellKind kind, const OptionalTensor& grad_output, const 
   auto [t_output, t_h_n, t_c_n, t_c, t_input, t_h0, t_c0, t_weights] = backward_jvp_operator(kind).call(
       tangent(grad_output), tangent(grad_h_n), tangent(grad_c_n), tangent(grad_c), tangent(input), tangent(h0),
       tangent(c0), tangent(weights), grads[0], grads[1], grads[2], grads[3], x, h, cell_state, w, batch_sizes, lengths,
-      reset, every_h, every_c, saved, output_mask);
+      reset, every_h, every_c, saved, output_mask, {});
   for (size_t i = 0; i < grad_weights.size(); ++i) grad_weights[i] = dual(grad_weights[i], t_weights[i]);
   return {dual(grad_input, t_input), dual(grad_h0, t_h0), dual(grad_c0, t_c0), grad_weights};
 }
 
-// Nothing else keeps a gradient from getting lost here.
+// Nothing else keeps a gradient from getting lost in the two that follow.
+BackwardWithStatesResult backward_with_states(
+    CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+    const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
+    const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+    const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+  check_no_derivative(kind, "_backward_with_states", grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return backward_with_states_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
+                                                        grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
+                                                        reset, output, c, saved, output_mask);
+}
+
 BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& grad_output,
                                 const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                 const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                 const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                 const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
                                 const Tensor& c, const Tensor& saved, OutputMask output_mask, int64_t groups) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights) &&
-                                  !any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights),
-                              "rnnfast.", cell_info(kind).name, "_grouped_backward has no derivative");
+  check_no_derivative(kind, "_grouped_backward", grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return grouped_backward_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
                                                     grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
@@ -470,7 +493,7 @@ struct LayerJvp : torch::autograd::Function<LayerJvp> {
       auto [t_output, t_h_n, t_c_n, t_c, input, h0, c0, of_weights] = backward_jvp_operator(kind).call(
           {}, {}, {}, {}, kept_or_none(0), kept_or_none(1), kept_or_none(2), t_weights, optional(grads[0]),
           optional(grads[1]), optional(grads[2]), optional(grads[3]), kept[3], kept[4], kept_or_none(5), weights,
-          kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11], of_layer);
+          kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11], of_layer, {});
       append(of_layer, input, h0, c0, of_weights, count);
     } else {
       append(of_layer, {}, {}, {}, {}, count);
@@ -513,7 +536,7 @@ BackwardJvpResult backward_jvp(CellKind kind, c10::DispatchKeySet keys, const Op
                                const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved,
-                               OutputMask output_mask) {
+                               OutputMask output_mask, const OptionalTensor& grad_states) {
   const auto holds = [&](const auto& any) {
     return any(t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output, grad_h_n,
                grad_c_n, grad_c, input, h0, c0, weights);
@@ -529,17 +552,18 @@ BackwardJvpResult backward_jvp(CellKind kind, c10::DispatchKeySet keys, const Op
   return backward_jvp_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, t_grad_output, t_grad_h_n,
                                                 t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output,
                                                 grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                                lengths, reset, output, c, saved, output_mask);
+                                                lengths, reset, output, c, saved, output_mask, grad_states);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, Autograd, m) {
-#define RNNFAST_AUTOGRAD(name, Type)                                                            \
-  m.impl(#name, TORCH_FN((OfCell<forward, CellKind::name>::run)));                              \
-  m.impl(#name "_backward", TORCH_FN((OfCell<backward, CellKind::name>::run)));                 \
-  m.impl(#name "_grouped_backward", TORCH_FN((OfCell<grouped_backward, CellKind::name>::run))); \
-  m.impl(#name "_jvp", TORCH_FN((OfCell<jvp, CellKind::name>::run)));                           \
+#define RNNFAST_AUTOGRAD(name, Type)                                                                    \
+  m.impl(#name, TORCH_FN((OfCell<forward, CellKind::name>::run)));                                      \
+  m.impl(#name "_backward", TORCH_FN((OfCell<backward, CellKind::name>::run)));                         \
+  m.impl(#name "_backward_with_states", TORCH_FN((OfCell<backward_with_states, CellKind::name>::run))); \
+  m.impl(#name "_grouped_backward", TORCH_FN((OfCell<grouped_backward, CellKind::name>::run)));         \
+  m.impl(#name "_jvp", TORCH_FN((OfCell<jvp, CellKind::name>::run)));                                   \
   m.impl(#name "_backward_jvp", TORCH_FN((OfCell<backward_jvp, CellKind::name>::run)));
   RNNFAST_FOR_EACH_CELL(RNNFAST_AUTOGRAD)
 #undef RNNFAST_AUTOGRAD

@@ -127,17 +127,6 @@ void check_sequence(const Geometry& g, const LayerArguments& a) {
   }
 }
 
-// A gradient or state of every step: rows over time of D times `features`.
-void check_steps(const Geometry& g, const char* argument, const Tensor& tensor, const Tensor& input, int64_t features) {
-  check_like(g.info, argument, tensor, input);
-  const int64_t width = g.directions * features;
-  if (g.packed) {
-    check_shape(g.info, argument, tensor, {"[N, D*features]", {g.rows, width}});
-  } else {
-    check_shape(g.info, argument, tensor, {"[T, B, D*features]", {g.steps, g.batch, width}});
-  }
-}
-
 }  // namespace
 
 Geometry check_layer(CellKind cell, const LayerArguments& a) {
@@ -231,6 +220,16 @@ Noise check_noise(const Geometry& g, const Tensor& input, const OptionalTensor& 
     result.first_unit = static_cast<int64_t>(noise[3]);
   }
   return result;
+}
+
+void check_steps(const Geometry& g, const char* argument, const Tensor& tensor, const Tensor& input, int64_t features) {
+  check_like(g.info, argument, tensor, input);
+  const int64_t width = g.directions * features;
+  if (g.packed) {
+    check_shape(g.info, argument, tensor, {"[N, D*features]", {g.rows, width}});
+  } else {
+    check_shape(g.info, argument, tensor, {"[T, B, D*features]", {g.steps, g.batch, width}});
+  }
 }
 
 void check_gradients(const Geometry& g, const LayerArguments& a, const OptionalTensor& grad_output,

@@ -59,6 +59,10 @@ Save check_save(CellKind cell, int64_t save);
 Noise check_noise(const Geometry& geometry, const Tensor& input, const OptionalTensor& seed,
                   at::ArrayRef<double> noise);
 
+// A gradient or state of every step: rows over time of D times `features`.
+void check_steps(const Geometry& geometry, const char* argument, const Tensor& tensor, const Tensor& input,
+                 int64_t features);
+
 // The gradients, where they are given, have the shapes of what they are gradients of, and the states of every step,
 // which backward reads, are there.
 void check_gradients(const Geometry& geometry, const LayerArguments& arguments, const OptionalTensor& grad_output,

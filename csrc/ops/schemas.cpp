@@ -18,7 +18,7 @@
 #define RNNFAST_STATES "(Tensor output, Tensor h_n, Tensor c_n, Tensor c"
 #define RNNFAST_STATE_TANGENTS "(Tensor t_output, Tensor t_h_n, Tensor t_c_n, Tensor t_c"
 #define RNNFAST_GRADIENT_TANGENTS "Tensor t_grad_input, Tensor t_grad_h0, Tensor t_grad_c0, Tensor[] t_grad_weights)"
-#define RNNFAST_GRADIENTS "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)"
+#define RNNFAST_GRADIENTS "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights"
 
 #define RNNFAST_DEFINE_LIBRARY(name, m) TORCH_LIBRARY(name, m)  // where name is expanded
 RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
@@ -26,14 +26,17 @@ RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
 #define RNNFAST_SCHEMAS(name, Type)                                                                                  \
   m.def(#name "(" RNNFAST_LAYER_ARGUMENTS ", int save, " RNNFAST_VARIANTS ") -> " RNNFAST_STATES ", Tensor saved)"); \
   m.def(#name "_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                 \
-              ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS);                                 \
+              ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS ")");                             \
+  m.def(#name "_backward_with_states(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT     \
+              ", bool[4] output_mask) -> " RNNFAST_GRADIENTS ", Tensor grad_states)");                               \
   m.def(#name "_grouped_backward(" RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT         \
-              ", bool[4] output_mask, int groups) -> " RNNFAST_GRADIENTS);                                           \
+              ", bool[4] output_mask, int groups) -> " RNNFAST_GRADIENTS ")");                                       \
   m.def(#name "_jvp(" RNNFAST_TANGENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                       \
               ") -> " RNNFAST_STATE_TANGENTS ")");                                                                   \
   m.def(#name "_backward_jvp(" RNNFAST_GRADIENT_TANGENT_ARGUMENTS ", " RNNFAST_TANGENT_ARGUMENTS                     \
               ", " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_KEPT                         \
-              ", bool[4] output_mask) -> " RNNFAST_STATE_TANGENTS ", " RNNFAST_GRADIENT_TANGENTS);
+              ", bool[4] output_mask, Tensor? grad_states=None) -> " RNNFAST_STATE_TANGENTS                          \
+              ", " RNNFAST_GRADIENT_TANGENTS);
   RNNFAST_FOR_EACH_CELL(RNNFAST_SCHEMAS)
 #undef RNNFAST_SCHEMAS
 
@@ -41,7 +44,7 @@ RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
   // rnnfast/derivatives.py.
   m.def("reference(str cell, " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_VARIANTS ") -> " RNNFAST_STATES ")");
   m.def("reference_backward(str cell, " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS
-        ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS);
+        ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS ")");
   m.def("reference_jvp(str cell, " RNNFAST_TANGENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS ") -> " RNNFAST_STATE_TANGENTS
         ")");
   m.def("reference_backward_jvp(str cell, " RNNFAST_GRADIENT_TANGENT_ARGUMENTS ", " RNNFAST_TANGENT_ARGUMENTS

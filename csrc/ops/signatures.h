@@ -28,6 +28,8 @@ using OptionalTensor = std::optional<Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // grad_input, grad_h0, grad_c0, grad_weights
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+// The same, then grad_states
+using BackwardWithStatesResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor>;
 using OutputMask = std::array<bool, 4>;
 // The tangents of output, h_n, c_n, c
 using JvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -61,7 +63,13 @@ using BackwardJvpSignature = BackwardJvpResult(
     const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
     const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
     const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
-    const Tensor& saved, OutputMask output_mask);
+    const Tensor& saved, OutputMask output_mask, const OptionalTensor& grad_states);
+
+using BackwardWithStatesSignature = BackwardWithStatesResult(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+    const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0, const OptionalTensor& c0,
+    at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+    const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask);
 
 using GroupedBackwardSignature = BackwardResult(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                                 const OptionalTensor& grad_c_n, const OptionalTensor& grad_c,
@@ -107,6 +115,10 @@ inline const c10::TypedOperatorHandle<ForwardSignature>& forward_operator(CellKi
 }
 inline const c10::TypedOperatorHandle<BackwardSignature>& backward_operator(CellKind kind) {
   static const auto found = find_operators<BackwardSignature>("_backward");
+  return found[static_cast<size_t>(kind)];
+}
+inline const c10::TypedOperatorHandle<BackwardWithStatesSignature>& backward_with_states_operator(CellKind kind) {
+  static const auto found = find_operators<BackwardWithStatesSignature>("_backward_with_states");
   return found[static_cast<size_t>(kind)];
 }
 inline const c10::TypedOperatorHandle<GroupedBackwardSignature>& grouped_backward_operator(CellKind kind) {

@@ -98,10 +98,12 @@ class TangentLayer {
   }
 
   // These, and the tangents of the gradients that the mask wants.
-  BackwardJvpResult backward(const Gradients& grads, const Gradients& t_grads, const OutputMask& mask) {
+  BackwardJvpResult backward(const Gradients& grads, const Gradients& t_grads, const OptionalTensor& grad_states,
+                             const OutputMask& mask) {
     const Tensor& like = layer_.input;
     const DualTensor grad_output = steps_pair(grads[0], t_grads[0]), grad_h_n = contiguous_pair(grads[1], t_grads[1]);
     const DualTensor grad_c_n = contiguous_pair(grads[2], t_grads[2]), grad_c = steps_pair(grads[3], t_grads[3]);
+    const Tensor every_grad = grad_states ? contiguous_features(*grad_states) : Tensor();
     const bool two_states = g_.info.states == 2;
     Tensor t_grad_input = mask[0] ? empty_steps(g_, like, g_.input_size, /*gaps=*/lengths_.has_value()) : nothing();
     Tensor t_grad_h0 = at::empty_like(layer_.h0), t_grad_c0 = two_states ? at::empty_like(layer_.c0) : nothing();
@@ -120,6 +122,7 @@ class TangentLayer {
       if (mask[0]) params_.t_grad_input = rows_of(g_, t_grad_input, 0);
       for (int64_t d = 0; d < g_.directions; ++d) {
         DirectionTangent& direction = params_.direction[d];
+        direction.grad_states = rows_of(g_, every_grad, d * g_.output_size);
         direction.grad_output = grad_output.rows(g_, d * g_.output_size);
         direction.grad_h_n = grad_h_n.pointer(d);
         direction.t_grad_h0 = block(t_grad_h0, d);
@@ -305,17 +308,19 @@ BackwardJvpResult backward_jvp(const OptionalTensor& t_grad_output, const Option
                                const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
-                               const Tensor& c, const Tensor& saved, OutputMask output_mask) {
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask,
+                               const OptionalTensor& grad_states) {
   const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
   Gradients grads{grad_output, grad_h_n, grad_c_n, grad_c};
   Gradients t_grads{t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c};
   Call<kind> call(t_input, t_h0, t_c0, t_weights, arguments, grads, output, c, saved);
   const Geometry geometry = check_layer(kind, arguments);
   check_gradients(geometry, arguments, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, output, c, saved);
+  if (grad_states) check_steps(geometry, "grad_states", *grad_states, input, geometry.output_size);
   for (Gradients* gradients : {&grads, &t_grads})
     for (OptionalTensor& gradient : *gradients) gradient = widen(gradient);
   auto [t_output, t_h_n, t_c_n, t_c, t_grad_input, t_grad_h0, t_grad_c0, t_grad_weights] =
-      call.layer().backward(grads, t_grads, output_mask);
+      call.layer().backward(grads, t_grads, widen(grad_states), output_mask);
   for (Tensor& gradient : t_grad_weights) gradient = call.narrow(gradient);
   return {call.narrow(t_output),     call.narrow(t_h_n),     call.narrow(t_c_n),     call.narrow(t_c),
           call.narrow(t_grad_input), call.narrow(t_grad_h0), call.narrow(t_grad_c0), t_grad_weights};

@@ -102,7 +102,9 @@ class DirectionBackward(Structure):
         ("saved", c_void_p),
         ("grad_output", Rows),
         ("grad_c", Rows),
-        *[(name, c_void_p) for name in ("grad_h_n", "grad_c_n", "grad_h0", "grad_c0", "grad_igates", "grad_hgates")],
+        *[(name, c_void_p) for name in ("grad_h_n", "grad_c_n", "grad_h0", "grad_c0")],
+        ("grad_states", Rows),
+        *[(name, c_void_p) for name in ("grad_igates", "grad_hgates")],
         *[(name, c_void_p) for name in ("grad_w_ih", "grad_w_hh", "grad_b_ih", "grad_b_hh", "grad_w_hr")],
         *[(name, c_void_p) for name in ("grad_norm_ih", "grad_norm_hh", "grad_norm_c", "grad_norm_bias_c")],
     ]

@@ -5,6 +5,7 @@ Owns: what must hold whatever the processor offers. What an operator promises on
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -383,6 +384,33 @@ def test_backward_keeps_the_gradients_of_a_window_of_gates(name: str, bidirectio
     # saved, output, its gradient, and of an LSTM c; those of the gates would be four more, of a GRU six.
     most = {"LSTM": 4 + 1 + 1 + 1, "GRU": 4 + 1 + 1}[name] * values
     assert int(run.stdout) < most + 2 * values
+
+
+MANY_THREADS = """
+import resource, torch, rnnfast
+from pathlib import Path
+
+def step(layer, batch):
+    output, _ = layer(torch.randn(2, batch, 8))
+    output.sum().backward()
+
+torch.set_num_threads(64)
+layer = rnnfast.GRU(8, 64, recompute=True, zoneout=0.1, layer_norm={layer_norm})
+step(layer, 128)
+mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = mapped + (3 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+step(layer, 100_000)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process has mapped is read from Linux")
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_workspace_has_room_for_the_batch_once(layer_norm: bool) -> None:
+    """Not once a thread, which would be 5 GB of gates. Threads need the rest for their stacks and heaps."""
+    script = MANY_THREADS.format(layer_norm=layer_norm)
+    environment = {**os.environ, "OMP_STACKSIZE": "256K", "OMP_WAIT_POLICY": "passive", "MALLOC_ARENA_MAX": "2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
 
 
 def test_instruction_sets_may_change_beside_a_call() -> None:

@@ -60,6 +60,7 @@ class Backward {
         shared_(shared),
         own_(own),
         pass_(pass),
+        rows_(row_share(s_, member)),
         rows_of_pass_(sizes.passes.rows_of(pass, direction.reverse)),
         outputs_(column_blocks<S>(l_.output_size, member.divide, sizes.threads_a_direction())),
         hidden_(column_blocks<S>(l_.hidden_size, member.divide, sizes.threads_a_direction())),
@@ -75,23 +76,31 @@ class Backward {
                         second_rows<Cell, S>(d_.weights.w_hh, l_.hidden_size, l_.output_size),
                         second_rows<Cell, S>(d_.weights.b_hh, l_.hidden_size, 1), l_.output_size,
                         shared_.forward_second, shared_.bias_second),
-        window_(member.divide == Divide::units ? shared.saved : own.saved),
+        window_rows_(sizes.window_rows(rows_.end - rows_.begin)),
+        window_(sizes.recomputes() ? shared.saved + sizes.windows().first(member, rows_) * sizes.saved_width()
+                                   : nullptr),
+        window_scales_(shared.scales ? shared.scales + 2 * sizes.windows().first(member, rows_) : nullptr),
         saved_(sizes.recomputes() ? window_ : static_cast<const S*>(direction.saved)),
-        scales_(sizes.recomputes() ? own.scales : scales_behind(saved_, s_.rows, sizes.saved_width())),
-        scale_rows_(sizes.recomputes() ? sizes.window_rows() : s_.rows),
-        rows_(row_share(s_, member)),
+        scales_(sizes.recomputes() ? window_scales_ : scales_behind(saved_, s_.rows, sizes.saved_width())),
+        scale_rows_(sizes.recomputes() ? window_rows_ : s_.rows),
         output_share_(block_share(outputs_.count(), member)),
         hidden_share_(block_share(hidden_.count(), member)),
         ld_p_(Workspace::ld_acc(l_.output_size)),
         ld_h_(Workspace::ld_acc(l_.hidden_size)),
         ld_g_(sizes.ld_gates()),
         keep_h_(l_.noise, l_.noise.zoneout_h, Draw::zoneout_h, s_, d_.reverse, rows_,
-                outputs_.first(output_share_.begin), end_of(outputs_, output_share_), l_.output_size, own_.keep_h),
+                outputs_.first(output_share_.begin), end_of(outputs_, output_share_), l_.output_size,
+                keep_of(shared.keep_h, l_.output_size)),
         keep_c_(l_.noise, l_.noise.zoneout_c, Draw::zoneout_c, s_, d_.reverse, rows_,
-                hidden_.first(hidden_share_.begin), end_of(hidden_, hidden_share_), l_.hidden_size, own_.keep_c),
+                hidden_.first(hidden_share_.begin), end_of(hidden_, hidden_share_), l_.hidden_size,
+                keep_of(shared.keep_c, l_.hidden_size)),
         sums_(norm_sums(member.rank)) {}
   // Normalised gates get their bias behind the product.
   const S* product_bias(const void* bias) const { return l_.layer_norm ? nullptr : static_cast<const S*>(bias); }
+  // The thread's part of Zoneout's buffers.
+  Acc* keep_of(Acc* all, int64_t units) const {
+    return all ? all + Zoneout<Acc>::first(l_.noise, sizes_.steps(), m_, rows_, units) : nullptr;
+  }
   NormSums<Acc> norm_sums(int rank) const {
     const int lines = sizes_.norm_lines();
     return {lines, ld_h_, shared_.sums ? shared_.sums + rank * NormSums<Acc>::elements(lines, ld_h_) : nullptr};
@@ -183,7 +192,7 @@ class Backward {
   // saved of the thread's rows, as forward would have kept it, for the steps [returned, last]: as many as fit.
   int64_t recompute(int64_t last) {
     int64_t begin = last, total = living(last);
-    while (begin > pass_.begin && total + living(begin - 1) <= sizes_.window_rows()) total += living(--begin);
+    while (begin > pass_.begin && total + living(begin - 1) <= window_rows_) total += living(--begin);
     window_end_ = total;
     const Share share = m_.divide == Divide::units ? Share(total, m_.rank, m_.size) : Share(total, 0, 1);
     int64_t s = begin, i = share.begin;  // the i-th row of step s comes next
@@ -508,6 +517,7 @@ class Backward {
   const Shared& shared_;
   const Own& own_;
   const Steps pass_;
+  const Share rows_;
   const Stretch rows_of_pass_;
   const UnitBlocks outputs_, hidden_;
   const HiddenColumns w_hh_;
@@ -515,12 +525,14 @@ class Backward {
   const GateMatrix<S> w_ih_again_;  // for recomputing
   const HiddenMatrix w_hh_again_;
   const GateMatrix<S> w_second_again_;
-  S* const window_;          // what was recomputed last
-  const S* const saved_;     // [N, S*H] what forward kept, or the window
-  const Acc* const scales_;  // [2, scale_rows_] of the halves of the gates that were normalised, of the same rows
+  const int64_t window_rows_;
+  S* const window_;           // what was recomputed last
+  Acc* const window_scales_;  // [2, window_rows_]
+  const S* const saved_;      // [N, S*H] what forward kept, or the window
+  const Acc* const scales_;   // [2, scale_rows_] of the halves of the gates that were normalised, of the same rows
   const int64_t scale_rows_;
   int64_t window_end_ = 0;  // how much of it the loop has still to read, in rows
-  const Share rows_, output_share_, hidden_share_;
+  const Share output_share_, hidden_share_;
   const int64_t ld_p_, ld_h_, ld_g_;
   Zoneout<Acc> keep_h_, keep_c_;
   NormSums<Acc> sums_;

@@ -34,7 +34,6 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Unit *w_second, *forward_second;
     Acc* bias_second;
     S* gated;                          // [R, P] what the second product read
-    S* saved;                          // [window rows, S*H] recomputed, where all threads have all rows
     Unit* w_ih;                        // [G*H, I] in column panels, for the gradient of the input; null: in place
     Acc* grad_input;                   // of the first of two directions: [N, ld_acc(I)] what is half a sum, in 16 bits
     Acc *sums_ih, *sums_hh, *sums_hr;  // weight gradients not summed in place
@@ -42,6 +41,10 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
     Unit *forward_ih, *forward_hh;     // panels for recomputing
     Acc *bias_ih, *bias_hh;
     Acc* mask;  // [B, ld_draw(P)] of recurrent dropout; null: off
+    // Of all threads:
+    S* saved;              // [window rows, S*H] recomputed
+    Acc* scales;           // [2, window rows] of the halves of the gates, recomputed with layer normalisation
+    Acc *keep_h, *keep_c;  // of Zoneout
     // With layer normalisation only.
     Acc* norms;  // [norm_lines, ld_h] the lines of NormSums: what they are gradients of; zeros without a bias
     Acc* sums;   // of NormSums, of each thread; null: not wanted
@@ -51,12 +54,9 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
                             // with layer normalisation both
     Unit* gated;            // [kRowsAtOnce, units of P]
     Unit *inputs, *states;  // [kRowsAtOnce, units], where rows cannot be read in place
-    S* saved;               // [window rows, S*H] recomputed, where the thread has rows of its own
-    Acc *keep_h, *keep_c;   // of Zoneout
     S* masked;              // [WeightGradient::kDepth, P] states behind recurrent dropout
     // With layer normalisation only.
-    Acc* norms;   // [norm_rows, norm_vectors, ld_h] of NormRow
-    Acc* scales;  // [2, window rows] of the halves of the gates, recomputed
+    Acc* norms;  // [norm_rows, norm_vectors, ld_h] of NormRow
   };
 
   const Passes passes;
@@ -74,7 +74,12 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
   int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
-  int64_t window_rows() const { return std::min(layer.sequence.rows, std::max(kWindowRows, layer.sequence.batch)); }
+  int64_t window_rows(int64_t slots) const { return std::min(layer.sequence.rows, std::max(kWindowRows, slots)); }
+  RowRoom windows() const {
+    const int64_t B = layer.sequence.batch;
+    return plan.divide == Divide::rows ? RowRoom{true, B, kWindowRows} : RowRoom{true, window_rows(B), 0};
+  }
+  RowRoom steps() const { return {plan.divide == Divide::rows, layer.sequence.batch, 0}; }
 
   // Norms, then biases, of both halves of the gates; norm and bias of c.
   int norm_lines() const { return 4 * cell.gates + (cell.states > 1 ? 2 : 0); }
@@ -143,8 +148,15 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
         s.forward_second = panels(second, P);
         s.bias_second = carver.take<Acc>(second.columns());
       }
-      if (plan.divide == Divide::units) s.saved = carver.take<S>(window_rows() * saved_width());
+      s.saved = carver.take<S>(windows().rows(threads_a_direction()) * saved_width());
+      if (layer.layer_norm) s.scales = carver.take<Acc>(2 * windows().rows(threads_a_direction()));
     }
+    const auto keep = [&](double p, int64_t units) {
+      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(layer.noise, steps(), threads_a_direction(), units))
+                   : nullptr;
+    };
+    s.keep_h = keep(layer.noise.zoneout_h, P);
+    s.keep_c = keep(layer.noise.zoneout_c, H);
     if (layer.noise.recurrent_dropout > 0) s.mask = carver.take<Acc>(B * ld_draw(P));
     if (layer.layer_norm) s.norms = carver.take<Acc>(norm_lines() * ld_acc(H));
     if (layer.layer_norm && direction.grad_w_hh)
@@ -164,18 +176,9 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
       o.hgates = carver.take<Acc>(kRowsAtOnce * columns);
       o.inputs = carver.take<Unit>(kRowsAtOnce * units_of<S>(I));
       o.states = carver.take<Unit>(kRowsAtOnce * units_of<S>(P));
-      if (plan.divide == Divide::rows) o.saved = carver.take<S>(window_rows() * saved_width());
     }
-    const auto keep = [&](double p, int64_t units) {
-      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(layer.noise, p, B, units)) : nullptr;
-    };
-    o.keep_h = keep(layer.noise.zoneout_h, P);
-    o.keep_c = keep(layer.noise.zoneout_c, H);
     if (layer.noise.recurrent_dropout > 0) o.masked = carver.take<S>(WeightGradient<S>::kDepth * P);
-    if (layer.layer_norm) {
-      o.norms = carver.take<Acc>(norm_rows() * norm_vectors() * ld_acc(H));
-      if (recomputes()) o.scales = carver.take<Acc>(2 * window_rows());
-    }
+    if (layer.layer_norm) o.norms = carver.take<Acc>(norm_rows() * norm_vectors() * ld_acc(H));
     return o;
   }
 

@@ -41,17 +41,18 @@ class Forward {
     run_team(sizes.plan.threads, [&](int rank, int size) {
       FlushDenormals flush;
       for_directions(layer.directions, rank, size, sizes.plan.divide, barriers, [&](int d, const Member& member) {
+        const Share slots = row_share(layer.sequence, member);
         Shared shared;
         Own own;
-        sizes.carve(workspace, d, member.rank, shared, own);
-        Forward(sizes, layer.direction[d], member, shared, own).run();
+        sizes.carve(workspace, d, member, slots, shared, own);
+        Forward(sizes, layer.direction[d], member, slots, shared, own).run();
       });
     });
   }
 
  private:
-  Forward(const Workspace& sizes, const DirectionForward& direction, const Member& member, const Shared& shared,
-          const Own& own)
+  Forward(const Workspace& sizes, const DirectionForward& direction, const Member& member, const Share& slots,
+          const Shared& shared, const Own& own)
       : l_(sizes.layer),
         d_(direction),
         m_(member),
@@ -70,7 +71,7 @@ class Forward {
                   second_rows<Cell, S>(d_.weights.b_hh, l_.hidden_size, 1), l_.output_size, shared_.w_second,
                   shared_.bias_second),
         w_hr_(output_, static_cast<const S*>(d_.weights.w_hr), nullptr, l_.hidden_size, shared_.w_hr, shared_.bias_hr),
-        rows_(row_share(s_, member)),
+        rows_(slots),
         blocks_(block_share(hidden_.count(), member)),
         output_share_(block_share(output_.count(), member)),
         ld_h_(Workspace::ld_units(l_.output_size)),
@@ -78,7 +79,7 @@ class Forward {
         ld_hidden_(Workspace::ld_units(l_.hidden_size)),
         columns_(hidden_.columns()),
         ld_gates_(sizes.ld_gates()),
-        capacity_(sizes.capacity()),
+        capacity_(sizes.capacity(rows_.end - rows_.begin)),
         scales_(d_.saved ? scales_behind(static_cast<S*>(d_.saved), s_.rows, sizes.saved_width()) : nullptr) {
     const UnitBlocks& h_blocks = shared_.hidden ? output_ : hidden_;
     const Share& h_share = shared_.hidden ? output_share_ : blocks_;
@@ -111,10 +112,7 @@ class Forward {
   int64_t living(int64_t s) const {
     return std::max<int64_t>(0, std::min(rows_.end, s_.batch_size(time(s))) - rows_.begin);
   }
-  Acc* igates(int64_t b) const {
-    const int64_t column = hidden_.column(b) - hidden_.column(blocks_.begin);
-    return own_.igates + (l_.layer_norm ? column : column * capacity_);
-  }
+  Acc* igates(int64_t b) const { return own_.igates + hidden_.column(b) * (l_.layer_norm ? 1 : capacity_); }
   // From a row of gates to the next, in block b.
   int64_t gates_stride(int64_t b) const { return l_.layer_norm ? ld_gates_ : hidden_.vectors(b) * kLanes; }
   Unit* h_row(int64_t s, int64_t slot) const { return shared_.h[s & 1] + slot * ld_h_; }

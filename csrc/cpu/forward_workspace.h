@@ -49,8 +49,8 @@ class ForwardWorkspace {
   };
   // What a thread has to itself.
   struct Own {
-    StepRow* rows;         // [B]
-    Acc* igates;           // [capacity, columns of the thread's blocks]
+    StepRow* rows;         // [slots]
+    Acc* igates;           // [capacity, columns]; where units are divided, that of all threads
     const Unit** inputs;   // [capacity]
     Unit* converted;       // [capacity, units of I], where inputs cannot be read in place
     Acc *keep_h, *keep_c;  // of Zoneout
@@ -78,11 +78,9 @@ class ForwardWorkspace {
     return blocks;
   }
   UnitBlocks output_blocks() const { return unit_blocks<S>(1, 1, layer.output_size, plan.divide); }
-  // Rows whose igates are computed at once: about a quarter of a megabyte, and at least one step.
-  int64_t capacity() const {
-    const int64_t rows = (256 << 10) / std::max<int64_t>(1, ld_gates() * sizeof(Acc));
-    return std::min(std::max(layer.sequence.batch, rows), layer.sequence.rows);
-  }
+  // Rows whose igates a thread with so many slots computes at once: about a quarter of a megabyte, and at least one
+  // step.
+  int64_t capacity(int64_t slots) const { return std::max(slots, rows_at_once()); }
   // The columns of a row of gates. With layer normalisation rows lie whole, else those of a block after each other.
   // Whole rows a multiple of a large power of two apart would meet in one set of the cache.
   int64_t ld_gates() const { return hidden_blocks(cell.gates).columns() + (layer.layer_norm ? 64 / sizeof(Acc) : 0); }
@@ -96,20 +94,25 @@ class ForwardWorkspace {
   static int64_t ld_acc(int64_t n) { return round_up(n, kLanes); }
 
   size_t bytes() const { return layer.directions * direction_bytes(); }
-  // A direction's pieces of a workspace, and those of a thread in it.
-  void carve(void* workspace, int direction, int rank, Shared& shared, Own& own) const {
+  // A direction's pieces of a workspace, and those of a thread in it, which has the given slots.
+  void carve(void* workspace, int direction, const Member& member, const Share& slots, Shared& shared, Own& own) const {
     Carver carver(static_cast<char*>(workspace) + direction * direction_bytes());
     shared = carve_shared(carver);
-    for (int r = 0; r <= rank; ++r) own = carve_own(carver);
+    own = carve_own(carver, member, slots);
   }
 
  private:
   size_t direction_bytes() const {
     Carver carver(nullptr);
     carve_shared(carver);
-    const bool split = layer.directions == 2 && plan.threads > 1;
-    for (int r = 0; r < (split ? (plan.threads + 1) / 2 : plan.threads); ++r) carve_own(carver);
+    carve_own(carver, Member{}, Share(0, 0, 1));
     return carver.used();
+  }
+  // As planned; the runtime may give fewer.
+  int threads_a_direction() const { return layer.directions == 2 ? (plan.threads + 1) / 2 : plan.threads; }
+  int64_t rows_at_once() const {
+    const int64_t rows = (256 << 10) / std::max<int64_t>(1, ld_gates() * sizeof(Acc));
+    return std::min(std::max<int64_t>(1, rows), layer.sequence.rows);
   }
 
   Shared carve_shared(Carver& carver) const {
@@ -145,21 +148,33 @@ class ForwardWorkspace {
     return s;
   }
 
-  Own carve_own(Carver& carver) const {
-    const int64_t rows = capacity();
-    Own own{};
-    own.rows = carver.take<StepRow>(layer.sequence.batch);
-    own.igates = carver.take<Acc>(rows * ld_gates());
-    own.inputs = carver.take<const Unit*>(rows);
-    if (!reads_in_place<S>(layer.input_size)) own.converted = carver.take<Unit>(rows * units_of<S>(layer.input_size));
-    const auto keep = [&](double p, int64_t units) {
-      return p > 0 ? carver.take<Acc>(Zoneout<Acc>::elements(layer.noise, p, layer.sequence.batch, units)) : nullptr;
+  Own carve_own(Carver& carver, const Member& m, const Share& slots) const {
+    const int64_t batch = layer.sequence.batch;
+    const int threads = threads_a_direction();
+    const bool divided = plan.divide == Divide::rows;
+    // A row apart, two threads do not write to one cache line.
+    const RowRoom step{divided, batch, 1}, several{divided, batch, rows_at_once()};
+    const auto take = [&]<class T>(T*& piece, const RowRoom& room, int64_t width) {
+      piece = carver.take<T>(room.rows(threads) * width) + room.first(m, slots) * width;
     };
-    own.keep_h = keep(layer.noise.zoneout_h, layer.output_size);
-    own.keep_c = keep(layer.noise.zoneout_c, layer.hidden_size);
+    const auto take_keep = [&](Acc*& piece, double p, int64_t units) {
+      if (p > 0)
+        piece = carver.take<Acc>(Zoneout<Acc>::elements(layer.noise, step, threads, units)) +
+                Zoneout<Acc>::first(layer.noise, step, m, slots, units);
+    };
+    const auto take_own = [&](Acc*& piece, int64_t elements) {
+      piece = carver.take<Acc>(threads * elements) + m.rank * elements;
+    };
+    Own own{};
+    take(own.rows, step, 1);
+    take(own.igates, divided ? several : RowRoom{true, capacity(batch), 0}, ld_gates());
+    take(own.inputs, several, 1);
+    if (!reads_in_place<S>(layer.input_size)) take(own.converted, several, units_of<S>(layer.input_size));
+    take_keep(own.keep_h, layer.noise.zoneout_h, layer.output_size);
+    take_keep(own.keep_c, layer.noise.zoneout_c, layer.hidden_size);
     if (layer.layer_norm) {
-      own.hgates = carver.take<Acc>(norm_rows() * ld_gates());
-      if (cell.states > 1) own.values = carver.take<Acc>(kNormRows<Acc> * (cell.saved + 1) * ld_acc(layer.hidden_size));
+      take_own(own.hgates, norm_rows() * ld_gates());
+      if (cell.states > 1) take_own(own.values, kNormRows<Acc> * (cell.saved + 1) * ld_acc(layer.hidden_size));
     }
     return own;
   }

@@ -154,14 +154,17 @@ inline Share row_share(const Sequence& s, const Member& m) {
   return share;
 }
 
-// Room for rows of the threads of a direction: each has room for all slots it has to itself, and for `spare` rows more.
-// Rows in all, and the first of a thread with the slots `rows`.
-inline int64_t rows_of_team(Divide divide, int threads, int64_t batch, int64_t spare) {
-  return (divide == Divide::units ? threads * batch : batch) + threads * spare;
-}
-inline int64_t first_of_member(const Member& m, const Share& rows, int64_t batch, int64_t spare) {
-  return (m.divide == Divide::units ? m.rank * batch : rows.begin) + m.rank * spare;
-}
+// Room for rows of the batch: of the threads of a direction each has its own, for its slots and `spare` rows more.
+struct RowRoom {
+  bool divided;  // the slots; else each thread has room for all of them
+  int64_t batch, spare;
+
+  int64_t rows(int threads) const { return (divided ? 1 : threads) * batch + threads * spare; }
+  // Where a thread's begin.
+  int64_t first(const Member& m, const Share& slots) const {
+    return (divided ? slots.begin : m.rank * batch) + m.rank * spare;
+  }
+};
 
 inline Share block_share(int64_t blocks, const Member& m) {
   return m.divide == Divide::units ? Share(blocks, m.rank, m.size) : Share(blocks, 0, 1);

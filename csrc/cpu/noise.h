@@ -107,9 +107,12 @@ class Zoneout {
     if (!buffer_ || seeds_) return;
     for (int64_t u = 0; u < ld_draw(units); ++u) buffer_[u] = Acc(p);
   }
-  // What the buffer of `rows` rows holds.
-  static int64_t elements(const Noise& noise, double p, int64_t rows, int64_t units) {
-    return p > 0 ? ld_draw(units) * (noise.seeds ? kPhiloxWords * rows : 1) : 0;
+  // The buffers of all threads: elements in all, and where a thread's begins.
+  static int64_t elements(const Noise& noise, const RowRoom& room, int threads, int64_t units) {
+    return ld_draw(units) * (noise.seeds ? kPhiloxWords * room.rows(threads) : threads);
+  }
+  static int64_t first(const Noise& noise, const RowRoom& room, const Member& m, const Share& slots, int64_t units) {
+    return ld_draw(units) * (noise.seeds ? kPhiloxWords * room.first(m, slots) : m.rank);
   }
 
   // Goes to step t.

@@ -265,7 +265,7 @@ void Backward<Cell, S>::recompute_normalised(const Unit* const* x, const Unit* c
         for (int64_t r = 0; r < n; ++r)
           store(normals + r * saved_width() + gate, of.normal(V::load(rows + r * ld + column), r), lanes);
       });
-      store(own_.scales + half * sizes_.window_rows() + first + i, V::load(of.scale.lanes), n);
+      store(window_scales_ + half * window_rows_ + first + i, V::load(of.scale.lanes), n);
     });
 }
 

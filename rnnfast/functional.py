@@ -216,25 +216,29 @@ def recurrent(
         save = _save((x, h0, c0), weights, recompute, return_states)
     states: list[tuple[Tensor, Tensor]] | None = [] if return_states else None
 
-    output, h_n, c_n = _layers(
-        cell,
-        x,
-        h0,
-        c0,
-        weights,
-        directions,
-        dropout,
-        batch_sizes,
-        lengths,
-        reset,
-        num_heads,
-        seeds,
-        noise,
-        layer_norm,
-        save,
-        states,
-        backend,
-    )
+    try:
+        output, h_n, c_n = _layers(
+            cell,
+            x,
+            h0,
+            c0,
+            weights,
+            directions,
+            dropout,
+            batch_sizes,
+            lengths,
+            reset,
+            num_heads,
+            seeds,
+            noise,
+            layer_norm,
+            save,
+            states,
+            backend,
+        )
+    except (TypeError, AttributeError):
+        _check_tensors(weights, [w for of_layer in weights for w in of_layer])
+        raise
     if cell.startswith("gru"):
         output, h_n = _as_state(output, h0), _as_state(h_n, h0)
         states = None if states is None else [(_as_state(h, h0), c) for h, c in states]
@@ -306,7 +310,12 @@ def step(
 
     noise = _noise(cell, 0.0, zoneout) if zoneout != 0.0 else ()
     seed = _seeds((shape[1],), x, generator) if noise and training else None
-    _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, seed=seed, noise=noise, layer_norm=layer_norm, backend=backend)
+    options: dict[str, Any] = {"seed": seed, "noise": noise, "layer_norm": layer_norm, "backend": backend}
+    try:
+        _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, **options)
+    except (TypeError, AttributeError):
+        _check_tensors(weights, weights)
+        raise
     if not cell.startswith("rnn_"):
         h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
     h_n, c_n = h_n.squeeze(0), c_n if c0 is None else c_n.squeeze(0)
@@ -506,8 +515,13 @@ def _check_batch_invariant(input: Tensor, dropout: bool, backend: str | None) ->
         raise ValueError("batch_invariant: expected False with dropout, whose mask depends on the batch, got True")
 
 
+def _check_tensors(weights: Any, each: Sequence[Any]) -> None:
+    if not all(isinstance(weight, Tensor) for weight in each):
+        raise _weights_error(weights, layers=each is not weights) from None
+
+
 def _weights_error(weights: Any, layers: bool) -> ValueError:
-    """For weights that do not begin with the two that every layer has."""
+    """For weights that are no tensors, or do not begin with the two that every layer has."""
 
     def outline(part: Any) -> str:
         if isinstance(part, (list, tuple)):

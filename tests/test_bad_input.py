@@ -391,6 +391,7 @@ def test_zoneout_of_a_step() -> None:
 
 MATRICES = r"\[w_ih \[G\*H, I\], w_hh and so on\]"
 FLAT = r"\[Parameter \[12, 3\], Parameter \[12, 4\], Parameter \[12\], Parameter \[12\]\]"
+NO_BIASES = r"\[Parameter \[12, 3\], Parameter \[12, 4\], NoneType, NoneType\]"
 WEIGHTS: dict[str, tuple[Callable[[list[list[Tensor]]], Any], str]] = {
     "none": (lambda _: None, "NoneType"),
     "no layers": (lambda _: [], r"\[\]"),
@@ -398,20 +399,29 @@ WEIGHTS: dict[str, tuple[Callable[[list[list[Tensor]]], Any], str]] = {
     "one weight": (lambda layers: [layers[0][:1]], r"\[\[Parameter \[12, 3\]\]\]"),
     "a vector": (lambda layers: [layers[0][2:]], r"\[\[Parameter \[12\], Parameter \[12\]\]\]"),
     "no tensors": (lambda _: [[1, 2]], r"\[\[int, int\]\]"),
+    "no biases": (lambda layers: [[*layers[0][:2], None, None]], rf"\[{NO_BIASES}\]"),
 }
 
 
+@each_backend
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights(kind: str) -> None:
+def test_weights(kind: str, backend: str) -> None:
     make, got = WEIGHTS[kind]
     with pytest.raises(ValueError, match=f"^weights: expected {MATRICES} for each layer, got {got}$"):
-        functional.recurrent("gru", X, None, make(weights_of("GRU")))
+        functional.recurrent("gru", X, None, make(weights_of("GRU")), backend=backend)
 
 
-def test_weights_of_a_step() -> None:
-    for weights, got in (([], r"\[\]"), (weights_of("GRU"), rf"\[{FLAT}\]"), (None, "NoneType")):
+@each_backend
+def test_weights_of_a_step(backend: str) -> None:
+    no_biases = [*weights_of("GRU")[0][:2], None, None]
+    for weights, got in (
+        ([], r"\[\]"),
+        (weights_of("GRU"), rf"\[{FLAT}\]"),
+        (None, "NoneType"),
+        (no_biases, NO_BIASES),
+    ):
         with pytest.raises(ValueError, match=f"^weights: expected {MATRICES}, got {got}$"):
-            functional.step("gru", X[0], None, weights)
+            functional.step("gru", X[0], None, weights, backend=backend)
 
 
 @each_backend

@@ -165,7 +165,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   }
 
   Own carve_own(Carver& carver) const {
-    const int64_t B = layer.sequence.batch, H = layer.hidden_size, P = layer.output_size, I = layer.input_size;
+    const int64_t H = layer.hidden_size, P = layer.output_size, I = layer.input_size;
     Own o{};
     carve_buffers(carver, o);
     if (recomputes()) {

@@ -100,7 +100,7 @@ def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tupl
         return "none", missing if device == "meta" else f"a call would raise: {missing}"
     assert ops.extension is not None  # or the reference would be active
     if device == "cpu":
-        return f"cpu ({ops.extension.instruction_set()})", ""
+        return f"cpu ({ops.extension.cpu_engine(str(parameter.dtype).removeprefix('torch.'))})", ""
     return _cuda_engine(part, steps, batch, parameter)
 
 

@@ -32,6 +32,20 @@ def test_a_module_s_own_backend_counts() -> None:
     assert str(explanation) == "GRU layer 0: reference (backend 'reference' was chosen)"
 
 
+@pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no instruction sets")
+def test_instruction_set_that_runs_the_layer_s_dtype() -> None:
+    """avx512_bf16 is compiled for bfloat16 alone."""
+    before = ops.extension.instruction_set()
+    try:
+        for name in ops.extension.instruction_sets():
+            ops.extension.set_instruction_set(name)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                runs = name if dtype == torch.bfloat16 else name.removesuffix("_bf16")
+                assert str(rnnfast.explain(rnnfast.GRU(3, 4, dtype=dtype))) == f"GRU layer 0: cpu ({runs})"
+    finally:
+        ops.extension.set_instruction_set(before)
+
+
 def test_operators(model: nn.Module, device: str) -> None:
     engine = rnnfast.explain(model).layers[0].engine
     with ops.backend("auto"):

@@ -5,6 +5,7 @@
 
 #include "cuda_engine.h"
 #include "device_cuda.h"
+#include "params.h"
 #include "signatures.h"
 
 namespace rnnfast::ops {
@@ -85,6 +86,9 @@ void bind_plan(py::module_& module) {
              py::arg("batch"), py::arg("hidden_size"), py::arg("directions"), py::arg("projection"), py::arg("tf32"),
              py::arg("backward"), py::arg("noise"), py::arg("layer_norm"), py::arg("device"),
              "The CUDA engine for a layer on a device, its tile, and what speaks against the others.");
+  module.def(
+      "cpu_engine", [](const std::string& dtype) { return cpu::engine(find_dtype(dtype)).name; }, py::arg("dtype"),
+      "The instruction set whose engine runs a dtype on the CPU.");
   module.def("force_cuda_engine", torch::wrap_pybind_function([](const std::optional<std::string>& name) {
                force_cuda_engine(name ? std::optional(find_cuda_engine(*name)) : std::nullopt);
              }),

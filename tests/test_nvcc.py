@@ -38,7 +38,8 @@ def run(command: list[str]) -> str:
 def compile_kernels(source: Path, archs: tuple[str, ...], output: Path, *flags: str) -> str:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     warnings = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas"]
-    common = ["-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *warnings, *codes]
+    # torch's extensions are compiled as C++20.
+    common = ["-std=c++20", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *warnings, *codes]
     return run([str(NVCC), "-c", *common, *flags, str(source), "-o", str(output)])
 
 
@@ -301,7 +302,7 @@ def test_shared_memory_is_as_planned(tmp_path: Path) -> None:
     """A block's layout, computed on the host, takes the bytes that the plan holds against the device's."""
     source, program = tmp_path / "layout.cu", tmp_path / "layout"
     source.write_text(LAYOUT)
-    run([str(NVCC), "-std=c++17", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", str(source), "-o", str(program)])
+    run([str(NVCC), "-std=c++20", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", str(source), "-o", str(program)])
     assert run([str(program)]) == "compared\n"
 
 

@@ -157,9 +157,10 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   args.c = DeviceRows<scalar_t>(d.c, layer.sequence);
   args.c0 = static_cast<const scalar_t*>(d.c0);
   args.saved = static_cast<scalar_t*>(saved);
-  for (args.first_row = 0; args.first_row < layer.sequence.rows; args.first_row += chunk) {
-    args.rows = std::min(chunk, layer.sequence.rows - args.first_row);
-    const scalar_t* h_prev = static_cast<const scalar_t*>(products.h_prev) + args.first_row * P;
+  for (int64_t first = 0; first < layer.sequence.rows; first += chunk) {
+    args.first_row = first;
+    args.rows = std::min(chunk, layer.sequence.rows - first);
+    const scalar_t* h_prev = static_cast<const scalar_t*>(products.h_prev) + first * P;
     if constexpr (is_diagonal<Cell>) {
       args.h_prev = h_prev;
       args.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
@@ -170,11 +171,11 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
     if constexpr (has_two_products<Cell>) {
       Gate<scalar_t> gate{H, {}};
       gate.direction[0] = {args.rows,
-                           args.igates + args.first_row * GH,
+                           args.igates + first * GH,
                            static_cast<acc_type<scalar_t>*>(hgates),
                            args.b_hh,
                            h_prev,
-                           static_cast<scalar_t*>(products.gated) + args.first_row * P};
+                           static_cast<scalar_t*>(products.gated) + first * P};
       const void* const w_hh[] = {d.weights.w_hh};
       RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, 1, context)));
     }

@@ -237,7 +237,7 @@ def recurrent(
             backend,
         )
     except (TypeError, AttributeError):
-        _check_tensors(weights, [w for of_layer in weights for w in of_layer])
+        _check_tensors(weights, layers=True)
         raise
     if cell.startswith("gru"):
         output, h_n = _as_state(output, h0), _as_state(h_n, h0)
@@ -314,7 +314,7 @@ def step(
     try:
         _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, **options)
     except (TypeError, AttributeError):
-        _check_tensors(weights, weights)
+        _check_tensors(weights, layers=False)
         raise
     if not cell.startswith("rnn_"):
         h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
@@ -453,6 +453,7 @@ def _with_w_hh(
     weights: Sequence[Sequence[Tensor]], directions: int, change: Callable[[Tensor], Tensor]
 ) -> list[list[Tensor]]:
     """The layers' weights with every w_hh changed."""
+    _check_tensors(weights, layers=True)  # while they are the caller's
     changed = []
     for layer_weights in weights:
         layer = list(layer_weights)
@@ -515,9 +516,13 @@ def _check_batch_invariant(input: Tensor, dropout: bool, backend: str | None) ->
         raise ValueError("batch_invariant: expected False with dropout, whose mask depends on the batch, got True")
 
 
-def _check_tensors(weights: Any, each: Sequence[Any]) -> None:
-    if not all(isinstance(weight, Tensor) for weight in each):
-        raise _weights_error(weights, layers=each is not weights) from None
+def _check_tensors(weights: Any, layers: bool) -> None:
+    try:
+        are_tensors = all(isinstance(weight, Tensor) for part in (weights if layers else [weights]) for weight in part)
+    except TypeError:  # a layer that is no sequence
+        are_tensors = False
+    if not are_tensors:
+        raise _weights_error(weights, layers) from None
 
 
 def _weights_error(weights: Any, layers: bool) -> ValueError:

@@ -400,6 +400,7 @@ WEIGHTS: dict[str, tuple[Callable[[list[list[Tensor]]], Any], str]] = {
     "a vector": (lambda layers: [layers[0][2:]], r"\[\[Parameter \[12\], Parameter \[12\]\]\]"),
     "no tensors": (lambda _: [[1, 2]], r"\[\[int, int\]\]"),
     "no biases": (lambda layers: [[*layers[0][:2], None, None]], rf"\[{NO_BIASES}\]"),
+    "a layer that is none": (lambda layers: [layers[0], None], rf"\[{FLAT}, NoneType\]"),
 }
 
 
@@ -409,6 +410,18 @@ def test_weights(kind: str, backend: str) -> None:
     make, got = WEIGHTS[kind]
     with pytest.raises(ValueError, match=f"^weights: expected {MATRICES} for each layer, got {got}$"):
         functional.recurrent("gru", X, None, make(weights_of("GRU")), backend=backend)
+
+
+@pytest.mark.parametrize("options", [{"weight_dropout": 0.5}, {"num_heads": 2}], ids=str)
+@pytest.mark.parametrize("layer_above", [None, "no w_hh", "no biases"])
+def test_weights_whose_w_hh_changes(options: dict[str, Any], layer_above: str | None) -> None:
+    """What is named are the caller's weights."""
+    heads = options.get("num_heads", 1)
+    w_ih, w_hh, *biases = rnnfast.GRU(3, 4, num_heads=heads)._layer_weights()[0]
+    above = {None: None, "no w_hh": [w_ih, None, *biases], "no biases": [w_ih, w_hh, None, None]}[layer_above]
+    with pytest.raises(ValueError, match=rf"^weights: expected {MATRICES} for each layer, got .*NoneType.*$") as error:
+        functional.recurrent("gru", X, None, [[w_ih, w_hh, *biases], above], **options)
+    assert f"Parameter [12, {4 // heads}]" in str(error.value)
 
 
 @each_backend

@@ -14,6 +14,7 @@ from sample_inputs import CELLS, TANGENT_CELLS, Sample, each_cell, tensors_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -188,6 +189,44 @@ def test_second_backward_takes_what_the_first_kept(dtype: torch.dtype) -> None:
         torch.autograd.grad(gradient.square().sum(), list(layer.parameters()), materialize_grads=True)
     first = "lstm_backward_with_states" if dtype == torch.float32 else "lstm_backward"  # 16 bits would round them
     assert operators.seen == [first, "lstm_backward_jvp"]
+
+
+@pytest.mark.parametrize("mask", [[True] * 4, [True, False, False, False]], ids=["all gradients", "that of the input"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", TANGENT_CELLS)
+def test_backward_with_states_is_differentiated_as_backward(cell: str, dtype: torch.dtype, mask: list[bool]) -> None:
+    (_, *tensors), options = Sample(cell).arguments(dtype, grad=True)
+    batch_sizes, lengths, reset = options["batch_sizes"], options["lengths"], options["reset"]
+    layer = (*tensors, batch_sizes, lengths, reset)
+    kept = getattr(torch.ops.rnnfast, cell)(*layer, 2)
+    grads = [torch.ones_like(result) if result.requires_grad else None for result in kept[:4]]
+    arguments = (*grads, *layer, kept[0], kept[3], kept[4], mask)
+
+    def second(name: str) -> tuple[Tensor, ...]:
+        grad_input, *_, grad_weights = getattr(torch.ops.rnnfast, f"{cell}_{name}")(*arguments)[:4]
+        loss = grad_input.square().sum() + sum(gradient.sin().sum() for gradient in grad_weights)
+        return torch.autograd.grad(loss, tensors_of([cell, *tensors]), materialize_grads=True)
+
+    assert_close(second("backward_with_states"), second("backward"))
+
+
+def test_a_graph_of_a_gradient_is_trained() -> None:
+    """As one of forces, which are gradients by the input."""
+    layer, input = rnnfast.GRU(3, 4, dtype=torch.float64), torch.randn(5, 2, 3, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def force(input: Tensor, *parameters: Tensor) -> Tensor:
+        input = input.detach().requires_grad_()
+        output, _ = functional_call(layer, dict(zip(names, parameters, strict=True)), (input,))
+        return torch.autograd.grad(output.sum(), input, create_graph=True)[0]
+
+    graph = make_fx(force)(input, *layer.parameters())
+    both = [
+        torch.autograd.grad(run(input, *layer.parameters()).square().sum(), layer.weight_hh_l0)
+        for run in (graph, force, torch.compile(graph, backend="aot_eager"))
+    ]
+    assert_close(both[0], both[1])
+    assert_close(both[2], both[1])
 
 
 @each_form

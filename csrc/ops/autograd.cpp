@@ -68,12 +68,6 @@ bool any_tangent(const Tensors&... tensors) {
   return (any_of(has_tangent, tensors) || ...);
 }
 
-template <class... Tensors>
-void check_no_derivative(CellKind kind, const char* suffix, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!any_requires_grad(tensors...) && !any_tangent(tensors...), "rnnfast.",
-                              cell_info(kind).name, suffix, " has no derivative");
-}
-
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
@@ -255,19 +249,20 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
                                const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
-                               const Tensor& c, const Tensor& saved, OutputMask output_mask, CellKind kind,
-                               const Duals* duals) {
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask, bool with_states,
+                               CellKind kind, const Duals* duals) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    // The gradients of all states spare the second backward one of its products a step. In 16 bits they would be
-    // rounded, those that it makes itself are not.
+    // The gradients of all states spare the second backward one of its products a step. In 16 bits they are rounded,
+    // and those that it makes itself are not.
+    const bool keeps_states = !at::isReducedFloatingType(input.scalar_type());
     auto [grad_input, grad_h0, grad_c0, grad_weights, grad_states] =
-        at::isReducedFloatingType(input.scalar_type())
-            ? std::tuple_cat(backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
+        with_states || keeps_states
+            ? backward_with_states_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
+                                                       batch_sizes, lengths, reset, output, c, saved, output_mask)
+            : std::tuple_cat(backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
                                                           weights, batch_sizes, lengths, reset, output, c, saved,
                                                           output_mask, std::nullopt, {}, false),
-                             std::tuple(Tensor()))
-            : backward_with_states_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
-                                                       batch_sizes, lengths, reset, output, c, saved, output_mask);
+                             std::tuple(Tensor()));
     variable_list kept = {undefined_unless(grad_output),
                           undefined_unless(grad_h_n),
                           undefined_unless(grad_c_n),
@@ -282,7 +277,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
       kept[6] = duals->c0;
     }
     kept.insert(kept.end(), {undefined_unless(batch_sizes), undefined_unless(lengths), undefined_unless(reset), output,
-                             c, saved, grad_states});
+                             c, saved, keeps_states ? grad_states : Tensor()});
     const at::TensorList kept_weights = duals ? duals->weights : weights;
     kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
@@ -290,6 +285,10 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     keep_kind(*context, kind);
     variable_list result = {grad_input, grad_h0, grad_c0};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
+    if (with_states) {  // they follow from the arguments; what reads them has its derivative by these
+      context->mark_non_differentiable({grad_states});
+      result.push_back(grad_states);
+    }
     return result;
   }
 
@@ -303,7 +302,9 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     const at::TensorList weights = at::TensorList(kept).slice(14);
     OptionalTensor t_states[3];
     for (size_t i = 0; i < 3; ++i) t_states[i] = optional(tangents[i]);
-    const std::vector<Tensor> t_weights = all_or_none({tangents.begin() + 3, tangents.end()}, weights);
+    const size_t given = tangents.size() - 3 < weights.size() ? 0 : weights.size();  // less: that of grad_states
+    const std::vector<Tensor> t_weights =
+        all_or_none({tangents.begin() + 3, tangents.begin() + 3 + given}, given ? weights : at::TensorList());
 
     // Tensors count here, arguments without one do not.
     size_t index = 0;
@@ -321,7 +322,8 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
       if (!wanted[i]) result[i] = Tensor();
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 9);  // batch_sizes, lengths, reset, output, c, saved, output_mask, kind, duals
+    result.resize(result.size() + 10);  // batch_sizes, lengths, reset, output, c, saved, output_mask, with_states,
+                                        // kind, duals
     return result;
   }
 };
@@ -335,7 +337,8 @@ BackwardResult recorded_backward(CellKind kind, const OptionalTensor& grad_outpu
                                  const Tensor& saved, OutputMask output_mask, const Duals* duals) {
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
     auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind, duals);
+                                       lengths, reset, output.detach(), c.detach(), saved, output_mask,
+                                       /*with_states=*/false, kind, duals);
     return {result[0], result[1], result[2], {result.begin() + 3, result.end()}};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -388,26 +391,36 @@ BackwardResult backward(CellKind kind, const OptionalTensor& grad_output, const 
   return {dual(grad_input, t_input), dual(grad_h0, t_h0), dual(grad_c0, t_c0), grad_weights};
 }
 
-// Nothing else keeps a gradient from getting lost in the two that follow.
+// What a recorded backward calls, which a tracer may have made part of a graph that is trained.
 BackwardWithStatesResult backward_with_states(
     CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
     const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
     const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
     const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved, OutputMask output_mask) {
-  check_no_derivative(kind, "_backward_with_states", grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights), "rnnfast.",
+                              cell_info(kind).name, "_backward_with_states has no forward-mode derivative");
+  if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
+    auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
+                                       lengths, reset, output.detach(), c.detach(), saved, output_mask,
+                                       /*with_states=*/true, kind, static_cast<const Duals*>(nullptr));
+    return {result[0], result[1], result[2], {result.begin() + 3, result.end() - 1}, result.back()};
+  }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_with_states_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
                                                         grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,
                                                         reset, output, c, saved, output_mask);
 }
 
+// Nothing else keeps a gradient from getting lost here.
 BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& grad_output,
                                 const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                 const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                 const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                 const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
                                 const Tensor& c, const Tensor& saved, OutputMask output_mask, int64_t groups) {
-  check_no_derivative(kind, "_grouped_backward", grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights) &&
+                                  !any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights),
+                              "rnnfast.", cell_info(kind).name, "_grouped_backward has no derivative");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return grouped_backward_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
                                                     grad_c_n, grad_c, input, h0, c0, weights, batch_sizes, lengths,

@@ -8,13 +8,13 @@ layer's number behind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .modules import draw_parameters, new_norm, norm_names
+from .modules import draw_parameters, new_norm, norm_names, refuse_scripting
 
 # What a torch.nn cell's state, or an old one, may lack.
 _DEFAULTS = {"zoneout": 0.0, "layer_norm": False, "backend": None}
@@ -59,11 +59,16 @@ class _Cell(nn.RNNCellBase, ABC):
     def cell(self) -> str:
         """The name of its equations in :mod:`rnnfast.reference`."""
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
+
     def _step(self, input: Tensor, hx: functional.State | None, generator: torch.Generator | None) -> Any:
         parameters: dict[str, Any] = self._parameters
         try:
             weights = [parameters[name] for name in self._names]  # half a microsecond a weight less than an attribute
         except KeyError:  # a parametrization or weight_norm keeps some elsewhere
+            weights = None
+        if weights is None:  # not in the handler, in whose chain of exceptions one of a parametrization would be shown
             weights = [getattr(self, name) for name in self._names]
         # A call of a few microseconds, where keywords count.
         if self.zoneout == 0.0 and not self.layer_norm and generator is None:

@@ -81,14 +81,14 @@ def to_torch(model: ModuleT) -> ModuleT:
     Raises:
         ValueError: a layer or cell has no counterpart (a nonlinearity but tanh and relu, ``weight_dropout``,
             ``recurrent_dropout``, ``zoneout``, ``num_heads``, ``layer_norm``, ``reset_after=False``, an ``IndRNN``, a
-            cell of its own); nothing has been changed then.
+            cell of its own, a subclass, for what it adds is not known here); nothing has been changed then.
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
     found = _find(model, _TORCHS)
     lone = [
         f"{name or 'the model itself'} with {option}"
         for name, module in model.named_modules()
-        if module in found or isinstance(module, (own_cell.OwnLayers, modules.IndRNN))
+        if isinstance(module, (modules._Layers, cells._Cell))
         for option in _without_counterpart(module)
     ]
     if lone:
@@ -130,6 +130,8 @@ def _without_counterpart(module: nn.Module) -> list[str]:
         return [f"a cell of its own, {type(module).__name__}"]
     if isinstance(module, modules.IndRNN):
         return ["an independent recurrence"]
+    if type_before_parametrizations(module) not in _TORCHS:
+        return [f"a subclass, {type(module).__name__}"]
     options = {name: getattr(module, name, plain[0]) for name, plain in _PLAIN.items()}
     return [f"{name}={value!r}" for name, value in options.items() if value not in _PLAIN[name]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import isfinite, sqrt
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ _DEFAULTS = {
     "layer_norm": False,
     "backend": None,
 }
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """What torch.jit.script asks of a module it meets."""
+    name = type(module).__name__
+    raise NotImplementedError(
+        f"torch.jit.script: {name} is not written in TorchScript; script rnnfast.to_torch(model), or torch.jit.trace it"
+    )
 
 
 class _Layers(nn.RNNBase):
@@ -78,7 +86,9 @@ class _Layers(nn.RNNBase):
             raise ValueError(
                 f"proj_size: expected 0 (no projection) to hidden_size - 1 = {hidden_size - 1}, got {proj_size}"
             )
-        functional.check_bools(recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm)
+        functional.check_bools(
+            bidirectional=bidirectional, recompute=recompute, batch_invariant=batch_invariant, layer_norm=layer_norm
+        )
         functional.check_options(mode.lower(), num_heads, layer_norm)
         functional.check_choice("backend", backend, functional.BACKENDS)
         # Of an Elman network RNNBase knows two nonlinearities, of a GRU one form; the parameters of all are the same.
@@ -190,9 +200,14 @@ class _Layers(nn.RNNBase):
         """Every layer's weights, both directions, as they are now."""
         parameters: dict[str, Any] = self._parameters
         try:
-            return [[parameters[name] for name in names] for names in self._layer_names]
+            weights = [[parameters[name] for name in names] for names in self._layer_names]
         except KeyError:  # a parametrization, weight_norm or a replica of DataParallel keeps some elsewhere
-            return [[getattr(self, name) for name in names] for names in self._layer_names]
+            weights = None
+        # Not in the handler, in whose chain of exceptions one of a parametrization would be shown.
+        return weights or [[getattr(self, name) for name in names] for names in self._layer_names]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_scripting(self)
 
     def _name_layers(self) -> None:
         names = ["weight_ih", "weight_hh"]
@@ -334,10 +349,10 @@ class RNN(_Layers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,
@@ -522,10 +537,10 @@ class GRU(_Layers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        proj_size: int = 0,
         recompute: bool = False,
         batch_invariant: bool = False,
         weight_dropout: float = 0.0,

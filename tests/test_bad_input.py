@@ -78,6 +78,13 @@ def test_projection_is_for_lstm(name: str) -> None:
         getattr(rnnfast, name)(3, 4, proj_size=2)
 
 
+@each_layer
+def test_bidirectional_is_a_bool(name: str) -> None:
+    assert exception_of(lambda: getattr(nn, name)(3, 4, bidirectional="False")(X)) is TypeError
+    with pytest.raises(TypeError, match="bidirectional: expected a bool, got 'False'"):
+        getattr(rnnfast, name)(3, 4, bidirectional="False")
+
+
 def test_choices() -> None:
     assert exception_of(lambda: nn.RNN(3, 4, nonlinearity="sin")) is ValueError
     for make in (rnnfast.RNN, rnnfast.RNNCell):

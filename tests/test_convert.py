@@ -147,6 +147,30 @@ def test_subclasses_are_left_alone() -> None:
     assert model[0](1) == "mine"
 
 
+@each_name
+def test_torchscript(name: str) -> None:
+    """Scripting says what to do, which then works; tracing takes our layers as they are."""
+    input = torch.randn(5, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    model = nn.Sequential(getattr(rnnfast, name)(3, 4))
+    expected = model(input)
+    takes = f"torch.jit.script: {name} is not written in TorchScript; script rnnfast.to_torch"
+    with pytest.raises(NotImplementedError, match=takes):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.trace(model, input)(input), expected)
+    torch.testing.assert_close(torch.jit.script(rnnfast.to_torch(model))(input), expected)
+
+
+@pytest.mark.parametrize("base", [rnnfast.LSTM, rnnfast.GRUCell])
+def test_to_torch_refuses_subclasses(base: Any) -> None:
+    class Mine(base):
+        pass
+
+    model = nn.ModuleDict({"first": rnnfast.GRU(2, 2), "second": Mine(2, 2)})
+    with pytest.raises(ValueError, match=r"torch\.nn has, got second with a subclass, Mine"):
+        rnnfast.to_torch(model)
+    assert type(model["first"]) is rnnfast.GRU
+
+
 @pytest.mark.parametrize("nonlinearity", ["sigmoid", "identity", "leaky_relu"])
 @pytest.mark.parametrize("make", [rnnfast.RNN, rnnfast.RNNCell])
 def test_nonlinearities_without_counterpart(make: Any, nonlinearity: str) -> None:

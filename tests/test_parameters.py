@@ -233,3 +233,23 @@ def test_no_weight_is_kept_behind(name: str) -> None:
     run(module)
     setattr(module, key, nn.Parameter(torch.zeros_like(getattr(module, key))))
     assert old() is None
+
+
+@each_module
+def test_an_error_of_a_parametrization_is_shown_alone(name: str) -> None:
+    class Broken(nn.Module):
+        broken = False
+
+        def forward(self, weight: Tensor) -> Tensor:
+            if self.broken:
+                raise ZeroDivisionError
+            return weight
+
+    module = getattr(rnnfast, name)(3, 4)
+    key = next(key for key, _ in module.named_parameters())
+    broken = Broken()
+    parametrize.register_parametrization(module, key, broken)
+    broken.broken = True
+    with pytest.raises(ZeroDivisionError) as raised:
+        module(torch.randn(5, 3))
+    assert raised.value.__context__ is None

@@ -22,8 +22,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -73,20 +73,31 @@ def end_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)  # a session's leader names its group, which outlives it
 
 
+@contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """What is started inside hears interrupts, which the background job of a shell, and all that it starts, ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_step(step: Step, limit: float, log: Path) -> Outcome:
     """Runs a step for ``limit`` seconds at most; nothing that it started is left."""
     start = time.monotonic()
     with log.open("ab") as output:
         try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.env},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with hearing_interrupts():
+                process = subprocess.Popen(
+                    step.command,
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **step.env},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         except OSError as error:
             return Outcome(step.name, "failed", reason=str(error))
         status, reason = "passed", ""

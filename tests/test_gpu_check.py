@@ -92,9 +92,17 @@ print("begun", flush=True)
     assert not any(map(alive, both))
 
 
-def test_a_step_past_its_limit_can_say_where_it_was(gpu_check: ModuleType, tmp_path: Path) -> None:
-    gpu_check.run_steps([step(gpu_check, "hangs", SLEEP, most=8)], 1, tmp_path)  # it has begun by then
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_a_step_past_its_limit_can_say_where_it_was(gpu_check: ModuleType, tmp_path: Path, background: bool) -> None:
+    """Also in the background of a shell, whose jobs ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+    try:
+        gpu_check.run_steps([step(gpu_check, "hangs", SLEEP, most=8)], 1, tmp_path)  # it has begun by then
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "KeyboardInterrupt" in (tmp_path / "gpu_check.log").read_text()
+    assert after == (signal.SIG_IGN if background else signal.default_int_handler)
 
 
 def test_children_that_a_step_leaves_behind_are_ended(gpu_check: ModuleType, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ Candidate consider_persistent_cta(const Problem& problem, const Device& device) 
 // What an engine that spreads W_hh over blocks may use.
 struct SpreadLimits {
   int team_blocks;          // blocks that exchange the state, at most
-  int copies;               // of the exchanged vectors in shared memory
+  cuda::ExchangeShared exchange;
   int64_t most_waves;       // 1: all teams run at once; more: teams may wait for others to end
   int64_t step_clocks = 0;  // of a step that moves nothing; with one wave the same for every spread
 };
@@ -85,7 +85,7 @@ struct SpreadLimits {
 // A team with few rows for each of its blocks leaves the GPU to others; many waves of them are slower than products
 // over all rows at once.
 constexpr int64_t kMostWaves = 4;
-// A step of a cluster takes this long, however little it moves: products, the cell, the push and two barriers wait for
+// A step of a cluster takes this long, however little it moves: products, a barrier, the cell and the push wait for
 // each other. It is the floor that the engine is designed for, 0.35 us, at 2 GHz; to be calibrated on hardware.
 constexpr int64_t kClusterStepClocks = 700;
 constexpr int64_t kSharedBytesAClock = 128;  // of a multiprocessor
@@ -129,7 +129,7 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
         const int64_t alone = sizes.blocks > limits.team_blocks ? 0 : teams_alone(sizes.blocks);
         if (alone == 0) continue;
         const int threads = sizes.warps * cuda::kWarpLanes;
-        const auto shared_bytes = static_cast<int64_t>(sizes.shared_bytes(limits.copies));
+        const auto shared_bytes = static_cast<int64_t>(sizes.shared_bytes(limits.exchange));
         // Blocks that all have to run at once, or wait for ever, do not count on room beside another.
         const int64_t room = limits.most_waves == 1 ? 1 : blocks_of_a_multiprocessor(threads, shared_bytes, device);
         const int64_t waves = divide_up(teams, alone * room);
@@ -174,14 +174,14 @@ Candidate consider_persistent_cluster(const Problem& problem, const Device& devi
                  device.capability),
             {}};
   }
-  return consider_spread(problem, device, {most_blocks, cuda::kClusterCopies, kMostWaves, kClusterStepClocks},
+  return consider_spread(problem, device, {most_blocks, cuda::kClusterShared, kMostWaves, kClusterStepClocks},
                          [&](int blocks) -> int64_t { return device.clusters[blocks - 1]; });
 }
 
 Candidate consider_persistent_grid(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   if (!device.cooperative) return {"the device has no cooperative launches", {}};
-  return consider_spread(problem, device, {device.multiprocessors, cuda::kGridCopies, /*most_waves=*/1},
+  return consider_spread(problem, device, {device.multiprocessors, cuda::kGridShared, /*most_waves=*/1},
                          [&](int blocks) -> int64_t { return device.multiprocessors / blocks; });
 }
 

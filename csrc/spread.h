@@ -17,8 +17,15 @@ struct Spread {
   int depth_splits = 1;  // warps that share a unit tile's product
 };
 
-// Copies of a team's vectors in the shared memory of each of its blocks.
-constexpr int kClusterCopies = 2, kGridCopies = 1;
+// What exchanging keeps in the shared memory of each block: copies of the team's vectors, and mbarriers.
+struct ExchangeShared {
+  int copies, mbarriers;
+
+  RNNFAST_SIZES size_t mbarrier_bytes() const {  // a multiple of 16, as all arrays
+    return static_cast<size_t>(round_up(mbarriers, 2)) * 8;
+  }
+};
+constexpr ExchangeShared kClusterShared = {2, 2}, kGridShared = {1, 0};
 
 // The blocks of a cluster, at most. More than 8 are not on every device that has clusters.
 constexpr int kMostClusterBlocks = 16;
@@ -66,9 +73,9 @@ struct SpreadSizes {
         partial_bytes(static_cast<size_t>(spread.unit_tiles) * (spread.depth_splits - 1) * spread.row_tiles *
                       (backward ? 1 : gates) * kPartialBytes) {}
 
-  // Shared memory of a block whose exchange keeps so many copies of the vectors there.
-  RNNFAST_SIZES size_t shared_bytes(int copies) const {
-    return copies * vector_bytes + warps * weight_bytes + partial_bytes;
+  // Shared memory of a block.
+  RNNFAST_SIZES size_t shared_bytes(ExchangeShared exchange) const {
+    return exchange.mbarrier_bytes() + exchange.copies * vector_bytes + warps * weight_bytes + partial_bytes;
   }
 
  private:

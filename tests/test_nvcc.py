@@ -222,7 +222,7 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
     """Tensor cores where there are any; the nonlinearities of a lane side by side, without a branch between them, which
     would have one wait for the other; no local memory; no bytes loaded but resets, for what lies in pairs is loaded as
     words; nothing from caches that do not see what other blocks write, nor by addresses that may be shared memory's or
-    not, but for stores into other blocks' shared memory.
+    not; in clusters, pushes of 16 bytes, and behind the first of them no fence of the GPU's memory.
     """
     command = ["cuobjdump", "--dump-sass", str(compiled.object(source))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler())
@@ -241,8 +241,13 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
                 together = max(run.count("MUFU") for run in re.split(r"\b(?:BRA|BSYNC|BAR|EXIT)\b", function))
                 assert together >= count, f"{name} computes {together} of {count} at a time"
         assert not re.search(r" LD\.E", function), f"{name} has generic loads"
-        if "persistent_cluster" not in source.name:
-            assert not re.search(r" ST\.E", function), f"{name} has generic stores"
+        assert not re.search(r" ST\.E", function), f"{name} has generic stores"
+        if "persistent_cluster" in source.name:
+            prologue, push, steps = function.partition(" STAS.128 ")
+            assert push, f"{name} pushes nothing"
+            assert " MEMBAR.ALL.GPU " in prologue, f"{name} does not begin with the cluster's barrier"
+            assert " STAS" not in steps.replace(" STAS.128 ", ""), f"{name} pushes a few bytes at a time"
+            assert "MEMBAR" not in steps, f"{name} waits for its stores in each step"
     assert all(seen.values()) or all("ScalarFloat" in function.splitlines()[0] for function in functions)
 
 
@@ -278,7 +283,7 @@ void compare_spread() {
         for (bool backward : {false, true}) {
           const SpreadSizes sizes(spread, units, 17, gates, backward, sizeof(typename Exchange::Operand), kTensorCores);
           const size_t layout = SpreadShared<Exchange>(nullptr, sizes).bytes;
-          const size_t plan = sizes.shared_bytes(Exchange::kCopies);
+          const size_t plan = sizes.shared_bytes(Exchange::kShared);
           if (layout != plan) printf("%d x %d: %zu, planned %zu\\n", units, gates, layout, plan);
         }
       }

@@ -284,7 +284,7 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;
 #endif
 
-// The place that `shared` is in this block, in the block of the given rank. It can be stored to.
+// The place that `shared` is in this block, in the block of the given rank.
 template <class T>
 class RemoteShared {
  public:
@@ -296,33 +296,64 @@ class RemoteShared {
 #endif
   }
 
-  // A value of 4 or 8 bytes, aligned, so many elements behind.
-  template <class Value>
-  __device__ __forceinline__ void store(int offset, const Value& value) const {
-    static_assert(sizeof(Value) == 4 || sizeof(Value) == 8, "one instruction");
+  // Stores 16 bytes, aligned, so many elements behind the place, in the background. They count at the mbarrier, which
+  // is in the same block.
+  __device__ __forceinline__ void store_async(int offset, const uint4& value,
+                                              const RemoteShared<uint64_t>& mbarrier) const {
 #if defined(CUDA_SIM)
-    *reinterpret_cast<Value*>(place_ + offset) = value;
+    cuda_sim::store_async(place_ + offset, &value, sizeof value, mbarrier.place_);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const unsigned address = place_ + static_cast<unsigned>(offset * static_cast<int>(sizeof(T)));
-    if constexpr (sizeof(Value) == 4) {
-      uint32_t word;
-      memcpy(&word, &value, sizeof word);
-      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
-    } else {
-      uint64_t word;
-      memcpy(&word, &value, sizeof word);
-      asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
-    }
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            place_ + static_cast<unsigned>(offset * static_cast<int>(sizeof(T)))),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(mbarrier.place_)
+        : "memory");
 #endif
   }
 
  private:
+  template <class>
+  friend class RemoteShared;
 #if defined(CUDA_SIM)
   T* place_;
 #else
   unsigned place_;
 #endif
 };
+
+// An mbarrier, of which a phase ends when one thread has said how many bytes to expect, and they are there; bytes may
+// be there first. One thread initialises it, and others use it behind a barrier.
+__device__ __forceinline__ void mbarrier_init(uint64_t* mbarrier) {
+#if defined(CUDA_SIM)
+  cuda_sim::mbarrier_init(mbarrier, 1);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(mbarrier)) : "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* mbarrier, unsigned bytes) {
+#if defined(CUDA_SIM)
+  cuda_sim::mbarrier_arrive_expect(mbarrier, bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+// Until the phase has ended whose number, from 0, is so modulo 2. What came with its bytes is seen behind it, and what
+// the threads that sent them had read or written before.
+__device__ __forceinline__ void mbarrier_wait_acquire(uint64_t* mbarrier, unsigned parity) {
+#if defined(CUDA_SIM)
+  cuda_sim::mbarrier_wait(mbarrier, parity);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(mbarrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+#endif
+}
 
 // The two halves of the cluster's barrier, which every thread calls in turn: what threads wrote before they arrived is
 // seen by all behind the wait.

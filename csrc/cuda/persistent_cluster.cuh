@@ -9,61 +9,110 @@
 namespace rnnfast::cuda::persistent_cluster {
 
 // Every block has the whole vector, twice, in its own shared memory, so that the product reads nothing from afar. A
-// turn ends with the cluster's barrier, whose arrival releases the pushes and whose wait acquires those of all blocks.
-// No block leaves while another may push: nothing is pushed behind the last wait.
+// push is an asynchronous store that counts its bytes at an mbarrier of the block it goes to, one for each of the two
+// vectors: a turn ends, for each block by itself, when all bytes of the vector are there. So no message follows the
+// numbers, and nobody waits for its other stores: to arrive at the cluster's barrier with release is to wait until the
+// whole GPU sees them.
+//
+// A vector is overwritten two turns later. By then the block that writes has received the turn between, to which every
+// block adds only when all of its warps have read the vector before. No block leaves while another may push: each waits
+// for the last that is pushed.
 template <class Operand_>
 class ClusterExchange {
  public:
   using Operand = Operand_;
   static constexpr bool kAvailable = device::kHasClusters;
-  static constexpr int kCopies = kClusterCopies;  // of the vector in shared memory
+  static constexpr ExchangeShared kShared = kClusterShared;
   struct Arguments {};
 
-  __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* shared)
-      : sizes_(shape.sizes), size_(shape.spread.row_tiles * kTileRows * shape.sizes.stride), vectors_(shared) {
-    clear(vectors_, kCopies * size_);  // once: the padding stays zero
-    device::cluster_arrive_release();  // a block may push once all have begun, and cleared their vectors
+  __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* vectors,
+                                             uint64_t* mbarriers)
+      : sizes_(shape.sizes), rows_(shape.spread.row_tiles * kTileRows), vectors_(vectors), mbarriers_(mbarriers) {
+    clear(vectors_, kShared.copies * rows_ * sizes_.stride);  // once: the padding stays zero
+    if (threadIdx.x < kShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
+    device::cluster_arrive_release();  // a block may push once all have begun, and are ready to receive
     device::cluster_wait_acquire();
   }
 
-  // Two neighbouring units of all parts, in two rows of the team. Each block begins with itself, so that no block
-  // receives from all others at once.
+  // Two neighbouring units of all parts, in two rows of the team; by whole warps. Each block begins with itself, so
+  // that no block receives from all others at once.
   template <int kParts>
   __device__ __forceinline__ void publish(int row, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
-    Operand* place = vectors(turn_) + row * sizes_.stride + unit;
-    const unsigned blocks = sizes_.blocks;
-    unsigned rank = blockIdx.x;
-    for (unsigned i = 0; i < blocks; ++i) {
+    uint4 packets[kParts];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) packets[part] = gather(pairs[0][part], pairs[1][part]);
+    __syncwarp();  // a lane sends numbers of others, which have read what they are made of
+    Operand* place = vectors(turn_) + (row + packet_row()) * sizes_.stride + unit / kPacketUnits * kPacketUnits;
+    uint64_t* mbarrier = mbarriers_ + turn_ % 2;
+    const unsigned blocks = sizes_.blocks, holder = TileLane().quad / 2 % kHolders;
+    unsigned rank = blockIdx.x + holder;
+    for (unsigned i = holder; i < blocks; i += kHolders) {
+      if (rank >= blocks) rank -= blocks;
       const device::RemoteShared<Operand> remote(place, rank);
+      const device::RemoteShared<uint64_t> remote_mbarrier(mbarrier, rank);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          remote.store(j * sizes_.stride + part * sizes_.part, pairs[j][part]);
-        }
-      }
-      rank = rank + 1 == blocks ? 0 : rank + 1;
+      for (int part = 0; part < kParts; ++part) remote.store_async(part * sizes_.part, packets[part], remote_mbarrier);
+      rank += kHolders;
     }
   }
 
   __device__ __forceinline__ void arrive() {
-    device::cluster_arrive_release();
+    if (threadIdx.x == 0) {
+      const int bytes = rows_ * sizes_.parts * sizes_.units * static_cast<int>(sizeof(Operand));
+      device::mbarrier_arrive_expect(mbarriers_ + turn_ % 2, bytes);
+    }
     ++turn_;
   }
 
   // The vectors of the last arrival.
   __device__ __forceinline__ const Operand* wait() {
-    device::cluster_wait_acquire();
-    return vectors(turn_ - 1);
+    const unsigned last = turn_ - 1;
+    device::mbarrier_wait_acquire(mbarriers_ + last % 2, last / 2 % 2);
+    return vectors(last);
   }
 
  private:
-  __device__ __forceinline__ Operand* vectors(unsigned turn) const { return vectors_ + turn % 2 * size_; }
+  // A store is of 16 bytes: lanes with neighbouring units put them together, half of them those of their first row,
+  // half those of their second. Where 16 bytes are the units of four lanes, two lanes have the same, and share the
+  // blocks.
+  static constexpr int kPacketUnits = 16 / sizeof(Operand), kHolders = 4 / sizeof(Operand);
+
+  static __device__ __forceinline__ int packet_row() { return TileLane().quad % 2; }  // the lane's first or second
+
+  static __device__ __forceinline__ uint4 gather(const Pair<Operand>& first, const Pair<Operand>& second) {
+    constexpr unsigned kAllLanes = 0xffffffffu;
+    constexpr int kNextQuad = 4;  // lanes
+    constexpr int kWords = sizeof(Pair<Operand>) / sizeof(unsigned);
+    const bool odd = packet_row() == 1;
+    unsigned rows[2][kWords], words[2 * kWords];  // words: of one row, of this lane and the next in the order of units
+    memcpy(rows[0], &first, sizeof rows[0]);
+    memcpy(rows[1], &second, sizeof rows[1]);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const unsigned mine = odd ? rows[1][w] : rows[0][w];
+      const unsigned taken = __shfl_xor_sync(kAllLanes, odd ? rows[0][w] : rows[1][w], kNextQuad);
+      words[w] = odd ? taken : mine;
+      words[kWords + w] = odd ? mine : taken;
+    }
+    if constexpr (kHolders == 1) {
+      return make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+      const unsigned lower = __shfl_xor_sync(kAllLanes, words[0], 2 * kNextQuad);
+      const unsigned upper = __shfl_xor_sync(kAllLanes, words[1], 2 * kNextQuad);
+      return TileLane().quad / 2 % 2 == 0 ? make_uint4(words[0], words[1], lower, upper)
+                                          : make_uint4(lower, upper, words[0], words[1]);
+    }
+  }
+
+  __device__ __forceinline__ Operand* vectors(unsigned turn) const {
+    return vectors_ + turn % 2 * rows_ * sizes_.stride;
+  }
 
   const SpreadSizes& sizes_;
-  const int size_;
+  const int rows_;
   Operand* const vectors_;
-  unsigned turn_ = 0;  // arrivals of this block
+  uint64_t* const mbarriers_;  // of turns of an even number, and of the others
+  unsigned turn_ = 0;          // arrivals of this block
 };
 
 // ------------------------------------------------------------------------------------------------ host

@@ -17,14 +17,15 @@ class GridExchange {
  public:
   using Operand = Operand_;
   static constexpr bool kAvailable = true;
-  static constexpr int kCopies = kGridCopies;  // of the vector in shared memory
-  static constexpr int kFlagStride = 32;       // counters lie in cache lines of their own
+  static constexpr ExchangeShared kShared = kGridShared;
+  static constexpr int kFlagStride = 32;  // counters lie in cache lines of their own
   struct Arguments {
     Operand* vectors = nullptr;    // [D, teams, 2, rows, parts, units]
     unsigned* arrivals = nullptr;  // [D, teams, kFlagStride], zero
   };
 
-  __device__ __forceinline__ GridExchange(const Arguments& arguments, const SpreadShape& shape, Operand* shared)
+  __device__ __forceinline__ GridExchange(const Arguments& arguments, const SpreadShape& shape, Operand* shared,
+                                          uint64_t*)
       : arguments_(arguments), shape_(shape), shared_(shared) {
     clear(shared_, rows() * shape.sizes.stride);  // once: the padding stays zero
   }

@@ -65,6 +65,7 @@ struct TeamSteps {
 template <class Exchange>
 struct SpreadShared {
   using Operand = typename Exchange::Operand;
+  uint64_t* mbarriers;
   Operand* vectors;  // [copies, row_tiles, 8, stride]
   uint4* w_hh;       // [warps, what does not fit into registers]
   float4* partials;  // [depth_splits - 1, unit_tiles, row_tiles, sums, lanes]: each a lane's four
@@ -72,7 +73,8 @@ struct SpreadShared {
 
   __host__ __device__ SpreadShared(char* base, const SpreadSizes& sizes) {
     device::SharedLayout layout(base);
-    vectors = layout.take<Operand>(Exchange::kCopies * sizes.vector_bytes / sizeof(Operand));
+    mbarriers = layout.take<uint64_t>(Exchange::kShared.mbarriers);
+    vectors = layout.take<Operand>(Exchange::kShared.copies * sizes.vector_bytes / sizeof(Operand));
     w_hh = layout.take<uint4>(sizes.warps * sizes.weight_bytes / sizeof(uint4));
     partials = layout.take<float4>(sizes.partial_bytes / sizeof(float4));
     bytes = layout.bytes();
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
-  Exchange exchange(exchange_arguments, shape, shared.vectors);
+  Exchange exchange(exchange_arguments, shape, shared.vectors, shared.mbarriers);
   const SpreadProduct<Math, kGates, false> product(
       shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);
@@ -247,7 +249,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
-  Exchange exchange(exchange_arguments, shape, shared.vectors);
+  Exchange exchange(exchange_arguments, shape, shared.vectors, shared.mbarriers);
   const SpreadProduct<Math, kGates, true> product(
       shape, warp, shared.w_hh, shared.partials, [&](int gate, int row, int k) {
         const int unit = first_unit + unit_of_row(row);

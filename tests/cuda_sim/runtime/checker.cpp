@@ -181,6 +181,21 @@ void join(Clock& into, const Clock& from) {
   into = joined;
 }
 
+// Adds what a thread knows at one of its times.
+void add(ClockSum& sum, const Clock& thread_knows, uint32_t thread, uint32_t time) {
+  const auto* known = thread_knows.get();
+  if (!sum.clock) {
+    sum.clock =
+        known ? std::make_shared<std::vector<uint32_t>>(*known) : std::make_shared<std::vector<uint32_t>>(g.threads);
+    sum.last = known;
+  } else if (known && known != sum.last) {
+    for (size_t i = 0; i < known->size(); ++i) (*sum.clock)[i] = std::max((*sum.clock)[i], (*known)[i]);
+    sum.last = known;
+  }
+  uint32_t& own = (*sum.clock)[thread];
+  own = std::max(own, time);
+}
+
 // What a thread learns that reads from an atomic variable with acquire.
 struct AtomicVariable {
   uintptr_t address;
@@ -249,16 +264,12 @@ void check_access(const void* where, size_t bytes, bool write, bool atomic, void
 
 void release(Thread* thread, ClockSum& sum) {
   if (!g.check) return;
-  const auto* known = thread->known.get();
-  if (!sum.clock) {
-    sum.clock =
-        known ? std::make_shared<std::vector<uint32_t>>(*known) : std::make_shared<std::vector<uint32_t>>(g.threads);
-    sum.last = known;
-  } else if (known && known != sum.last) {
-    for (size_t i = 0; i < known->size(); ++i) (*sum.clock)[i] = std::max((*sum.clock)[i], (*known)[i]);
-    sum.last = known;
-  }
-  (*sum.clock)[thread->grid_index] = thread->time++;
+  add(sum, thread->known, thread->grid_index, thread->time++);
+}
+
+void release_as_of(const StoreInFlight& store, ClockSum& sum) {
+  if (!g.check) return;
+  add(sum, store.known, store.thread, store.time);
 }
 
 void acquire(Thread* thread, const Clock& clock) {

@@ -390,9 +390,13 @@ void run_all_blocks() {
   size_t next = 0;
   while (!g.failed) {
     while (next < clusters && g.resident.size() < window) g.resident.push_back(start_cluster(order[next++]));
-    if (g.ready.empty() && g.spinning.empty()) {
+    if (g.ready.empty() && g.spinning.empty() && g.in_flight.empty()) {
       if (!g.resident.empty()) record_failure(cudaErrorLaunchTimeout, deadlock_report());
       break;
+    }
+    if (!g.in_flight.empty() && (g.ready.empty() || random_bits() % 4 == 0)) {
+      land_store();
+      continue;
     }
     Thread* thread = pick();
     to_thread(thread);
@@ -416,6 +420,8 @@ void prepare_launch(const Launch& launch, void (*call)(void*), void* arguments, 
   g.threads = launch.grid.x * launch.grid.y * launch.grid.z * launch.block.x * launch.block.y * launch.block.z;
   g.threads_alive = g.threads;
   g.grid_barrier = Barrier{};
+  g.memory_barriers.clear();
+  g.in_flight.clear();
   g.ready.clear();
   g.spinning.clear();
   g.idle_yields = 0;
@@ -522,9 +528,14 @@ void yield() {
 }
 
 std::string deadlock_report() {
-  static const char* const kNames[] = {
-      "ready", "running", "in a block barrier", "in a cluster barrier", "in grid.sync()", "in a warp operation",
-      "exited"};
+  static const char* const kNames[] = {"ready",
+                                       "running",
+                                       "in a block barrier",
+                                       "in a cluster barrier",
+                                       "in mbarrier_wait",
+                                       "in grid.sync()",
+                                       "in a warp operation",
+                                       "exited"};
   std::map<std::string, std::pair<int, std::string>> places;  // where: how many, and the first of them
   for (const auto& cluster : g.resident) {
     for (const auto& block : cluster->blocks) {

@@ -2,6 +2,7 @@
 // Must not know: kernels. Compiled without the thread sanitizer, like all of this directory.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,7 +24,7 @@ struct Block;
 struct Warp;
 struct Cluster;
 
-enum class State : uint8_t { ready, running, at_block, at_cluster, at_grid, at_warp, exited };
+enum class State : uint8_t { ready, running, at_block, at_cluster, at_mbarrier, at_grid, at_warp, exited };
 
 struct AsyncCopy {
   void* shared;
@@ -74,6 +75,25 @@ struct Warp {
 struct Barrier {
   std::vector<Thread*> waiting;
   ClockSum sum;
+};
+
+// An mbarrier of some block's shared memory.
+struct MemoryBarrier {
+  unsigned arrivals = 0, pending = 0;  // of a phase, and those that it still waits for
+  int64_t bytes = 0;  // expected and not there yet; below zero where they came before they were expected
+  unsigned phase = 0;
+  Barrier barrier;
+  Clock completed;  // of the last phase
+};
+
+// A store that has not landed yet, and what its thread knew when it issued it.
+struct StoreInFlight {
+  char* place;
+  char value[16];
+  size_t bytes;
+  const uint64_t* barrier;
+  uint32_t thread, time;
+  Clock known;
 };
 
 struct Votes {
@@ -127,6 +147,8 @@ struct Global {
   uint32_t launch_count = 0, threads = 0, threads_alive = 0;
   std::vector<std::unique_ptr<Cluster>> resident;
   Barrier grid_barrier;
+  std::map<const uint64_t*, MemoryBarrier> memory_barriers;
+  std::vector<StoreInFlight> in_flight;
   Thread* current = nullptr;
   void* scheduler_stack_pointer = nullptr;
   bool in_kernel = false;
@@ -175,6 +197,7 @@ void record_failure(cudaError_t error, const std::string& message);
 // synchronisation.cpp
 void check_exit(Thread* thread);  // nobody may wait for it
 void recycle_warp_operations();
+void land_store();  // one of those in flight
 
 // memory.cpp
 char* arena_allocate(size_t bytes);  // null where the arena is full
@@ -194,6 +217,7 @@ void check_access(const void* address, size_t bytes, bool write, bool atomic, vo
 void check_atomic(const void* address, size_t bytes, int flags, void* caller);
 void check_fence(Thread* thread);
 void release(Thread* thread, ClockSum& sum);
+void release_as_of(const StoreInFlight& store, ClockSum& sum);
 void acquire(Thread* thread, const Clock& clock);
 
 }  // namespace cuda_sim

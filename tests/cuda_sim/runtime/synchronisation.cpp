@@ -1,5 +1,5 @@
-// Owns: barriers of blocks, clusters and grids, operations of a warp, atomics, and asynchronous copies.
-// Must not know: how the scheduler chooses, how accesses are checked.
+// Owns: barriers of blocks, clusters and grids, mbarriers, operations of a warp, atomics, asynchronous copies and
+// stores. Must not know: how the scheduler chooses, how accesses are checked.
 #include <algorithm>
 #include <cstdlib>
 
@@ -29,6 +29,17 @@ void complete_cluster_phase(Cluster* cluster) {
   ++cluster->phase;
   cluster->completed = cluster->barrier.sum.clock;
   release_waiting(cluster->barrier, nullptr);  // what they learn, they learn when they run
+}
+
+bool within(const void* address, size_t bytes, const char* start, size_t size) {
+  const char* p = static_cast<const char*>(address);
+  return start && p >= start && p + bytes <= start + size;
+}
+
+bool in_shared(const Block& block, const void* address, size_t bytes) {
+  bool found = within(address, bytes, block.dynamic_shared, block.dynamic_shared_bytes);
+  for (const Block::Array& array : block.arrays) found = found || within(address, bytes, array.data, array.bytes);
+  return found;
 }
 
 bool all_lanes_arrived(const Warp& warp, const WarpOperation& operation) {
@@ -162,6 +173,11 @@ void check_exit(Thread* thread) {
   if (std::any_of(thread->copies.begin(), thread->copies.end(), in_flight)) {
     fail(cudaErrorLaunchFailure, "thread exits with a cp.async still in flight");
   }
+  const Block& block = *thread->block;
+  const auto into_block = [&](const StoreInFlight& store) { return in_shared(block, store.place, store.bytes); };
+  if (block.alive == 0 && std::any_of(g.in_flight.begin(), g.in_flight.end(), into_block)) {
+    fail(cudaErrorLaunchFailure, "the block exits with an st.async to it still in flight");
+  }
   const struct {
     const Barrier& barrier;
     const char* name;
@@ -245,6 +261,107 @@ void atomic_done(const void* address, size_t bytes, int flags) {
 
 void fence() { check_fence(g.current); }
 
+// ------------------------------------------------------------------------------------------------ mbarrier, st.async
+// The bytes of a store arrive at a random time before the phase that counts them ends; until then the destination holds
+// NaN.
+namespace {
+
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase can count
+
+MemoryBarrier& memory_barrier(const uint64_t* address) {
+  const auto found = g.memory_barriers.find(address);
+  if (found == g.memory_barriers.end()) {
+    fail(cudaErrorLaunchFailure, "an mbarrier that was not initialised: %s", describe(address).c_str());
+  }
+  return found->second;
+}
+
+void count_bytes(MemoryBarrier& barrier, int64_t expected) {
+  barrier.bytes += expected;
+  if (barrier.bytes > kMostBytes || barrier.bytes < -kMostBytes) {
+    fail(cudaErrorLaunchFailure, "an mbarrier counts %lld bytes, it can count %lld",
+         static_cast<long long>(barrier.bytes), static_cast<long long>(kMostBytes));
+  }
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  barrier.pending = barrier.arrivals;
+  ++barrier.phase;
+  barrier.completed = barrier.barrier.sum.clock;
+  release_waiting(barrier.barrier, nullptr);  // what they learn, they learn when they run
+}
+
+void land(const StoreInFlight& store) {
+  memcpy(store.place, store.value, store.bytes);
+  mark_initialised(store.place, store.bytes, true);
+  MemoryBarrier& barrier = memory_barrier(store.barrier);
+  release_as_of(store, barrier.barrier.sum);
+  count_bytes(barrier, -static_cast<int64_t>(store.bytes));
+}
+
+}  // namespace
+
+void mbarrier_init(uint64_t* address, unsigned arrivals) {
+  if (!in_shared(*g.current->block, address, sizeof *address)) {
+    fail(cudaErrorIllegalAddress, "mbarrier.init: not in this block's shared memory: %s", describe(address).c_str());
+  }
+  check_access(address, sizeof *address, true, false, __builtin_return_address(0));
+  MemoryBarrier& barrier = g.memory_barriers[address] = MemoryBarrier{};
+  barrier.arrivals = barrier.pending = arrivals;
+}
+
+void mbarrier_arrive_expect(uint64_t* address, unsigned bytes) {
+  check_access(address, sizeof *address, true, true, __builtin_return_address(0));
+  MemoryBarrier& barrier = memory_barrier(address);
+  if (barrier.pending == 0) {
+    fail(cudaErrorLaunchFailure, "an mbarrier has more arrivals in a phase than it was initialised for");
+  }
+  --barrier.pending;
+  count_bytes(barrier, bytes);
+  preempt();
+}
+
+void mbarrier_wait(uint64_t* address, unsigned parity, const char* file, int line) {
+  Thread* thread = g.current;
+  const bool relaxed = take_relaxed(thread);
+  if (!in_shared(*thread->block, address, sizeof *address)) {
+    fail(cudaErrorIllegalAddress, "a wait for an mbarrier of another block");
+  }
+  check_access(address, sizeof *address, false, true, __builtin_return_address(0));
+  MemoryBarrier& barrier = memory_barrier(address);
+  if (barrier.phase % 2 != parity) {
+    preempt();
+  } else {
+    do {
+      barrier.barrier.waiting.push_back(thread);
+      wait_in(State::at_mbarrier, file, line);
+    } while (barrier.phase % 2 == parity);
+  }
+  if (!relaxed) acquire(thread, barrier.completed);
+}
+
+void store_async(void* shared, const void* value, size_t bytes, uint64_t* barrier) {
+  Thread* thread = g.current;
+  if (reinterpret_cast<uintptr_t>(shared) % bytes) {
+    fail(cudaErrorMisalignedAddress, "st.async of %zu bytes: misaligned pointer", bytes);
+  }
+  void* caller = __builtin_return_address(0);
+  check_access(barrier, sizeof *barrier, true, true, caller);
+  check_access(shared, bytes, true, false, caller);
+  StoreInFlight store{
+      static_cast<char*>(shared), {}, bytes, barrier, thread->grid_index, thread->time++, thread->known};
+  memcpy(store.value, value, bytes);
+  memset(shared, 0xFF, bytes);
+  mark_initialised(shared, bytes, false);
+  g.in_flight.push_back(store);
+  if (random_bits() % 4 == 0) preempt();
+}
+
+void land_store() {
+  std::swap(g.in_flight[random_bits() % g.in_flight.size()], g.in_flight.back());
+  const StoreInFlight store = std::move(g.in_flight.back());
+  g.in_flight.pop_back();
+  land(store);
+}
+
 // ------------------------------------------------------------------------------------------------ cp.async
 // The bytes arrive at a random time between the issue and the wait; until then the destination holds NaN.
 namespace {
@@ -256,11 +373,6 @@ void complete_copy(AsyncCopy& copy) {
   mark_initialised(copy.shared, copy.bytes, true);
 }
 
-bool within(const void* address, size_t bytes, const char* start, size_t size) {
-  const char* p = static_cast<const char*>(address);
-  return start && p >= start && p + bytes <= start + size;
-}
-
 }  // namespace
 
 void cp_async(void* shared, const void* global, size_t bytes, size_t source_bytes) {
@@ -270,9 +382,7 @@ void cp_async(void* shared, const void* global, size_t bytes, size_t source_byte
     fail(cudaErrorMisalignedAddress, "cp.async of %zu bytes: misaligned pointer", bytes);
   }
   const bool plain = within(shared, bytes, g.plain_shared, g.plain_shared_bytes);
-  bool found = plain || within(shared, bytes, block->dynamic_shared, block->dynamic_shared_bytes);
-  for (const Block::Array& array : block->arrays) found = found || within(shared, bytes, array.data, array.bytes);
-  if (!found) {
+  if (!plain && !in_shared(*block, shared, bytes)) {
     fail(cudaErrorIllegalAddress, "cp.async: the destination is not in this block's shared memory: %s",
          describe(shared).c_str());
   }

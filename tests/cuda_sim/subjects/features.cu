@@ -63,22 +63,53 @@ __global__ void mma_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float
   for (int i = 0; i < 4; ++i) c[(group + (i >= 2 ? 8 : 0)) * 8 + first + i % 2] = sums[i];
 }
 
-// Every block of a cluster pushes its rank into the shared memory of all, with the two halves of the cluster's barrier.
-enum class Push { correct, no_arrive, arrive_twice, no_wait, exit_early };
+// Every block of a cluster pushes its rank into the shared memory of all, with the two halves of the cluster's barrier
+// before, and an mbarrier for each of the turns behind. Each turn begins with the last block's numbers.
+enum class Push {
+  correct,
+  no_arrive,
+  arrive_twice,
+  no_wait,
+  wrong_parity,
+  expect_less,
+  no_last_wait,
+  exit_at_once,
+  not_initialised,
+  no_barrier
+};
 template <Push kind>
 __global__ void cluster_push_kernel(unsigned* out) {
   if constexpr (!device::kHasClusters) return;
-  auto* const received = reinterpret_cast<uint2*>(device::dynamic_shared());
-  const unsigned rank = blockIdx.x % gridDim.x, count = gridDim.x;
-  device::cluster_arrive_release();  // a block that has not begun has no shared memory
-  device::cluster_wait_acquire();
-  if (kind == Push::exit_early && rank == 1) return;
-  if (threadIdx.x < count) device::RemoteShared<uint2>(received + rank, threadIdx.x).store(0, make_uint2(rank, rank));
-  if (kind != Push::no_arrive) device::cluster_arrive_release();
-  if (kind == Push::arrive_twice) device::cluster_arrive_release();
-  if (kind != Push::no_wait) device::cluster_wait_acquire();
-  if (threadIdx.x < count) out[rank * count + threadIdx.x] = received[threadIdx.x].y;
-  if (kind == Push::no_wait) device::cluster_wait_acquire();
+  constexpr unsigned kTurns = 5;
+  const unsigned rank = blockIdx.x % gridDim.x, count = gridDim.x, lane = threadIdx.x;
+  device::SharedLayout layout(device::dynamic_shared());
+  uint64_t* const mbarriers = layout.take<uint64_t>(2);
+  uint4* const received = layout.take<uint4>(2 * count);
+  if (lane < 2 && kind != Push::not_initialised) device::mbarrier_init(mbarriers + lane);
+  if (kind != Push::no_barrier) {
+    device::cluster_arrive_release();  // a block that has not begun has no shared memory
+    device::cluster_wait_acquire();
+  }
+  unsigned number = rank;
+  for (unsigned turn = 0; turn < kTurns; ++turn) {
+    uint64_t* const mbarrier = mbarriers + turn % 2;
+    uint4* const vector = received + turn % 2 * count;
+    if (lane < count) {
+      device::RemoteShared<uint4>(vector + rank, lane)
+          .store_async(0, make_uint4(0, 0, 0, number), device::RemoteShared<uint64_t>(mbarrier, lane));
+    }
+    const unsigned bytes = (count - (kind == Push::expect_less)) * sizeof(uint4);
+    if (lane == 0 && kind != Push::no_arrive) device::mbarrier_arrive_expect(mbarrier, bytes);
+    if (lane == 0 && kind == Push::arrive_twice) device::mbarrier_arrive_expect(mbarrier, 0);
+    if (kind == Push::exit_at_once || (kind == Push::no_last_wait && turn + 1 == kTurns)) return;
+    if (kind != Push::no_wait) {
+      device::mbarrier_wait_acquire(mbarrier, (turn / 2 + (kind == Push::wrong_parity)) % 2);
+    }
+    number = lane < count ? vector[(lane + 1) % count].w : 0;
+    number = __shfl_sync(kAllLanes, number, (rank + count - 1) % count);  // of this block, as it came back
+    __syncwarp();  // whoever receives the next turn may write where this one was read
+  }
+  if (lane < count) out[rank * count + lane] = received[(kTurns - 1) % 2 * count + lane].w;
 }
 
 template <bool kSynchronises>
@@ -180,8 +211,7 @@ template <Push kind>
 Outcome push(unsigned blocks, bool allow_large = true) {
   if (allow_large) cudaFuncSetAttribute(cluster_push_kernel<kind>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   const DeviceArray<unsigned> out(std::vector<unsigned>(blocks * blocks));
-  const cudaError_t error =
-      launch(cluster_push_kernel<kind>, {blocks, 32, blocks * sizeof(uint2), false, blocks}, out.data);
+  const cudaError_t error = launch(cluster_push_kernel<kind>, {blocks, 32, 1024, false, blocks}, out.data);
   int wrong = 0;
   const std::vector<unsigned> result = out.fetch(blocks * blocks);
   for (unsigned i = 0; i < blocks * blocks; ++i) wrong += result[i] != i % blocks;
@@ -245,7 +275,12 @@ int main(int argc, char** argv) {
       {"BAD_push_without_arrival", []() { return push<Push::no_arrive>(4); }},
       {"BAD_push_with_two_arrivals", []() { return push<Push::arrive_twice>(4); }},
       {"BAD_push_without_wait", []() { return push<Push::no_wait>(4); }},
-      {"BAD_push_to_a_block_that_left", []() { return push<Push::exit_early>(4); }},
+      {"BAD_push_and_wait_for_another_turn", []() { return push<Push::wrong_parity>(4); }},
+      {"BAD_push_expects_less", []() { return push<Push::expect_less>(4); }},
+      {"BAD_push_to_a_block_that_left", []() { return push<Push::exit_at_once>(4); }},
+      {"BAD_push_to_a_block_that_leaves", []() { return push<Push::no_last_wait>(4); }},
+      {"BAD_push_to_no_barrier", []() { return push<Push::not_initialised>(4); }},
+      {"BAD_push_before_all_have_begun", []() { return push<Push::no_barrier>(4); }},
       {"BAD_large_cluster_without_attribute", []() { return push<Push::correct>(16, false); }},
       {"warp_barrier", [&]() -> Outcome { return {launch(reverse_warp_kernel<true>, {}, out.data)}; }},
       {"BAD_no_warp_barrier",

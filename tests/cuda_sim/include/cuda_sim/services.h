@@ -82,6 +82,14 @@ void cp_async(void* shared, const void* global, size_t bytes, size_t source_byte
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 
+// An mbarrier, eight bytes of shared memory: a phase ends when all its arrivals are there, and with them as many bytes
+// as they said to expect. Phases are waited for by their parity. Stores to a block of the cluster may land at any time,
+// and count at a barrier of that block when they have.
+void mbarrier_init(uint64_t* barrier, unsigned arrivals);
+void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
+void mbarrier_wait(uint64_t* barrier, unsigned parity, CUDA_SIM_CALLER);
+void store_async(void* shared, const void* value, size_t bytes, uint64_t* barrier);
+
 // mutate.py numbers the places of kernels that synchronise, and switches one of them off.
 void mutate(int site);   // which; -1: none
 bool mutated(int site);  // whether it is this one

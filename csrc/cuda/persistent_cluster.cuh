@@ -44,16 +44,22 @@ class ClusterExchange {
     __syncwarp();  // a lane sends numbers of others, which have read what they are made of
     Operand* place = vectors(turn_) + (row + packet_row()) * sizes_.stride + unit / kPacketUnits * kPacketUnits;
     uint64_t* mbarrier = mbarriers_ + turn_ % 2;
-    const unsigned blocks = sizes_.blocks, holder = TileLane().quad / 2 % kHolders;
-    unsigned rank = blockIdx.x + holder;
-    for (unsigned i = holder; i < blocks; i += kHolders) {
-      if (rank >= blocks) rank -= blocks;
+    const unsigned blocks = sizes_.blocks;
+    const auto send = [&](unsigned distance) {
+      const unsigned sum = blockIdx.x + distance;
+      const unsigned rank = min(sum, sum - blocks);  // modulo: where sum < blocks, the difference wraps around
       const device::RemoteShared<Operand> remote(place, rank);
       const device::RemoteShared<uint64_t> remote_mbarrier(mbarrier, rank);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) remote.store_async(part * sizes_.part, packets[part], remote_mbarrier);
-      rank += kHolders;
+    };
+    constexpr unsigned kTogether = 4;  // of which the addresses are computed side by side
+    unsigned distance = TileLane().quad / 2 % kHolders;
+    for (; distance + (kTogether - 1) * kHolders < blocks; distance += kTogether * kHolders) {
+#pragma unroll
+      for (unsigned i = 0; i < kTogether; ++i) send(distance + i * kHolders);
     }
+    for (; distance < blocks; distance += kHolders) send(distance);
   }
 
   __device__ __forceinline__ void arrive() {

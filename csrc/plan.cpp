@@ -76,7 +76,7 @@ Candidate consider_persistent_cta(const Problem& problem, const Device& device) 
 // ---------------------------------------------------------------------------------------------- spread over blocks
 // What an engine that spreads W_hh over blocks may use.
 struct SpreadLimits {
-  int team_blocks;          // blocks that exchange the state, at most
+  int least_blocks, team_blocks;  // blocks that exchange the state, at least and at most
   cuda::ExchangeShared exchange;
   int64_t most_waves;       // 1: all teams run at once; more: teams may wait for others to end
   int64_t step_clocks = 0;  // of a step that moves nothing; with one wave the same for every spread
@@ -113,6 +113,11 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
   if (problem.hidden_size > most_units) {
     return {text("its blocks hold ", most_units, " hidden units at most, the layer has ", problem.hidden_size), {}};
   }
+  if (problem.hidden_size <= static_cast<int64_t>(limits.least_blocks - 1) * cuda::kTileUnits) {
+    return {text("it divides the hidden units among ", limits.least_blocks, " blocks at least, of ", cuda::kTileUnits,
+                 " each, the layer has ", problem.hidden_size),
+            {}};
+  }
   const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
   const int H = static_cast<int>(problem.hidden_size);
   const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
@@ -126,7 +131,8 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
         const cuda::Spread spread = {units, rows, splits};
         const cuda::SpreadSizes sizes(spread, H, problem.batch, gates, problem.backward, operand_bytes, tensor_cores);
         const int64_t teams = static_cast<int64_t>(sizes.teams) * problem.directions;
-        const int64_t alone = sizes.blocks > limits.team_blocks ? 0 : teams_alone(sizes.blocks);
+        if (sizes.blocks < limits.least_blocks || sizes.blocks > limits.team_blocks) continue;
+        const int64_t alone = teams_alone(sizes.blocks);
         if (alone == 0) continue;
         const int threads = sizes.warps * cuda::kWarpLanes;
         const auto shared_bytes = static_cast<int64_t>(sizes.shared_bytes(limits.exchange));
@@ -169,19 +175,21 @@ Candidate consider_persistent_cluster(const Problem& problem, const Device& devi
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   int most_blocks = cuda::kMostClusterBlocks;
   while (most_blocks > 0 && device.clusters[most_blocks - 1] == 0) --most_blocks;
-  if (most_blocks == 0) {
+  if (most_blocks < cuda::kClusterLeastBlocks) {
     return {text("it needs clusters of blocks (sm_90 and later, and code made for that), the device is sm_",
                  device.capability),
             {}};
   }
-  return consider_spread(problem, device, {most_blocks, cuda::kClusterShared, kMostWaves, kClusterStepClocks},
+  return consider_spread(problem, device,
+                         {cuda::kClusterLeastBlocks, most_blocks, cuda::kClusterShared, kMostWaves, kClusterStepClocks},
                          [&](int blocks) -> int64_t { return device.clusters[blocks - 1]; });
 }
 
 Candidate consider_persistent_grid(const Problem& problem, const Device& device) {
   if (const std::string reason = against_persistence(problem, device); !reason.empty()) return {reason, {}};
   if (!device.cooperative) return {"the device has no cooperative launches", {}};
-  return consider_spread(problem, device, {device.multiprocessors, cuda::kGridShared, /*most_waves=*/1},
+  return consider_spread(problem, device,
+                         {cuda::kGridLeastBlocks, device.multiprocessors, cuda::kGridShared, /*most_waves=*/1},
                          [&](int blocks) -> int64_t { return device.multiprocessors / blocks; });
 }
 

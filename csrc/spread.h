@@ -27,8 +27,9 @@ struct ExchangeShared {
 };
 constexpr ExchangeShared kClusterShared = {2, 2}, kGridShared = {1, 0};
 
-// The blocks of a cluster, at most. More than 8 are not on every device that has clusters.
-constexpr int kMostClusterBlocks = 16;
+// The blocks of a cluster, at most, of which more than 8 are not on every device that has clusters; and at least, for a
+// block alone cannot store asynchronously.
+constexpr int kMostClusterBlocks = 16, kClusterLeastBlocks = 2, kGridLeastBlocks = 1;
 
 // 256 threads of 255 registers: more warps would leave less of the registers to W_hh.
 constexpr int kSpreadMostWarps = 8;
@@ -51,7 +52,7 @@ struct SpreadSizes {
   int units;             // of a team, those past H included
   int all_depth, depth;  // tiles of k of a part, and how many of them each warp has (the last may have fewer)
   int parts;             // of a vector
-  int part, stride;      // elements from a part to the next, and from a batch row to the next, in shared memory
+  int part, row_tile;    // elements of a part of 8 rows, and of all parts, in shared memory
   size_t vector_bytes;   // the vectors of a team
   size_t weight_bytes;   // W_hh of a warp beside its registers
   size_t partial_bytes;  // the sums of all warps but the one that adds them up
@@ -65,9 +66,9 @@ struct SpreadSizes {
         all_depth(depth_of(units, element_bytes)),
         depth(round_up((all_depth + spread.depth_splits - 1) / spread.depth_splits, 2)),
         parts(backward ? gates : 1),
-        part(all_depth * tile_depth(element_bytes)),
-        stride(operand_stride(parts * part, element_bytes)),
-        vector_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * stride * element_bytes),
+        part(operand_size(units, element_bytes)),
+        row_tile(parts * part),
+        vector_bytes(static_cast<size_t>(spread.row_tiles) * row_tile * element_bytes),
         weight_bytes(
             tile_shared_bytes(gates, depth, spread_register_depth(gates, element_bytes, backward, tensor_cores))),
         partial_bytes(static_cast<size_t>(spread.unit_tiles) * (spread.depth_splits - 1) * spread.row_tiles *

@@ -27,10 +27,16 @@ RNNFAST_SIZES int depth_of(int k, int operand_bytes) {
   return round_up(k, 2 * tile_depth(operand_bytes)) / tile_depth(operand_bytes);
 }
 
-// Elements from a batch row of the operand to the next: an odd multiple of 16 bytes, so that eight rows of 16 bytes lie
-// in different banks.
-RNNFAST_SIZES int operand_stride(int k, int operand_bytes) {
-  return round_up(k, 2 * tile_depth(operand_bytes)) + 16 / operand_bytes;
+// The operand of a product, k values of each of 8 batch rows, is packets of 16 bytes, [k / packet][8][packet]: what the
+// rows have of a packet are a matrix of ldmatrix, 128 bytes in all banks, and a tile of 16 units is whole lines of
+// memory.
+RNNFAST_SIZES int packet_units(int operand_bytes) { return 16 / operand_bytes; }
+RNNFAST_SIZES int operand_size(int k, int operand_bytes) {  // elements, those past k included
+  return depth_of(k, operand_bytes) * tile_depth(operand_bytes) * kTileRows;
+}
+RNNFAST_SIZES int operand_place(int row, int k, int operand_bytes) {
+  const int packet = packet_units(operand_bytes);
+  return (k / packet * kTileRows + row) * packet + k % packet;
 }
 
 // Shared memory of one warp's tiles of W, of which register_depth tiles of k lie in registers.
@@ -64,8 +70,8 @@ RNNFAST_SIZES bool fits_cta_shape(int64_t hidden_size, CtaShape shape) {
 
 // The operand of a block's product, twice, and the tiles of k that lie in shared memory.
 RNNFAST_SIZES int cta_shared_bytes(int hidden_size, int gates, int operand_bytes, CtaShape shape, bool backward) {
-  const int depth = depth_of(hidden_size, operand_bytes), k = depth * tile_depth(operand_bytes);
-  const int operand = 2 * kTileRows * operand_stride(backward ? gates * k : k, operand_bytes) * operand_bytes;
+  const int operand = 2 * (backward ? gates : 1) * operand_size(hidden_size, operand_bytes) * operand_bytes;
+  const int depth = depth_of(hidden_size, operand_bytes);
   return operand + warps_of(hidden_size) * tile_shared_bytes(gates, depth, shape.register_depth);
 }
 

@@ -583,6 +583,7 @@ MISTAKES = {
     "BAD_barrier_counts_differ": ("sim", "thread(s) of the block exited"),
     "BAD_own_barrier_in_plain_launch": ("sim", "livelock"),
     "BAD_volatile_spin": ("sim", "without reaching a synchronisation"),
+    "BAD_push_in_a_cluster_of_one": ("sim", "in a cluster of one block"),
     "BAD_push_without_arrival": ("sim", "in mbarrier_wait"),
     "BAD_push_with_two_arrivals": ("sim", "more arrivals in a phase"),
     "BAD_push_without_wait": ("check", "uninitialised"),

@@ -21,6 +21,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 # team and several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers and beyond.
 LAYERS = [
     (Sample("lstm", steps=1, batch=1, hidden_size=16), [(1, 1, 1)]),
+    (Sample("lstm", steps=1, batch=1, hidden_size=32), [(1, 1, 1)]),
     (
         Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True),
         [(1, 1, 1), (1, 2, 3), (3, 2, 2)],
@@ -45,8 +46,14 @@ def simulators() -> dict[str, driver.Simulator]:
     return {}
 
 
-def cases(cell: str) -> list[tuple[Sample, tuple[int, int, int]]]:
-    return [(sample, spread) for sample, spreads in LAYERS for spread in spreads if sample.cell == cell]
+def cases(engine: str, cell: str) -> list[tuple[Sample, tuple[int, int, int]]]:
+    """A cluster has two blocks at least."""
+    return [
+        (sample, spread)
+        for sample, spreads in LAYERS
+        for spread in spreads
+        if sample.cell == cell and (engine == "persistent_grid" or sample.hidden_size > 16 * spread[0])
+    ]
 
 
 @persistent_arithmetics
@@ -57,7 +64,7 @@ def test_spread_kernels_against_reference(
 ) -> None:
     sim = simulator(simulators, "sim")
     sim.engine(engine)
-    for index, (sample, spread) in enumerate(cases(cell)):
+    for index, (sample, spread) in enumerate(cases(engine, cell)):
         sim.spread(*spread)
         for save in (NOTHING, STATES, driver.GATES):
             sim.seed(3 * index + save)
@@ -73,7 +80,7 @@ def test_spread_kernels_have_no_races_and_read_no_garbage(
     sim = simulator(simulators, "check")
     sim.engine(engine)
     offset = driver.DTYPES.index(arithmetic.dtype) + ENGINES.index(engine) + arithmetic.tf32
-    for index, (sample, spread) in enumerate(cases(cell)):
+    for index, (sample, spread) in enumerate(cases(engine, cell)):
         if (index + offset) % 2:
             continue
         sim.spread(*spread)
@@ -86,7 +93,7 @@ def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver
     sim = simulator(simulators, "sim")
     sim.engine(engine)
     sim.spread(1, 2, 3)
-    arguments, options = LAYERS[1][0].arguments(torch.float32)
+    arguments, options = LAYERS[2][0].arguments(torch.float32)
     layer = driver.Layer(*arguments, **options)
     results = []
     for seed in range(8):
@@ -103,6 +110,7 @@ def test_the_order_of_threads_does_not_change_a_bit(simulators: dict[str, driver
         # 132 multiprocessors hold 32 blocks each
         ("persistent_grid", (1, 1, 1), Sample("rnn_tanh", steps=1, batch=8 * 132 * 32 + 1, hidden_size=16), 720),
         ("persistent_cluster", (1, 1, 1), Sample("rnn_tanh", steps=1, batch=1, hidden_size=16 * 17), 912),
+        ("persistent_cluster", (2, 1, 2), Sample("lstm", steps=1, batch=1, hidden_size=32), 1),  # a block alone
         ("persistent_grid", (1, 3, 2), Sample("gru", steps=1, batch=1, hidden_size=16), 1),  # rows without an owner
         ("persistent_cluster", (3, 1, 3), Sample("gru", steps=1, batch=1, hidden_size=16), 1),  # nine warps
     ],
@@ -117,7 +125,7 @@ def test_a_spread_that_cannot_be_is_an_error_and_the_next_call_works(
     with pytest.raises(driver.SimulationError, match=rf"error {error}:"):
         sim.forward(driver.Layer(*arguments, **options))
     sim.spread(1, 1, 1)
-    compare(sim, LAYERS[0][0], torch.float32, driver.GATES)
+    compare(sim, LAYERS[1][0], torch.float32, driver.GATES)
 
 
 def test_clusters_that_run_at_once_are_asked_for(simulators: dict[str, driver.Simulator]) -> None:

@@ -222,7 +222,7 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
     """Tensor cores where there are any; the nonlinearities of a lane side by side, without a branch between them, which
     would have one wait for the other; no local memory; no bytes loaded but resets, for what lies in pairs is loaded as
     words; nothing from caches that do not see what other blocks write, nor by addresses that may be shared memory's or
-    not; in clusters, pushes of 16 bytes, and behind the first of them no fence of the GPU's memory.
+    not; in clusters, pushes of 16 bytes, and behind the first of them no fence of the GPU's memory or of its caches.
     """
     command = ["cuobjdump", "--dump-sass", str(compiled.object(source))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler())
@@ -248,6 +248,7 @@ def test_machine_code_of_persistent_kernels(compiled: Compiled, source: Path) ->
             assert " MEMBAR.ALL.GPU " in prologue, f"{name} does not begin with the cluster's barrier"
             assert " STAS" not in steps.replace(" STAS.128 ", ""), f"{name} pushes a few bytes at a time"
             assert "MEMBAR" not in steps, f"{name} waits for its stores in each step"
+            assert "CCTL" not in steps, f"{name} empties the first-level cache in each step"
     assert all(seen.values()) or all("ScalarFloat" in function.splitlines()[0] for function in functions)
 
 

@@ -56,7 +56,7 @@ def test_a_block_holds_a_small_layer() -> None:
     assert made["engine"] == "persistent_cta"
     tile = made["tile"]
     assert (tile["blocks"], tile["threads"], tile["units"], tile["rows"]) == (6, 256, 128, 8)
-    assert tile["shared_bytes"] == 2 * 8 * (128 * 2 + 16)  # all of W_hh lies in registers
+    assert tile["shared_bytes"] == 2 * 8 * 128 * 2  # all of W_hh lies in registers
     assert "persistent_cta" not in made["against"]
     assert made["against"]["stepwise"] == "persistent_cta can run it"
 
@@ -74,7 +74,7 @@ def test_the_size_of_a_layer_and_of_shared_memory_decide() -> None:
     assert plan(**wide)["engine"] == "persistent_cta"
     for device in (AMPERE, SMALL_AMPERE):
         against = plan(**wide, device=device)["against"]["persistent_cta"]
-        assert against == f"a block needs 221440 bytes of shared memory, the device gives {device['shared_bytes']}"
+        assert against == f"a block needs 221184 bytes of shared memory, the device gives {device['shared_bytes']}"
     assert plan(hidden_size=128, device=SMALL_AMPERE)["engine"] == "persistent_cta"
 
 
@@ -100,6 +100,18 @@ def test_a_cluster_holds_a_larger_layer() -> None:
     assert plan(hidden_size=512, batch=2048)["against"]["persistent_cluster"] == (
         "2048 rows of 512 hidden units in 1 direction are more than the clusters that run at once have in 4 waves"
     )
+
+
+@pytest.mark.usefixtures("unforced")
+def test_a_cluster_has_two_blocks_at_least() -> None:
+    """A block alone cannot store asynchronously."""
+    reason = "it divides the hidden units among 2 blocks at least, of 16 each, the layer has 16"
+    with ops.cuda_engine("persistent_cluster"):
+        assert plan(hidden_size=17)["tile"]["blocks"] == 2 * plan(hidden_size=17, batch=8)["tile"]["blocks"]
+        with pytest.raises(RuntimeError, match=reason):
+            plan(hidden_size=16)
+    alone = plan(hidden_size=256, device={**HOPPER, "clusters": [132] + [0] * 15})
+    assert alone["against"]["persistent_cluster"].startswith("it needs clusters of blocks")
 
 
 def spread(made: dict[str, Any]) -> tuple[int, int, int]:
@@ -225,6 +237,7 @@ def test_every_plan_keeps_to_the_device(cell: str, device: dict[str, Any]) -> No
                     assert tile["blocks"] <= device["multiprocessors"]
                 if made["engine"] == "persistent_cluster":
                     teams = -(-16 // tile["rows"])
+                    assert tile["blocks"] // teams > 1
                     assert device["clusters"][tile["blocks"] // teams - 1] > 0
 
 

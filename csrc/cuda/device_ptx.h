@@ -297,7 +297,7 @@ class RemoteShared {
   }
 
   // Stores 16 bytes, aligned, so many elements behind the place, in the background. They count at the mbarrier, which
-  // is in the same block.
+  // is in the same block. The cluster has two blocks at least.
   __device__ __forceinline__ void store_async(int offset, const uint4& value,
                                               const RemoteShared<uint64_t>& mbarrier) const {
 #if defined(CUDA_SIM)
@@ -338,20 +338,31 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* mbarrier, unsig
                : "memory");
 #endif
 }
-// Until the phase has ended whose number, from 0, is so modulo 2. What came with its bytes is seen behind it, and what
-// the threads that sent them had read or written before.
+// Until the phase has ended whose number, from 0, is so modulo 2. Its bytes are seen behind it, and who sent them has
+// read what they were made of; nothing else that it wrote need be seen. The fence is for shared memory alone: that of
+// an acquire throws away the first-level cache, too.
 __device__ __forceinline__ void mbarrier_wait_acquire(uint64_t* mbarrier, unsigned parity) {
 #if defined(CUDA_SIM)
   cuda_sim::mbarrier_wait(mbarrier, parity);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+#define RNNFAST_WAIT "relaxed"
+#define RNNFAST_ACQUIRE "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define RNNFAST_WAIT "acquire"
+#define RNNFAST_ACQUIRE ""
+#endif
   uint32_t done;
   do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(shared_address(mbarrier)), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity." RNNFAST_WAIT
+                 ".cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(mbarrier)), "r"(parity)
+                 : "memory");
   } while (!done);
+  asm volatile(RNNFAST_ACQUIRE ::: "memory");
+#undef RNNFAST_WAIT
+#undef RNNFAST_ACQUIRE
 #endif
 }
 

@@ -16,12 +16,25 @@ struct LaunchShape {
   unsigned cluster_blocks = 1;  // along x; sm_90
 };
 
+// The driver may load a kernel that it is asked or told about, which is no part of a graph that this thread captures.
+class Uncaptured {
+ public:
+  Uncaptured() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Uncaptured() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Uncaptured(const Uncaptured&) = delete;
+  Uncaptured& operator=(const Uncaptured&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Shared memory above 48 KB and clusters above 8 blocks must be asked for, kernel by kernel and device by device. The
 // limit becomes the device's own, whatever the launch needs: another thread may launch the same kernel with less.
 template <class... Parameters>
 cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr size_t kSharedBytes = 48 * 1024;
   constexpr unsigned kClusterBlocks = 8;
+  const Uncaptured uncaptured;
   if (shape.shared_bytes > kSharedBytes) {
     int device = 0, most_bytes = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -48,17 +61,20 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  config.attrs = &attribute;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (shape.cooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
     config.numAttrs = 1;
   } else if (shape.cluster_blocks > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster_blocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.numAttrs = 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = shape.cluster_blocks;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    // A multiprocessor for each block while there are any, as the plan counts on.
+    attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
+    config.numAttrs = 2;
   }
   if (const cudaError_t error = allow(kernel, shape); error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, arguments...);

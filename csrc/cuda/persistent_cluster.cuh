@@ -23,26 +23,28 @@ class ClusterExchange {
   using Operand = Operand_;
   static constexpr bool kAvailable = device::kHasClusters;
   static constexpr ExchangeShared kShared = kClusterShared;
+  static constexpr int kLeastBlocks = kClusterLeastBlocks;
   struct Arguments {};
 
   __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* vectors,
                                              uint64_t* mbarriers)
-      : sizes_(shape.sizes), rows_(shape.spread.row_tiles * kTileRows), vectors_(vectors), mbarriers_(mbarriers) {
-    clear(vectors_, kShared.copies * rows_ * sizes_.stride);  // once: the padding stays zero
+      : sizes_(shape.sizes), row_tiles_(shape.spread.row_tiles), vectors_(vectors), mbarriers_(mbarriers) {
+    clear(vectors_, kShared.copies * row_tiles_ * sizes_.row_tile);  // once: the padding stays zero
     if (threadIdx.x < kShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
     device::cluster_arrive_release();  // a block may push once all have begun, and are ready to receive
     device::cluster_wait_acquire();
   }
 
-  // Two neighbouring units of all parts, in two rows of the team; by whole warps. Each block begins with itself, so
-  // that no block receives from all others at once.
+  // The lane's two units of all parts, in its two rows; by whole warps. Each block begins with itself, so that no block
+  // receives from all others at once.
   template <int kParts>
-  __device__ __forceinline__ void publish(int row, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
+  __device__ __forceinline__ void publish(int row_tile, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
     uint4 packets[kParts];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) packets[part] = gather(pairs[0][part], pairs[1][part]);
     __syncwarp();  // a lane sends numbers of others, which have read what they are made of
-    Operand* place = vectors(turn_) + (row + packet_row()) * sizes_.stride + unit / kPacketUnits * kPacketUnits;
+    Operand* place = vectors(turn_) + row_tile * sizes_.row_tile +
+                     operand_place(TileLane().row(packet_row()), unit / kPacketUnits * kPacketUnits, sizeof(Operand));
     uint64_t* mbarrier = mbarriers_ + turn_ % 2;
     const unsigned blocks = sizes_.blocks;
     const auto send = [&](unsigned distance) {
@@ -64,7 +66,8 @@ class ClusterExchange {
 
   __device__ __forceinline__ void arrive() {
     if (threadIdx.x == 0) {
-      const int bytes = rows_ * sizes_.parts * sizes_.units * static_cast<int>(sizeof(Operand));
+      const int numbers = row_tiles_ * kTileRows * sizes_.parts * sizes_.units;
+      const int bytes = numbers * static_cast<int>(sizeof(Operand));
       device::mbarrier_arrive_expect(mbarriers_ + turn_ % 2, bytes);
     }
     ++turn_;
@@ -78,10 +81,10 @@ class ClusterExchange {
   }
 
  private:
-  // A store is of 16 bytes: lanes with neighbouring units put them together, half of them those of their first row,
-  // half those of their second. Where 16 bytes are the units of four lanes, two lanes have the same, and share the
-  // blocks.
-  static constexpr int kPacketUnits = 16 / sizeof(Operand), kHolders = 4 / sizeof(Operand);
+  // A store is a packet: lanes with neighbouring units put them together, half of them those of their first row, half
+  // those of their second. Where a packet is the units of four lanes, two lanes have the same, and share the blocks.
+  // What goes to a block from a warp are neighbouring bytes.
+  static constexpr int kPacketUnits = packet_units(sizeof(Operand)), kHolders = 4 / sizeof(Operand);
 
   static __device__ __forceinline__ int packet_row() { return TileLane().quad % 2; }  // the lane's first or second
 
@@ -111,11 +114,11 @@ class ClusterExchange {
   }
 
   __device__ __forceinline__ Operand* vectors(unsigned turn) const {
-    return vectors_ + turn % 2 * rows_ * sizes_.stride;
+    return vectors_ + turn % 2 * row_tiles_ * sizes_.row_tile;
   }
 
   const SpreadSizes& sizes_;
-  const int rows_;
+  const int row_tiles_;
   Operand* const vectors_;
   uint64_t* const mbarriers_;  // of turns of an even number, and of the others
   unsigned turn_ = 0;          // arrivals of this block

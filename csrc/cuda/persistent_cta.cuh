@@ -43,18 +43,18 @@ struct Kernel {
 template <class Cell, class Math, bool kWide, bool kBackward>
 struct Shared {
   using Operand = typename Math::Operand;
-  int depth;         // tiles of k of a gate
-  int gate, stride;  // elements from a gate to the next, backward, and from a batch row to the next
-  Operand* operand;  // [2, 8, stride]
-  uint4* w_hh;       // [warps, what does not fit into registers]
+  int depth;          // tiles of k of a gate
+  int gate, operand;  // elements of the operand of a gate, and of the whole
+  Operand* operands;  // two
+  uint4* w_hh;        // [warps, what does not fit into registers]
   size_t bytes;
 
   __host__ __device__ Shared(char* base, int hidden_size)
       : depth(depth_of(hidden_size, sizeof(Operand))),
-        gate(depth * Math::kDepth),
-        stride(operand_stride(kBackward ? Cell::kGates * gate : gate, sizeof(Operand))) {
+        gate(operand_size(hidden_size, sizeof(Operand))),
+        operand(kBackward ? Cell::kGates * gate : gate) {
     device::SharedLayout layout(base);
-    operand = layout.take<Operand>(2 * kTileRows * stride);
+    operands = layout.take<Operand>(2 * operand);
     w_hh = layout.take<uint4>(warps_of(hidden_size) * weights());
     bytes = layout.bytes();
   }
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/false> shared(device::dynamic_shared(), H);
-  const int place = TileLane().place(first_unit, shared.stride);
+  const int place = TileLane().place(first_unit, sizeof(Operand));
 
   typename Kernel<Cell, Math, kWide, /*kBackward=*/false>::Tile w_hh;
   w_hh.load(
@@ -84,16 +84,16 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
         return Math::to_operand(
             unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + unit) * H + k]) : 0.0f);
       },
-      shared.depth, shared.stride, shared.w_hh + warp * shared.weights());
-  clear(shared.operand, 2 * kTileRows * shared.stride);
+      shared.depth, shared.w_hh + warp * shared.weights());
+  clear(shared.operands, 2 * shared.operand);
 
   ForwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
                                                           first_unit);
-  const auto operand = [&](int index) { return shared.operand + (index & 1) * kTileRows * shared.stride; };
+  const auto operand = [&](int index) { return shared.operands + (index & 1) * shared.operand; };
   const auto publish = [&](Operand* h) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      operand_pair<Math>(lane.operand(j)).store(h + place + j * shared.stride);
+      operand_pair<Math>(lane.operand(j)).store(h + place + j * packet_units(sizeof(Operand)));
     }
   };
   lane.begin(lane.first());
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/true> shared(device::dynamic_shared(), H);
-  const int place = TileLane().place(first_unit, shared.stride);
+  const int place = TileLane().place(first_unit, sizeof(Operand));
+  const int gate = device::opaque(shared.gate);  // or it would be computed again, for which no register is left
 
   typename Kernel<Cell, Math, kWide, /*kBackward=*/true>::Tile w_hh;
   w_hh.load(
@@ -135,8 +136,8 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
         return Math::to_operand(
             unit < H && k < H ? to_acc(direction.w_hh[(static_cast<int64_t>(gate) * H + k) * H + unit]) : 0.0f);
       },
-      shared.depth, shared.stride, shared.w_hh + warp * shared.weights());
-  clear(shared.operand, 2 * kTileRows * shared.stride);
+      shared.depth, shared.w_hh + warp * shared.weights());
+  clear(shared.operands, 2 * shared.operand);
 
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(layer, direction, static_cast<int>(blockIdx.x) * kTileRows,
                                                            first_unit);
@@ -145,20 +146,20 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
 
   float product[4] = {};
   for (int index = lane.last() - 1; index >= lane.first(); --index) {
-    Operand* operand = shared.operand + (index & 1) * kTileRows * shared.stride;
+    Operand* operand = shared.operands + (index & 1) * shared.operand;
     lane.step(index, product);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        operand_pair<Math>(lane.operand(g, j)).store(operand + place + j * shared.stride + g * shared.gate);
+        operand_pair<Math>(lane.operand(g, j)).store(operand + place + j * packet_units(sizeof(Operand)) + g * gate);
       }
     }
     __syncthreads();
     lane.advance(index - 1);
     constexpr int kSums = kOnTensorCores<Math> ? kGates : 1;
     typename Math::Sums sums[kSums];
-    w_hh.multiply_each(sums, operand, shared.gate);
+    w_hh.multiply_each(sums, operand, gate);
     Math::finish(sums[0], product);
 #pragma unroll
     for (int s = 1; s < kSums; ++s) {

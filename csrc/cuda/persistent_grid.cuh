@@ -18,26 +18,28 @@ class GridExchange {
   using Operand = Operand_;
   static constexpr bool kAvailable = true;
   static constexpr ExchangeShared kShared = kGridShared;
+  static constexpr int kLeastBlocks = kGridLeastBlocks;
   static constexpr int kFlagStride = 32;  // counters lie in cache lines of their own
   struct Arguments {
-    Operand* vectors = nullptr;    // [D, teams, 2, rows, parts, units]
+    Operand* vectors = nullptr;    // [D, teams, 2, row_tiles, parts, operand of 8 rows, without padding]
     unsigned* arrivals = nullptr;  // [D, teams, kFlagStride], zero
   };
 
   __device__ __forceinline__ GridExchange(const Arguments& arguments, const SpreadShape& shape, Operand* shared,
                                           uint64_t*)
       : arguments_(arguments), shape_(shape), shared_(shared) {
-    clear(shared_, rows() * shape.sizes.stride);  // once: the padding stays zero
+    clear(shared_, shape.spread.row_tiles * shape.sizes.row_tile);  // once: the padding stays zero
   }
 
-  // Two neighbouring units of all parts, in two rows of the team.
+  // The lane's two units of all parts, in its two rows.
   template <int kParts>
-  __device__ __forceinline__ void publish(int row, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
-    Operand* place = vectors(turn_) + row * kParts * shape_.sizes.units + unit;
+  __device__ __forceinline__ void publish(int row_tile, int unit, const Pair<Operand> (&pairs)[2][kParts]) {
+    Operand* place =
+        vectors(turn_) + row_tile * kParts * part() + operand_place(TileLane().row(0), unit, sizeof(Operand));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) pairs[j][part].store(place + (j * kParts + part) * shape_.sizes.units);
+      for (int i = 0; i < kParts; ++i) pairs[j][i].store(place + j * kPacketUnits + i * part());
     }
   }
 
@@ -55,16 +57,11 @@ class GridExchange {
       while (static_cast<int>(device::load_acquire(arrivals()) - all) < 0) continue;
     }
     __syncthreads();
-    constexpr int kWidth = 16 / sizeof(Operand);
-    const SpreadSizes& sizes = shape_.sizes;
-    // A warp a row, a lane every 32nd packet of it: without a division, of which each would take as long as a load.
-    for (int row = threadIdx.x / kWarpLanes; row < rows(); row += blockDim.x / kWarpLanes) {
-      const Operand* from = vectors(turn_ - 1) + row * sizes.parts * sizes.units;
-      Operand* to = shared_ + row * sizes.stride;
-      for (int part = 0; part < sizes.parts; ++part, from += sizes.units, to += sizes.part) {
-        for (int unit = threadIdx.x % kWarpLanes * kWidth; unit < sizes.units; unit += kWarpLanes * kWidth) {
-          *reinterpret_cast<uint4*>(to + unit) = __ldcg(reinterpret_cast<const uint4*>(from + unit));
-        }
+    const Operand* from = vectors(turn_ - 1);
+    Operand* to = shared_;
+    for (int i = 0; i < shape_.spread.row_tiles * shape_.sizes.parts; ++i, from += part(), to += shape_.sizes.part) {
+      for (int j = static_cast<int>(threadIdx.x) * kPacketUnits; j < part(); j += blockDim.x * kPacketUnits) {
+        *reinterpret_cast<uint4*>(to + j) = __ldcg(reinterpret_cast<const uint4*>(from + j));
       }
     }
     __syncthreads();
@@ -72,11 +69,13 @@ class GridExchange {
   }
 
  private:
+  static constexpr int kPacketUnits = packet_units(sizeof(Operand));
+
   __device__ __forceinline__ int64_t team() const { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
-  __device__ __forceinline__ int rows() const { return shape_.spread.row_tiles * kTileRows; }
+  __device__ __forceinline__ int part() const { return shape_.sizes.units * kTileRows; }
   __device__ __forceinline__ unsigned* arrivals() const { return arguments_.arrivals + team() * kFlagStride; }
   __device__ __forceinline__ Operand* vectors(unsigned turn) const {
-    return arguments_.vectors + (team() * 2 + turn % 2) * rows() * shape_.sizes.parts * shape_.sizes.units;
+    return arguments_.vectors + (team() * 2 + turn % 2) * shape_.spread.row_tiles * shape_.sizes.parts * part();
   }
 
   const Arguments& arguments_;
@@ -118,6 +117,7 @@ cudaError_t launch_resident(void (*kernel)(Parameters...), LaunchShape shape, cu
   }
   if (error == cudaSuccess) error = allow(kernel, shape);
   if (error == cudaSuccess) {
+    const Uncaptured uncaptured;
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(shape.block.x),
                                                           shape.shared_bytes);
   }

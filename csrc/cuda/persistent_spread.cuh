@@ -65,18 +65,18 @@ struct TeamSteps {
 template <class Exchange>
 struct SpreadShared {
   using Operand = typename Exchange::Operand;
-  uint64_t* mbarriers;
-  Operand* vectors;  // [copies, row_tiles, 8, stride]
+  Operand* vectors;  // [copies, row_tiles, parts, operand of 8 rows]
   uint4* w_hh;       // [warps, what does not fit into registers]
   float4* partials;  // [depth_splits - 1, unit_tiles, row_tiles, sums, lanes]: each a lane's four
+  uint64_t* mbarriers;
   size_t bytes;
 
   __host__ __device__ SpreadShared(char* base, const SpreadSizes& sizes) {
     device::SharedLayout layout(base);
-    mbarriers = layout.take<uint64_t>(Exchange::kShared.mbarriers);
     vectors = layout.take<Operand>(Exchange::kShared.copies * sizes.vector_bytes / sizeof(Operand));
     w_hh = layout.take<uint4>(sizes.warps * sizes.weight_bytes / sizeof(uint4));
     partials = layout.take<float4>(sizes.partial_bytes / sizeof(float4));
+    mbarriers = layout.take<uint64_t>(Exchange::kShared.mbarriers);
     bytes = layout.bytes();
   }
 };
@@ -97,7 +97,7 @@ class SpreadProduct {
       : shape_(shape), warp_(warp), first_k_(warp.split * shape.sizes.depth * Math::kDepth), partials_(partials) {
     const int left = shape.sizes.all_depth - warp.split * shape.sizes.depth;
     const int depth = left < 0 ? 0 : left < shape.sizes.depth ? left : shape.sizes.depth;
-    weights_.load([&](int gate, int row, int k) { return element(gate, row, first_k_ + k); }, depth, shape.sizes.stride,
+    weights_.load([&](int gate, int row, int k) { return element(gate, row, first_k_ + k); }, depth,
                   w_hh + threadIdx.x / kWarpLanes * (shape.sizes.weight_bytes / sizeof(uint4)));
   }
 
@@ -106,7 +106,7 @@ class SpreadProduct {
     int row_tile = warp_.split;
     for (int i = 0; i < shape_.spread.row_tiles; ++i) {
       row_tile = row_tile + 1 < shape_.spread.row_tiles ? row_tile + 1 : 0;
-      const Operand* vector = vectors + row_tile * kTileRows * shape_.sizes.stride + first_k_;
+      const Operand* vector = vectors + row_tile * shape_.sizes.row_tile + first_k_ * kTileRows;
       if constexpr (!kBackward) {
         typename Math::Sums sums[kGates];
         weights_.multiply(sums, vector);
@@ -198,12 +198,12 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   // A warp that owns nothing has rows past the batch.
   ForwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
-  const int row = warp.split * kTileRows + TileLane().row(0), unit = first_unit + TileLane().unit(0);
+  const int unit = first_unit + TileLane().unit(0);
   const auto publish = [&]() {
     if (!warp.owner) return;
     const Pair<typename Math::Operand> h[2][1] = {{operand_pair<Math>(lane.operand(0))},
                                                   {operand_pair<Math>(lane.operand(1))}};
-    exchange.publish(row, unit, h);
+    exchange.publish(warp.split, unit, h);
   };
 
   if (steps.first < steps.last) {
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(
       layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
-  const int row = warp.split * kTileRows + TileLane().row(0), unit = first_unit + TileLane().unit(0);
+  const int unit = first_unit + TileLane().unit(0);
   lane.begin(steps.last - 1);
   float grad_h[1][4] = {};
   for (int index = steps.last - 1; index >= steps.first; --index) {
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 #pragma unroll
         for (int g = 0; g < kGates; ++g) grads[j][g] = operand_pair<Math>(lane.operand(g, j));
       }
-      exchange.publish(row, unit, grads);
+      exchange.publish(warp.split, unit, grads);
     }
     exchange.arrive();
     if (warp.owner) lane.advance(index - 1);
@@ -308,7 +308,7 @@ inline bool is_possible(const SpreadShape& shape) {
 template <class Exchange, class Layer>
 int launch_spread(void (*kernel)(Layer, SpreadShape, typename Exchange::Arguments), const Layer& layer, int directions,
                   const SpreadShape& shape, const Context& context, Workspace& workspace) {
-  if (!is_possible(shape)) return cudaErrorInvalidValue;
+  if (!is_possible(shape) || shape.sizes.blocks < Exchange::kLeastBlocks) return cudaErrorInvalidValue;
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const typename Exchange::Buffers buffers(directions, shape, workspace);
   RNNFAST_RETURN_IF_ERROR(buffers.prepare(stream));

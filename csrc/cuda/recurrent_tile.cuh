@@ -13,8 +13,8 @@
 //     row r is unit 2 (r % 8) + r / 8;   a lane's value[2 i + j] is unit 2q + i, batch row 2c + j
 //
 // W lies in registers as far as they reach (kRegisterDepth tiles of k) and from there on in shared memory, in the
-// order in which lanes read it: 16 bytes a lane, without bank conflicts. h lies in shared memory as [8][stride], in
-// Math::Operand, padded with zeros to whole pairs of k tiles; operand_stride keeps its reads free of bank conflicts.
+// order in which lanes read it: 16 bytes a lane, without bank conflicts. h lies in shared memory in Math::Operand, as
+// operand_place says, padded with zeros to whole pairs of k tiles.
 #pragma once
 
 #include <cstddef>
@@ -38,9 +38,9 @@ struct TileLane {
   __device__ __forceinline__ int unit(int i) const { return 2 * quad + i; }
   __device__ __forceinline__ int row(int j) const { return 2 * column + j; }
 
-  // Of the lane's units among those from first_unit on, and its first row, in an operand [8, stride].
-  __device__ __forceinline__ int place(int first_unit, int stride) const {
-    return device::opaque(row(0) * stride + first_unit + unit(0));
+  // Of the lane's units among those from first_unit on, and its first row, in an operand; the other row is a packet on.
+  __device__ __forceinline__ int place(int first_unit, int operand_bytes) const {
+    return device::opaque(operand_place(row(0), first_unit + unit(0), operand_bytes));
   }
 };
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ int unit_of_row(int row) { return 2 * (row % 8) + row
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 // The arithmetics of the product. Operand is what is multiplied, kDepth the k of a tile, Fragment a lane's part of h
-// for two tiles of k, which load reads from h + offset(stride). pack makes a lane's part of W from element(row, k);
+// for two tiles of k, which load reads from h + offset(). pack makes a lane's part of W from element(row, k);
 // multiply adds the product with one tile of k; finish gives the lane its four sums.
 
 // 16-bit tensor cores.
@@ -77,12 +77,9 @@ struct TensorCore {
       memcpy(&a[i], pair, sizeof pair);
     }
   }
-  // Eight rows of 16 bytes are one matrix of ldmatrix; lane l addresses row l % 8 of matrix l / 8.
-  static __device__ __forceinline__ int offset(int stride) {
-    const int lane = threadIdx.x % kWarpLanes;
-    return lane % 8 * stride + lane / 8 * 8;
-  }
-  static __device__ __forceinline__ void load(const Operand* h, int, Fragment& fragment) {
+  // Lane l addresses packet l: of ldmatrix, row l % 8 of matrix l / 8.
+  static __device__ __forceinline__ int offset() { return threadIdx.x % kWarpLanes * packet_units(sizeof(Operand)); }
+  static __device__ __forceinline__ void load(const Operand* h, Fragment& fragment) {
     device::ldmatrix_x4(fragment, h);
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
@@ -116,11 +113,8 @@ struct TensorCoreTf32 {
     }
   }
   // ldmatrix moves 32-bit words as well: a row of 16 bytes is four of them, one for each lane of a quad.
-  static __device__ __forceinline__ int offset(int stride) {
-    const int lane = threadIdx.x % kWarpLanes;
-    return lane % 8 * stride + lane / 8 * 4;
-  }
-  static __device__ __forceinline__ void load(const Operand* h, int, Fragment& fragment) {
+  static __device__ __forceinline__ int offset() { return threadIdx.x % kWarpLanes * packet_units(sizeof(Operand)); }
+  static __device__ __forceinline__ void load(const Operand* h, Fragment& fragment) {
     device::ldmatrix_x4(fragment, h);
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
@@ -156,12 +150,14 @@ struct ScalarFloat {
       memcpy(&a[i], &value, sizeof value);
     }
   }
-  static __device__ __forceinline__ int offset(int) { return TileLane().column * 2; }
-  static __device__ __forceinline__ void load(const Operand* h, int stride, Fragment& fragment) {
+  static __device__ __forceinline__ int offset() { return operand_place(0, TileLane().column * 2, sizeof(Operand)); }
+  static __device__ __forceinline__ void load(const Operand* h, Fragment& fragment) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) rnnfast::cuda::load(h + n * stride + tile * kDepth, fragment.value[tile][n]);
+      for (int n = 0; n < kTileRows; ++n) {
+        rnnfast::cuda::load(h + operand_place(n, tile * kDepth, sizeof(Operand)), fragment.value[tile][n]);
+      }
     }
   }
   static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&a)[4], const Fragment& h, int tile) {
@@ -231,12 +227,11 @@ class WeightTile {
   using Sums = typename Math::Sums;
 
   // element(tile, row, k) is W, 0 outside of it; `shared` is the warp's own, of tile_shared_bytes. No barrier follows:
-  // a lane reads back what it wrote itself. `stride` is that of h.
+  // a lane reads back what it wrote itself.
   template <class Element>
-  __device__ __forceinline__ void load(const Element& element, int depth, int stride, uint4* shared) {
+  __device__ __forceinline__ void load(const Element& element, int depth, uint4* shared) {
     depth_ = depth;
-    stride_ = stride;
-    offset_ = device::opaque(Math::offset(stride));
+    offset_ = device::opaque(Math::offset());
     shared_ = shared + threadIdx.x % kWarpLanes;
 #pragma unroll
     for (int k = 0; k < kRegisterDepth; ++k) {
@@ -268,6 +263,8 @@ class WeightTile {
   }
 
  private:
+  static constexpr int kTile = Math::kDepth * kTileRows;  // elements of h in a tile of k
+
   template <class Element>
   static __device__ __forceinline__ void pack(const Element& element, int tile, int k, uint32_t (&a)[4]) {
     Math::pack([&](int row, int inner) { return element(tile, row, k * Math::kDepth + inner); }, a);
@@ -279,13 +276,15 @@ class WeightTile {
   template <bool kOneOperand, int kSums>
   __device__ __forceinline__ void walk(Sums (&sums)[kSums], const Operand* h, int next) const {
     walk_registers<kOneOperand, kRegisterDepth>(sums, h, next);
+    // Backward has products enough in one round, and no registers for two.
+#pragma unroll(kOneOperand ? 2 : 1)
     for (int k = kRegisterDepth; k < depth_; k += 2) {
       typename Math::Fragment fragment;
-      if (kOneOperand) Math::load(h + k * Math::kDepth, stride_, fragment);
+      if (kOneOperand) Math::load(h + k * kTile, fragment);
       // With one sum for all tiles, one operand at a time: together they would fill the registers.
 #pragma unroll(kSums == 1 ? 1 : kTiles)
       for (int tile = 0; tile < kTiles; ++tile) {
-        if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride_, fragment);
+        if (!kOneOperand) Math::load(h + tile * next + k * kTile, fragment);
 #pragma unroll
         for (int inner = 0; inner < 2; ++inner) {
           const uint4 packed = *shared_fragment(tile, k + inner);
@@ -305,10 +304,10 @@ class WeightTile {
 #pragma unroll
       for (int k = 0; k < kDepth; k += 2) {
         typename Math::Fragment fragment;
-        if (kOneOperand) Math::load(h + k * Math::kDepth, stride_, fragment);
+        if (kOneOperand) Math::load(h + k * kTile, fragment);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          if (!kOneOperand) Math::load(h + tile * next + k * Math::kDepth, stride_, fragment);
+          if (!kOneOperand) Math::load(h + tile * next + k * kTile, fragment);
           Math::multiply(sums[tile % kSums], registers_[k][tile], fragment, 0);
           Math::multiply(sums[tile % kSums], registers_[k + 1][tile], fragment, 1);
         }
@@ -318,7 +317,7 @@ class WeightTile {
 
   uint32_t registers_[kRegisterDepth == 0 ? 1 : kRegisterDepth][kTiles][4];
   uint4* shared_ = nullptr;
-  int depth_ = 0, stride_ = 0, offset_ = 0;
+  int depth_ = 0, offset_ = 0;
 };
 
 }  // namespace rnnfast::cuda

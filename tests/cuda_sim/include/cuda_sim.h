@@ -235,6 +235,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), 
   launch.kernel = reinterpret_cast<const void*>(kernel);
   return cuda_sim::active_clusters(clusters, launch);
 }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 template <class T>
 cudaError_t cudaMalloc(T** pointer, size_t bytes) {
   return cudaMalloc(reinterpret_cast<void**>(pointer), bytes);

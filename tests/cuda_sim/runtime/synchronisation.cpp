@@ -340,6 +340,9 @@ void mbarrier_wait(uint64_t* address, unsigned parity, const char* file, int lin
 
 void store_async(void* shared, const void* value, size_t bytes, uint64_t* barrier) {
   Thread* thread = g.current;
+  if (thread->block->cluster->blocks.size() < 2) {
+    fail(cudaErrorLaunchFailure, "st.async in a cluster of one block");
+  }
   if (reinterpret_cast<uintptr_t>(shared) % bytes) {
     fail(cudaErrorMisalignedAddress, "st.async of %zu bytes: misaligned pointer", bytes);
   }

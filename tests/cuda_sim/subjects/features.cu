@@ -272,6 +272,7 @@ int main(int argc, char** argv) {
          return {error, wrong};
        }},
       {"cluster_push", []() { return push<Push::correct>(16); }},
+      {"BAD_push_in_a_cluster_of_one", []() { return push<Push::correct>(1); }},
       {"BAD_push_without_arrival", []() { return push<Push::no_arrive>(4); }},
       {"BAD_push_with_two_arrivals", []() { return push<Push::arrive_twice>(4); }},
       {"BAD_push_without_wait", []() { return push<Push::no_wait>(4); }},

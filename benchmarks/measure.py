@@ -86,7 +86,8 @@ class Side:
 
     def __init__(self, library: Any, case: Case, dtype: torch.dtype, steps: int) -> None:
         self.case, self.dtype = case, dtype
-        self.module = make_layers(library, case).to(dtype)
+        # A forward alone is inference: in training mode torch.nn's layers keep what a backward would need.
+        self.module = make_layers(library, case).to(dtype).train(case.training)
         self.prepare(steps)
 
     def prepare(self, steps: int) -> None:
@@ -133,6 +134,7 @@ def clock(device: str) -> Callable[[Callable[[], object], int], float]:
 
     def cuda(call: Callable[[], object], repeats: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()  # the clock starts on a device that is busy, or the way of the first launch would count
         begin.record()
         for _ in range(repeats):
             call()
@@ -202,7 +204,8 @@ def measure_case(case: Case, limit: float, budget: float) -> dict[str, Any]:
     """
     torch.set_num_threads(case.threads)
     if case.device == "cuda":
-        allow_tf32(case.tf32)
+        # cuDNN asks the same setting whether bfloat16 may use tensor cores.
+        allow_tf32(case.tf32 or case.dtype != torch.float32)
     measure = clock(case.device)
     against_float32 = case.baseline == "rnnfast float32"
     baseline_dtype = torch.float32 if against_float32 else case.dtype

@@ -136,12 +136,14 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit of the benchmark, marked if files differ from it; "unknown" outside of git."""
+    """The checked-out commit of the benchmark, marked if files differ from it; outside of git what the environment's
+    RNNFAST_COMMIT says, or "unknown".
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("RNNFAST_COMMIT", "unknown")
 
 
 def results_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -57,20 +57,35 @@ def test_tf32_is_allowed_to_both_sides(benchmark_module: Callable[[str], Any]) -
         assert torch.backends.cudnn.allow_tf32 is allowed
 
 
-@pytest.mark.parametrize(("tf32", "calls"), [(True, [True]), (False, [False])])
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "allowed"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, False, True)],
+)
 def test_a_case_on_cuda_sets_tf32(
-    benchmark_module: Callable[[str], Any], small_case: Any, monkeypatch: pytest.MonkeyPatch, tf32: bool, calls: Any
+    benchmark_module: Callable[[str], Any],
+    small_case: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tf32: bool,
+    allowed: bool,
 ) -> None:
+    """cuDNN's layers of bfloat16 use tensor cores where its TF32 setting allows that."""
     measure = benchmark_module("measure")
     seen: list[bool] = []
     monkeypatch.setattr(measure, "allow_tf32", seen.append)
     monkeypatch.setattr(measure, "Side", lambda *_: 1 / 0)  # the settings come before anything is made
     with pytest.raises(ZeroDivisionError):
-        measure.measure_case(replace(small_case, device="cuda", tf32=tf32), limit=1, budget=1)
-    assert seen == calls
+        measure.measure_case(replace(small_case, device="cuda", dtype=dtype, tf32=tf32), limit=1, budget=1)
+    assert seen == [allowed]
     with pytest.raises(ZeroDivisionError):
         measure.measure_case(small_case, limit=1, budget=1)
-    assert seen == calls  # the CPU has no such setting to change
+    assert seen == [allowed]  # the CPU has no such setting to change
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_alone_is_inference(benchmark_module: Callable[[str], Any], small_case: Any, training: bool) -> None:
+    side = benchmark_module("measure").Side(torch.nn, replace(small_case, training=training), torch.float32, 3)
+    assert side.module.training is training
 
 
 def test_no_more_steps_are_drawn_than_fit(

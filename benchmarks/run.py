@@ -257,6 +257,8 @@ def main() -> None:
                 row = measure_case(case, args.limit, budget=args.limit)
             except (Mismatch, RuntimeError) as error:  # one that cannot run leaves the others their turn
                 failures.append(f"{case.key}: {error}")
+                if isinstance(error, getattr(torch, "AcceleratorError", ())):  # no later case could run on the device
+                    break
                 continue
             if brgemm and has_roof(case):
                 row |= roof(case, row, brgemm)

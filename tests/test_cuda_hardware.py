@@ -26,6 +26,13 @@ def test_features_work_on_the_gpu(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         features = [name for name in features if not name.startswith("cluster")]
     assert features
-    for name in features:
-        done = subprocess.run([str(program), name], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (0, "error 0 wrong 0\n"), f"{name}: {done.stdout}{done.stderr}"
+    failed = {}
+    for name in features:  # all of them: a device is seldom at hand
+        try:
+            done = subprocess.run([str(program), name], capture_output=True, text=True, check=False, timeout=20)
+        except subprocess.TimeoutExpired:
+            failed[name] = "it hangs"
+            continue
+        if (done.returncode, done.stdout) != (0, "error 0 wrong 0\n"):
+            failed[name] = f"{done.stdout}{done.stderr}"
+    assert not failed

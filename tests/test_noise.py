@@ -300,14 +300,17 @@ def test_a_generator_leaves_torch_s_own_alone(name: str, option: dict[str, float
 
 @each_layer
 def test_a_sequence_in_pieces(name: str, device: str) -> None:
-    """The mask of recurrent dropout is the generator's, whatever the steps: pieces with the same one are the whole."""
+    """The mask of recurrent dropout is the generator's, whatever the steps: pieces with the same one are the whole. On
+    CUDA to rounding: its product over all steps is another for each number of steps.
+    """
     module, input = make(name, recurrent_dropout=0.5, bidirectional=False, device=device), inputs(device)
     whole = module(input, generator=generator(device))[0]
     state, pieces = None, []
     for piece in input.split([1, 3, 2]):
         output, state = module(piece, state, generator=generator(device))
         pieces.append(output)
-    assert torch.equal(torch.cat(pieces), whole)
+    exact = {} if device == "cuda" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(torch.cat(pieces), whole, **exact)
 
 
 @each_layer

@@ -51,7 +51,9 @@ def test_steps_without_rows(name: str, device: str, backend: str, bidirectional:
     theirs, ours = case.pair(rnnfast, device=device, backend=backend)
     packed, hx, _ = case.inputs(device=device)
     longer = PackedSequence(packed.data, torch.cat([packed.batch_sizes, torch.zeros(2, dtype=torch.int64)]))
-    torch.testing.assert_close(flatten(ours(longer, hx)), flatten(theirs(longer, hx)))
+    on_cpu = [state.cpu() for state in flatten(hx)]  # cuDNN need not take such steps
+    expected = theirs.cpu()(longer.cpu(), tuple(on_cpu) if name == "LSTM" else on_cpu[0])
+    torch.testing.assert_close(flatten(ours(longer, hx)), flatten(expected), check_device=False)
     reset = torch.rand(len(packed.data), device=device) < 0.4
     torch.testing.assert_close(
         flatten(ours(longer, hx, reset=reset)), flatten(ours(packed, hx, reset=reset)), rtol=0, atol=0

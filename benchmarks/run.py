@@ -172,6 +172,33 @@ def write(path: Path, results: dict[str, Any]) -> None:
     whole.replace(path)
 
 
+class Fatal:
+    """The cases that ended a run, by a hang or an error that stays with the device: kept beside the results in
+    FILE.fatal, so that ``--resume`` goes on behind them.
+    """
+
+    def __init__(self, json: Path | None, resume: bool) -> None:
+        self.path = json and json.with_name(json.name + ".fatal")
+        known = self.path.read_text().splitlines() if resume and self.path and self.path.exists() else []
+        self.keys = dict.fromkeys(known)
+
+    def add(self, key: str) -> None:
+        self.keys[key] = None
+        self._write()
+
+    def remove(self, key: str) -> None:
+        del self.keys[key]
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join(self.keys))
+        if not self.keys:
+            self.path.unlink()
+
+
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
@@ -236,7 +263,9 @@ def main() -> None:
     results = results_of(args)
     rows = {row["key"]: row for row in results["rows"]}
     chosen = list(cases(args))
-    todo = [case for case in chosen if not (args.resume and case.key in rows)]
+    fatal = Fatal(args.json, args.resume)
+    failures = [f"{key}: it ended an earlier run, and is not tried again" for key in fatal.keys]
+    todo = [case for case in chosen if not (args.resume and case.key in rows) and case.key not in fatal.keys]
     end = time.monotonic() + 60 * args.minutes
     brgemm = None
     if args.device == "cpu":
@@ -245,7 +274,7 @@ def main() -> None:
         except (RuntimeError, OSError) as error:
             print(f"the brgemm rate is left out, its code does not build: {error}", file=sys.stderr)
 
-    failures, left = [], 0
+    left = 0
     measured_commit = commit()
     with tqdm(todo, unit="case", dynamic_ncols=True) as bar:
         for case in bar:
@@ -253,13 +282,20 @@ def main() -> None:
                 left += 1
                 continue
             bar.set_postfix_str(case.key, refresh=False)
+            fatal.add(case.key)
             try:
                 row = measure_case(case, args.limit, budget=args.limit)
+            except getattr(torch, "AcceleratorError", ()) as error:  # no later case could run on the device
+                failures.append(f"{case.key}: {error}")
+                break
             except (Mismatch, RuntimeError) as error:  # one that cannot run leaves the others their turn
                 failures.append(f"{case.key}: {error}")
-                if isinstance(error, getattr(torch, "AcceleratorError", ())):  # no later case could run on the device
-                    break
+                fatal.remove(case.key)
                 continue
+            except KeyboardInterrupt:
+                fatal.remove(case.key)
+                raise
+            fatal.remove(case.key)
             if brgemm and has_roof(case):
                 row |= roof(case, row, brgemm)
             row |= {"commit": measured_commit, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds")}

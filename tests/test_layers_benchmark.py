@@ -133,12 +133,12 @@ def run_main(
     monkeypatch.setattr(run, "print_tables", lambda rows, device: None)
     monkeypatch.setattr(run, "judge", lambda rows, device: [])
 
-    def main(*arguments: str, broken: str = "") -> list[str]:
+    def main(*arguments: str, broken: str = "", error: BaseException | None = None) -> list[str]:
         measured = []
 
         def measure_case(case: Any, limit: float, budget: float) -> dict[str, str]:
             if case.cell == broken:
-                raise RuntimeError("no memory")
+                raise error or RuntimeError("no memory")
             measured.append(case.cell)
             return {"key": case.key}
 
@@ -162,6 +162,31 @@ def test_what_fails_does_not_keep_the_rest_and_is_measured_when_resumed(
     assert run_main("--resume") == []
     assert run_main() == ["rnn", "gru", "lstm"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("illegal access"), SystemExit("killed")], ids=["device", "kill"]
+)
+def test_what_ends_a_run_is_not_tried_again(
+    run_main: Callable[..., list[str]], tmp_path: Path, error: BaseException
+) -> None:
+    """Not the device that an error has left useless, nor the next run."""
+    key = "vad gru forward float32 cpu 1 against torch.nn"
+    with pytest.raises(SystemExit):
+        run_main(broken="gru", error=error)
+    assert (tmp_path / "rows.json.fatal").read_text() == key
+    with pytest.raises(SystemExit, match=f"{key}: it ended an earlier run"):
+        run_main("--resume")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["key"].split()[1] for row in rows] == ["rnn", "lstm"]
+    assert run_main() == ["rnn", "gru", "lstm"]  # anew
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_an_interrupted_case_is_tried_again(run_main: Callable[..., list[str]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_main(broken="gru", error=KeyboardInterrupt())
+    assert run_main("--resume") == ["gru", "lstm"]
 
 
 def test_time_that_is_up_leaves_the_rest(run_main: Callable[..., list[str]], capsys: pytest.CaptureFixture) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Mismatch, clock
+from measure import Mismatch, allow_tf32, clock
 from run import commit, results_of, verdict, write
 from shapes import CELLS
 from tabulate import tabulate
@@ -154,6 +154,8 @@ def main() -> None:
     rows = {row["key"]: row for row in results["rows"]}
     todo = [(threads, name, cell) for threads in args.threads for name in args.only for cell in args.cell]
     measured, mismatches, measured_commit = [], [], commit()
+    if args.device == "cuda":
+        allow_tf32(False)  # torch.nn's layers have it on, rnnfast's off, and both are to train alike
     with tqdm(todo, unit="case", dynamic_ncols=True) as bar:
         for threads, name, cell in bar:
             bar.set_postfix_str(f"{name} {cell}, threads: {threads}", refresh=False)

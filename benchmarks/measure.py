@@ -22,6 +22,7 @@ import rnnfast
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 TF32_TOLERANCE = 1e-2
 FEWEST_STEPS = 8
+MOST_CUDA_STEPS = 65_535  # sizes of cuDNN's layers beyond 16 bits are not relied on
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def allow_tf32(allowed: bool) -> None:
 def fit_steps(side: Side, limit: float, measure: Callable[[Callable[[], object], int], float]) -> int:
     """The most steps, up to the shape's, of which one run of ``side`` passes ``limit`` seconds hardly or not."""
     full = side.case.shape.steps
+    if side.case.device == "cuda":
+        full = min(full, MOST_CUDA_STEPS)
     steps = min(full, FEWEST_STEPS)
     while True:
         side.prepare(steps)

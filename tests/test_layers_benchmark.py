@@ -99,6 +99,16 @@ def test_no_more_steps_are_drawn_than_fit(
     assert row["steps"] <= max(drawn) < 100_000
 
 
+def test_a_gpu_is_given_no_more_steps_than_16_bits_count(
+    benchmark_module: Callable[[str], Any], small_case: Any
+) -> None:
+    measure = benchmark_module("measure")
+    side = SimpleNamespace(case=replace(small_case, device="cuda"), prepare=lambda steps: None, run=lambda: None)
+    assert measure.fit_steps(side, 1.0, lambda call, repeats: 1e-9) == 65_535
+    side.case = small_case
+    assert measure.fit_steps(side, 1.0, lambda call, repeats: 1e-9) == 1_000_000
+
+
 def test_the_numbers_are_those_of_a_generator_on_the_device(
     benchmark_module: Callable[[str], Any], small_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ measured with fewer time steps, and the table says so. Judge on an idle machine:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -172,30 +173,37 @@ def write(path: Path, results: dict[str, Any]) -> None:
     whole.replace(path)
 
 
+# After one of these nothing runs on the device any more. Older releases of torch raise RuntimeError alone.
+DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
+
 class Fatal:
     """The cases that ended a run, by a hang or an error that stays with the device: kept beside the results in
     FILE.fatal, so that ``--resume`` goes on behind them.
     """
 
-    def __init__(self, json: Path | None, resume: bool) -> None:
-        self.path = json and json.with_name(json.name + ".fatal")
-        known = self.path.read_text().splitlines() if resume and self.path and self.path.exists() else []
-        self.keys = dict.fromkeys(known)
+    def __init__(self, results: Path | None, resume: bool) -> None:
+        self.path = results and results.with_name(results.name + ".fatal")
+        self.keys = self.path.read_text().splitlines() if resume and self.path and self.path.exists() else []
 
-    def add(self, key: str) -> None:
-        self.keys[key] = None
-        self._write()
+    @contextlib.contextmanager
+    def unless_it_returns(self, key: str) -> Iterator[None]:
+        self._write([*self.keys, key])
+        try:
+            yield
+        except DEVICE_ERRORS:
+            raise
+        except (Exception, KeyboardInterrupt):
+            self._write(self.keys)
+            raise
+        self._write(self.keys)
 
-    def remove(self, key: str) -> None:
-        del self.keys[key]
-        self._write()
-
-    def _write(self) -> None:
+    def _write(self, keys: list[str]) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join(self.keys))
-        if not self.keys:
+        self.path.write_text("\n".join(keys))
+        if not keys:
             self.path.unlink()
 
 
@@ -282,20 +290,15 @@ def main() -> None:
                 left += 1
                 continue
             bar.set_postfix_str(case.key, refresh=False)
-            fatal.add(case.key)
             try:
-                row = measure_case(case, args.limit, budget=args.limit)
-            except getattr(torch, "AcceleratorError", ()) as error:  # no later case could run on the device
+                with fatal.unless_it_returns(case.key):
+                    row = measure_case(case, args.limit, budget=args.limit)
+            except DEVICE_ERRORS as error:  # no later case could run on the device
                 failures.append(f"{case.key}: {error}")
                 break
             except (Mismatch, RuntimeError) as error:  # one that cannot run leaves the others their turn
                 failures.append(f"{case.key}: {error}")
-                fatal.remove(case.key)
                 continue
-            except KeyboardInterrupt:
-                fatal.remove(case.key)
-                raise
-            fatal.remove(case.key)
             if brgemm and has_roof(case):
                 row |= roof(case, row, brgemm)
             row |= {"commit": measured_commit, "measured": datetime.now(timezone.utc).isoformat(timespec="seconds")}

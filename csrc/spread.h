@@ -20,10 +20,6 @@ struct Spread {
 // What exchanging keeps in the shared memory of each block: copies of the team's vectors, and mbarriers.
 struct ExchangeShared {
   int copies, mbarriers;
-
-  RNNFAST_SIZES size_t mbarrier_bytes() const {  // a multiple of 16, as all arrays
-    return static_cast<size_t>(round_up(mbarriers, 2)) * 8;
-  }
 };
 constexpr ExchangeShared kClusterShared = {2, 2}, kGridShared = {1, 0};
 
@@ -76,7 +72,8 @@ struct SpreadSizes {
 
   // Shared memory of a block.
   RNNFAST_SIZES size_t shared_bytes(ExchangeShared exchange) const {
-    return exchange.mbarrier_bytes() + exchange.copies * vector_bytes + warps * weight_bytes + partial_bytes;
+    return exchange.copies * vector_bytes + warps * weight_bytes + partial_bytes +
+           exchange.mbarriers * sizeof(uint64_t);
   }
 
  private:

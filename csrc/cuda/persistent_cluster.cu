@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1) block_of_a_mu
 
 int active_clusters(int (&clusters)[kMostClusterBlocks]) {
   for (int& count : clusters) count = 0;
+  const Uncaptured uncaptured;
   int device = 0, any = 0, most_bytes = 0;
   RNNFAST_RETURN_IF_ERROR(cudaGetDevice(&device));
   RNNFAST_RETURN_IF_ERROR(cudaDeviceGetAttribute(&any, cudaDevAttrClusterLaunch, device));

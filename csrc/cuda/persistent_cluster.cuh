@@ -89,7 +89,6 @@ class ClusterExchange {
   static __device__ __forceinline__ int packet_row() { return TileLane().quad % 2; }  // the lane's first or second
 
   static __device__ __forceinline__ uint4 gather(const Pair<Operand>& first, const Pair<Operand>& second) {
-    constexpr unsigned kAllLanes = 0xffffffffu;
     constexpr int kNextQuad = 4;  // lanes
     constexpr int kWords = sizeof(Pair<Operand>) / sizeof(unsigned);
     const bool odd = packet_row() == 1;

@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
@@ -24,8 +23,6 @@ plan::Device ask(c10::DeviceIndex index) {
   device.cooperative = properties.cooperativeLaunch != 0;
 #ifndef RNNFAST_OWN_CELL  // which the plan gives no persistent engine
   const c10::cuda::CUDAGuard guard(index);
-  // The driver may load the kernel that it is asked about, which is no part of a graph that this thread captures.
-  const c10::cuda::CUDAStreamCaptureModeGuard uncaptured(cudaStreamCaptureModeRelaxed);
   int clusters[cuda::kMostClusterBlocks];
   const auto error = static_cast<cudaError_t>(cuda::persistent_cluster::active_clusters(clusters));
   if (error != cudaSuccess) (void)cudaGetLastError();  // or the next call would report it again

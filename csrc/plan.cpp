@@ -78,9 +78,13 @@ Candidate consider_persistent_cta(const Problem& problem, const Device& device) 
 struct SpreadLimits {
   int least_blocks, team_blocks;  // blocks that exchange the state, at least and at most
   cuda::ExchangeShared exchange;
-  int64_t most_waves;       // 1: all teams run at once; more: teams may wait for others to end
-  int64_t step_clocks = 0;  // of a step that moves nothing; with one wave the same for every spread
+  int64_t most_waves;                  // 1: all teams run at once; more: teams may wait for others to end
+  bool scatters = false;               // backward may scatter sums
+  int64_t step_clocks = 0;             // of a step that moves nothing; with one wave the same for every spread
+  int64_t received_bytes_a_clock = 0;  // 0: that takes no longer with one spread than with another
 };
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A team with few rows for each of its blocks leaves the GPU to others; many waves of them are slower than products
 // over all rows at once.
@@ -89,6 +93,9 @@ constexpr int64_t kMostWaves = 4;
 // each other. It is the floor that the engine is designed for, 0.35 us, at 2 GHz; to be calibrated on hardware.
 constexpr int64_t kClusterStepClocks = 700;
 constexpr int64_t kSharedBytesAClock = 128;  // of a multiprocessor
+// Of a multiprocessor, from others: the throughput that "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture
+// via Microbenchmarking" (2024) gives for clusters of two; to be calibrated as well.
+constexpr int64_t kClusterBytesAClock = 13;
 
 // The blocks that one multiprocessor holds, by registers and shared memory; at least one. A thread may have the
 // registers that the kernels' launch bounds leave it, and these run out before the places for threads and blocks do.
@@ -100,12 +107,40 @@ int64_t blocks_of_a_multiprocessor(int threads, int64_t shared_bytes, const Devi
   return std::max<int64_t>(blocks, 1);
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// A spread, as a block sees it.
+struct SpreadBlock {
+  cuda::TeamSizes sizes;
+  int64_t shared_bytes;
+  int64_t moved_bytes;     // of a step, through shared memory
+  int64_t received_bytes;  // of a step, from other blocks
+};
 
-// Tries every spread, and takes the one with the shortest step over all waves: its fixed part, and what the blocks of a
-// multiprocessor move through shared memory, which is weights that registers do not hold, the vectors as products read
-// them, sums. Of equals, the one with fewer waves. teams_alone(blocks) are the teams of so many blocks that run at once
-// where each block has a multiprocessor to itself.
+SpreadBlock block_of(const Problem& problem, const cuda::Spread& spread, const SpreadLimits& limits) {
+  const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
+  const int H = static_cast<int>(problem.hidden_size);
+  const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
+  const auto from_others = [](size_t bytes, int blocks) { return static_cast<int64_t>(bytes) * (blocks - 1) / blocks; };
+  if (problem.backward && limits.scatters && cuda::scatters(gates, operand_bytes)) {
+    const cuda::ScatterSizes sizes(spread, H, problem.batch, gates, operand_bytes, tensor_cores);
+    const int group = cuda::scatter_group(tensor_cores);
+    const int64_t moved = spread.row_tiles * static_cast<int64_t>(sizes.warps * sizes.weight_bytes) +
+                          sizes.warps * divide_up(sizes.tiles, group) * static_cast<int64_t>(sizes.operand_bytes) +
+                          2 * static_cast<int64_t>(sizes.received_bytes);
+    return {sizes, static_cast<int64_t>(sizes.shared_bytes(limits.exchange)), moved,
+            from_others(sizes.received_bytes, sizes.blocks)};
+  }
+  const cuda::SpreadSizes sizes(spread, H, problem.batch, gates, problem.backward, operand_bytes, tensor_cores);
+  const int64_t moved = spread.row_tiles * static_cast<int64_t>(sizes.warps * sizes.weight_bytes) +
+                        spread.unit_tiles * static_cast<int64_t>(sizes.vector_bytes) +
+                        2 * static_cast<int64_t>(sizes.partial_bytes);
+  return {sizes, static_cast<int64_t>(sizes.shared_bytes(limits.exchange)), moved,
+          from_others(sizes.vector_bytes, sizes.blocks)};
+}
+
+// Tries every spread, and takes the one with the shortest step over all waves: its fixed part, what the blocks of a
+// multiprocessor move through shared memory, which is weights that registers do not hold, vectors as products read
+// them, sums, and what they receive from others. Of equals, the one with fewer waves. teams_alone(blocks) are the teams
+// of so many blocks that run at once where each block has a multiprocessor to itself.
 template <class TeamsAlone>
 Candidate consider_spread(const Problem& problem, const Device& device, const SpreadLimits& limits,
                           const TeamsAlone& teams_alone) {
@@ -118,9 +153,6 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
                  " each, the layer has ", problem.hidden_size),
             {}};
   }
-  const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
-  const int H = static_cast<int>(problem.hidden_size);
-  const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
   Tile best;
   std::pair<int64_t, int64_t> least;  // cost, in bytes that would pass in that time; waves
   int64_t least_bytes = 0;
@@ -129,13 +161,14 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
     for (int splits = 1; units * splits <= cuda::kSpreadMostWarps; ++splits) {
       for (int rows = 1; rows <= splits; ++rows) {
         const cuda::Spread spread = {units, rows, splits};
-        const cuda::SpreadSizes sizes(spread, H, problem.batch, gates, problem.backward, operand_bytes, tensor_cores);
+        const SpreadBlock block = block_of(problem, spread, limits);
+        const cuda::TeamSizes& sizes = block.sizes;
         const int64_t teams = static_cast<int64_t>(sizes.teams) * problem.directions;
         if (sizes.blocks < limits.least_blocks || sizes.blocks > limits.team_blocks) continue;
         const int64_t alone = teams_alone(sizes.blocks);
         if (alone == 0) continue;
         const int threads = sizes.warps * cuda::kWarpLanes;
-        const auto shared_bytes = static_cast<int64_t>(sizes.shared_bytes(limits.exchange));
+        const int64_t shared_bytes = block.shared_bytes;
         // Blocks that all have to run at once, or wait for ever, do not count on room beside another.
         const int64_t room = limits.most_waves == 1 ? 1 : blocks_of_a_multiprocessor(threads, shared_bytes, device);
         const int64_t waves = divide_up(teams, alone * room);
@@ -143,9 +176,10 @@ Candidate consider_spread(const Problem& problem, const Device& device, const Sp
         any_resident = true;
         if (least_bytes == 0 || shared_bytes < least_bytes) least_bytes = shared_bytes;
         if (shared_bytes > device.shared_bytes) continue;
-        const int64_t moved = rows * static_cast<int64_t>(sizes.warps * sizes.weight_bytes) +
-                              units * static_cast<int64_t>(sizes.vector_bytes) +
-                              2 * static_cast<int64_t>(sizes.partial_bytes);
+        int64_t moved = block.moved_bytes;
+        if (limits.received_bytes_a_clock != 0) {
+          moved += block.received_bytes * kSharedBytesAClock / limits.received_bytes_a_clock;
+        }
         const int64_t neighbours = divide_up(std::min(teams, alone * room), alone);  // blocks of one multiprocessor
         const std::pair cost(waves * (limits.step_clocks * kSharedBytesAClock + neighbours * moved), waves);
         if (best.blocks != 0 && cost >= least) continue;
@@ -181,7 +215,8 @@ Candidate consider_persistent_cluster(const Problem& problem, const Device& devi
             {}};
   }
   return consider_spread(problem, device,
-                         {cuda::kClusterLeastBlocks, most_blocks, cuda::kClusterShared, kMostWaves, kClusterStepClocks},
+                         {cuda::kClusterLeastBlocks, most_blocks, cuda::kClusterShared, kMostWaves, /*scatters=*/true,
+                          kClusterStepClocks, kClusterBytesAClock},
                          [&](int blocks) -> int64_t { return device.clusters[blocks - 1]; });
 }
 

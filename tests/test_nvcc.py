@@ -257,6 +257,7 @@ LAYOUT = """
 #include "persistent_cluster.cuh"
 #include "persistent_cta.cuh"
 #include "persistent_grid.cuh"
+#include "persistent_scatter.cuh"
 #include "persistent_spread.cuh"
 using namespace rnnfast;
 using namespace rnnfast::cuda;
@@ -274,27 +275,43 @@ void compare() {
   compare_pass<Cell, Math, kWide, false>();
   compare_pass<Cell, Math, kWide, true>();
 }
-template <class Exchange, bool kTensorCores>
-void compare_spread() {
+template <class Function>
+void for_each_spread(const Function& function) {
   for (int place = 0; place < 8 * 8 * 8; ++place) {
     const Spread spread = {1 + place / 64, 1 + place / 8 % 8, 1 + place % 8};
     if (spread.unit_tiles * spread.depth_splits > kSpreadMostWarps || spread.row_tiles > spread.depth_splits) continue;
     for (int units : {1, 40, 128, 250, 1024}) {
-      for (int gates : {1, 3, 4}) {
-        for (bool backward : {false, true}) {
-          const SpreadSizes sizes(spread, units, 17, gates, backward, sizeof(typename Exchange::Operand), kTensorCores);
-          const size_t layout = SpreadShared<Exchange>(nullptr, sizes).bytes;
-          const size_t plan = sizes.shared_bytes(Exchange::kShared);
-          if (layout != plan) printf("%d x %d: %zu, planned %zu\\n", units, gates, layout, plan);
-        }
-      }
+      for (int gates : {1, 3, 4}) function(spread, units, gates);
     }
   }
+}
+template <class Exchange, bool kTensorCores>
+void compare_spread() {
+  for_each_spread([](const Spread& spread, int units, int gates) {
+    for (bool backward : {false, true}) {
+      const SpreadSizes sizes(spread, units, 17, gates, backward, sizeof(typename Exchange::Operand), kTensorCores);
+      const size_t layout = SpreadShared<Exchange>(nullptr, sizes).bytes;
+      const size_t plan = sizes.shared_bytes(Exchange::kShared);
+      if (layout != plan) printf("%d x %d: %zu, planned %zu\\n", units, gates, layout, plan);
+    }
+  });
+}
+template <class Operand, bool kTensorCores>
+void compare_scatter() {
+  for_each_spread([](const Spread& spread, int units, int gates) {
+    const ScatterSizes sizes(spread, units, 17, gates, sizeof(Operand), kTensorCores);
+    const size_t layout = ScatterShared<Operand>(nullptr, sizes, kClusterShared).bytes;
+    const size_t plan = sizes.shared_bytes(kClusterShared);
+    if (layout != plan) printf("%d x %d, scattered: %zu, planned %zu\\n", units, gates, layout, plan);
+  });
 }
 int main() {
   compare_spread<persistent_cluster::Exchange<__half>, true>();
   compare_spread<persistent_grid::Exchange<float>, true>();
   compare_spread<persistent_grid::Exchange<float>, false>();
+  compare_scatter<__half, true>();
+  compare_scatter<float, true>();
+  compare_scatter<float, false>();
   compare<LstmCell, TensorCore<__half>, false>();
   compare<LstmCell, TensorCore<__half>, true>();
   compare<GruCell, TensorCoreTf32, false>();

@@ -124,9 +124,9 @@ def spread(made: dict[str, Any]) -> tuple[int, int, int]:
 def test_one_wave_is_faster_than_two_that_move_as_much() -> None:
     """A step costs time that does not shrink with what it moves, and a second wave pays it again. Teams of 8 rows move
     half as much in a step as teams of 16, and would need two waves."""
-    made = plan(hidden_size=384, batch=96)
+    made = plan(hidden_size=512, batch=96, device={**HOPPER, "clusters": [8] * 16})
     assert made["engine"] == "persistent_cluster"
-    assert (made["tile"]["blocks"], spread(made)) == (72, (2, 2, 3))  # 6 of 8 clusters of 12 blocks
+    assert (made["tile"]["blocks"], spread(made)) == (96, (2, 2, 4))  # 6 of 8 clusters of 16 blocks
     # Over both waves these 8 teams of 3 parts of k would move less than 4 teams of 4 parts in one.
     made = plan(hidden_size=384, batch=128, device={**HOPPER, "clusters": [4] * 16})
     assert (made["tile"]["blocks"], spread(made)) == (48, (2, 4, 4))
@@ -143,6 +143,31 @@ def test_the_more_clusters_run_at_once_the_fewer_rows_has_each() -> None:
     assert made["against"]["persistent_cluster"] == (
         "160 rows of 512 hidden units in 1 direction are more than the clusters that run at once have in 4 waves"
     )
+
+
+def test_the_backward_of_a_cluster_keeps_what_it_exchanges() -> None:
+    """Of several gates sums, of float: from each of 16 blocks for 32 units and 8 rows, twice. Beside them lie the
+    gradients of the block's own gates, twice, W_hh beyond the registers, and two mbarriers. Of one gate the gates of
+    all units, as forward keeps h."""
+    layer = {"hidden_size": 512, "batch": 64, "backward": True}
+    received = 2 * 16 * 32 * 8 * 4
+    for cell, gates, dtype, element, spilled in (
+        ("lstm", 4, "bfloat16", 2, 2 * 4 * 8),
+        ("gru", 3, "float16", 2, 0),
+        ("lstm", 4, "float32", 4, 10 * 4 * 8),
+    ):
+        made = plan(cell, **layer, dtype=dtype, tf32=True)
+        assert (made["engine"], spread(made)) == ("persistent_cluster", (2, 1, 4))
+        assert made["tile"]["shared_bytes"] == 2 * gates * 32 * 8 * element + received + spilled * 512 + 2 * 8
+    forward, backward = (plan("rnn_tanh", **{**layer, "backward": backward}) for backward in (False, True))
+    assert forward["tile"] == backward["tile"]
+
+
+def test_neighbours_share_the_way_to_other_multiprocessors() -> None:
+    """A block receives as much whatever its size, so 16 teams do with 8 blocks each, one for a multiprocessor; of 4
+    teams all have that with 16 blocks, which move less through their own shared memory."""
+    assert spread(plan(hidden_size=256, batch=32)) == (1, 1, 2)
+    assert spread(plan(hidden_size=256, batch=128)) == (2, 1, 2)
 
 
 def test_a_size_of_cluster_that_is_not_offered_is_not_chosen() -> None:

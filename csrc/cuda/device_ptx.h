@@ -290,7 +290,8 @@ class RemoteShared {
  public:
   __device__ __forceinline__ RemoteShared(T* shared, unsigned rank) {
 #if defined(CUDA_SIM)
-    place_ = static_cast<T*>(cuda_sim::map_rank(shared, rank));
+    place_ = shared;
+    rank_ = rank;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place_) : "r"(shared_address(shared)), "r"(rank));
 #endif
@@ -300,13 +301,18 @@ class RemoteShared {
   // is in the same block. The cluster has two blocks at least.
   __device__ __forceinline__ void store_async(int offset, const uint4& value,
                                               const RemoteShared<uint64_t>& mbarrier) const {
+    store_async_if(true, offset, value, mbarrier);
+  }
+  __device__ __forceinline__ void store_async_if(bool wanted, int offset, const uint4& value,
+                                                 const RemoteShared<uint64_t>& mbarrier) const {
 #if defined(CUDA_SIM)
-    cuda_sim::store_async(place_ + offset, &value, sizeof value, mbarrier.place_);
+    if (wanted) cuda_sim::store_async(mapped() + offset, &value, sizeof value, mbarrier.mapped());
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+        "{.reg .pred p; setp.ne.s32 p, %6, 0; "
+        "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];}" ::"r"(
             place_ + static_cast<unsigned>(offset * static_cast<int>(sizeof(T)))),
-        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(mbarrier.place_)
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(mbarrier.place_), "r"(static_cast<int>(wanted))
         : "memory");
 #endif
   }
@@ -315,7 +321,11 @@ class RemoteShared {
   template <class>
   friend class RemoteShared;
 #if defined(CUDA_SIM)
+  // Only where it is used: the block may have ended.
+  T* mapped() const { return static_cast<T*>(cuda_sim::map_rank(place_, rank_)); }
+
   T* place_;
+  unsigned rank_;
 #else
   unsigned place_;
 #endif

@@ -123,6 +123,64 @@ class ClusterExchange {
   unsigned turn_ = 0;          // arrivals of this block
 };
 
+// Sums go to the block that adds them up: it has room for one from each block, twice, and an mbarrier for each time. As
+// above, room is used again two turns later, when its block has added what it had, and sent others what follows.
+class ClusterScatter {
+ public:
+  static constexpr bool kAvailable = device::kHasClusters;
+  static constexpr ExchangeShared kShared = kClusterShared;
+
+  // A barrier of the cluster.
+  __device__ __forceinline__ ClusterScatter(const ScatterShape& shape, float4* received, uint64_t* mbarriers)
+      : shape_(shape), received_(received + threadIdx.x % kWarpLanes), mbarriers_(mbarriers) {
+    if (threadIdx.x < kShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
+    device::cluster_arrive_release();  // a block may push once all have begun, and are ready to receive
+    device::cluster_wait_acquire();
+  }
+
+  // The lane's sums for a tile of the block of that rank, if they are wanted; `place` is the tile's among those of that
+  // block.
+  __device__ __forceinline__ void push_if(bool wanted, int rank, int place, const float (&sums)[4]) const {
+    uint4 words;
+    memcpy(&words, sums, sizeof words);
+    const device::RemoteShared<float4> remote(from_block(turn_, blockIdx.x) + place, rank);
+    remote.store_async_if(wanted, 0, words, device::RemoteShared<uint64_t>(mbarriers_ + turn_ % 2, rank));
+  }
+
+  __device__ __forceinline__ void arrive() {
+    if (threadIdx.x == 0) device::mbarrier_arrive_expect(mbarriers_ + turn_ % 2, shape_.sizes.received_bytes);
+    ++turn_;
+  }
+
+  // The sums of all blocks at the last arrival, for a tile of this block.
+  __device__ __forceinline__ void collect(int place, float (&sums)[4]) const {
+    const unsigned last = turn_ - 1;
+    device::mbarrier_wait_acquire(mbarriers_ + last % 2, last / 2 % 2);
+    const float4* from = from_block(last, 0) + place;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
+#pragma unroll 4
+    for (int rank = 0; rank < shape_.sizes.blocks; ++rank, from += shape_.sizes.block_sums) {
+      const float4 part = *from;
+      sums[0] += part.x;
+      sums[1] += part.y;
+      sums[2] += part.z;
+      sums[3] += part.w;
+    }
+  }
+
+ private:
+  // What the block of that rank sends.
+  __device__ __forceinline__ float4* from_block(unsigned turn, unsigned rank) const {
+    return received_ + (turn % 2 * shape_.sizes.blocks + rank) * shape_.sizes.block_sums;
+  }
+
+  const ScatterShape& shape_;
+  float4* const received_;     // of the lane
+  uint64_t* const mbarriers_;  // of turns of an even number, and of the others
+  unsigned turn_ = 0;          // arrivals of this block
+};
+
 // ------------------------------------------------------------------------------------------------ host
 // The exchange needs no memory.
 template <class Operand>
@@ -137,6 +195,7 @@ template <class Operand>
 struct Exchange : ClusterExchange<Operand> {
   using ClusterExchange<Operand>::ClusterExchange;
   using Buffers = ClusterBuffers<Operand>;
+  using Scatter = ClusterScatter;
 
   template <class... Parameters, class... Arguments>
   static cudaError_t launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,

@@ -132,6 +132,7 @@ template <class Operand>
 struct Exchange : GridExchange<Operand> {
   using GridExchange<Operand>::GridExchange;
   using Buffers = GridBuffers<Operand>;
+  using Scatter = void;  // none
 
   template <class... Parameters, class... Arguments>
   static cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,

@@ -14,9 +14,9 @@
 //     grad_h = sum over gates of W_hh[gate]^T grad_hgates[gate]          likewise; of the step after this one
 //     grad_igates, grad_hgates, grad_h, grad_c = cell's backward         the owner
 //
-// Backward gathers the gradients of all gates, instead of scattering partial sums of grad_h: they are rounded once, to
-// their own dtype, as the weight gradients read them; every sum is made in one place, in one order; and both loops are
-// one.
+// This backward gathers the gradients of all gates, and shares product, exchange and synchronisation with forward.
+// Where that moves more than sums of grad_h would, an exchange may have a Scatter: then persistent_scatter.cuh runs
+// backward.
 //
 // Mapping:       block x is the place in the team, block y the team, block z the direction. Warp w has unit tile
 //                w % unit_tiles and the part w / unit_tiles = s of k; it owns row tile s, where there is one.
@@ -30,36 +30,12 @@
 #pragma once
 
 #include "launch.cuh"
+#include "persistent_scatter.cuh"
 #include "persistent_spread.h"
+#include "persistent_team.cuh"
 #include "recurrent_lane.cuh"
 
 namespace rnnfast::cuda {
-
-// The warp's place in its block.
-struct SpreadWarp {
-  int unit_tile, split;
-  bool owner;  // of row tile `split`
-
-  __device__ __forceinline__ explicit SpreadWarp(const Spread& spread)
-      : unit_tile(threadIdx.x / kWarpLanes % spread.unit_tiles),
-        split(threadIdx.x / kWarpLanes / spread.unit_tiles),
-        owner(split < spread.row_tiles) {}
-};
-
-// The steps at which a row of the team lives; the same in all its blocks.
-struct TeamSteps {
-  int first, last;
-
-  __device__ __forceinline__ TeamSteps(const DeviceSequence& sequence, bool reverse, int first_row, int row_tiles)
-      : first(static_cast<int>(sequence.steps)), last(0) {
-    for (int tile = 0; tile < row_tiles; ++tile) {
-      const LaneRows rows(sequence, reverse, first_row + tile * kTileRows);
-      if (rows.first() == rows.last()) continue;
-      first = rows.first() < first ? rows.first() : first;
-      last = rows.last() > last ? rows.last() : last;
-    }
-  }
-};
 
 // ------------------------------------------------------------------------------------------------ shared memory
 template <class Exchange>
@@ -298,26 +274,32 @@ int choose_cell(CellKind kind, const Function& function) {
   }
 }
 
-inline bool is_possible(const SpreadShape& shape) {
+// Launches a kernel with the arguments that follow the layer, on blocks of so much shared memory.
+template <class Exchange, class Shape, class... Parameters, class... Arguments>
+int launch_spread(void (*kernel)(Parameters...), int directions, const Shape& shape, size_t shared_bytes,
+                  cudaStream_t stream, const Arguments&... arguments) {
   const Spread& spread = shape.spread;
-  return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&
-         shape.sizes.warps <= kSpreadMostWarps;
+  const TeamSizes& sizes = shape.sizes;
+  if (spread.unit_tiles < 1 || spread.row_tiles < 1 || spread.row_tiles > spread.depth_splits ||
+      sizes.warps > kSpreadMostWarps || sizes.blocks < Exchange::kLeastBlocks) {
+    return cudaErrorInvalidValue;
+  }
+  LaunchShape launch;
+  launch.grid =
+      dim3(static_cast<unsigned>(sizes.blocks), static_cast<unsigned>(sizes.teams), static_cast<unsigned>(directions));
+  launch.block = dim3(static_cast<unsigned>(sizes.warps * kWarpLanes));
+  launch.shared_bytes = shared_bytes;
+  return Exchange::launch(kernel, launch, stream, arguments...);
 }
 
-// Launches a kernel with the arguments that follow the layer.
+// With the buffers of the exchange.
 template <class Exchange, class Layer>
-int launch_spread(void (*kernel)(Layer, SpreadShape, typename Exchange::Arguments), const Layer& layer, int directions,
-                  const SpreadShape& shape, const Context& context, Workspace& workspace) {
-  if (!is_possible(shape) || shape.sizes.blocks < Exchange::kLeastBlocks) return cudaErrorInvalidValue;
-  const auto stream = static_cast<cudaStream_t>(context.stream);
+int launch_exchange(void (*kernel)(Layer, SpreadShape, typename Exchange::Arguments), const Layer& layer,
+                    int directions, const SpreadShape& shape, cudaStream_t stream, Workspace& workspace) {
   const typename Exchange::Buffers buffers(directions, shape, workspace);
   RNNFAST_RETURN_IF_ERROR(buffers.prepare(stream));
-  LaunchShape launch;
-  launch.grid = dim3(static_cast<unsigned>(shape.sizes.blocks), static_cast<unsigned>(shape.sizes.teams),
-                     static_cast<unsigned>(directions));
-  launch.block = dim3(static_cast<unsigned>(shape.sizes.warps * kWarpLanes));
-  launch.shared_bytes = SpreadShared<Exchange>(nullptr, shape.sizes).bytes;
-  return Exchange::launch(kernel, launch, stream, layer, shape, buffers.arguments);
+  return launch_spread<Exchange>(kernel, directions, shape, SpreadShared<Exchange>(nullptr, shape.sizes).bytes, stream,
+                                 layer, shape, buffers.arguments);
 }
 
 template <class scalar_t, class Math, class Exchange>
@@ -329,8 +311,8 @@ int spread_forward(const LayerForward& layer, const Context& context, Workspace&
     using Cell = typename decltype(cell)::type;
     const SpreadShape shape =
         spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/false);
-    return launch_spread<Exchange>(spread_forward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions, shape,
-                                   context, workspace);
+    return launch_exchange<Exchange>(spread_forward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
+                                     shape, static_cast<cudaStream_t>(context.stream), workspace);
   });
 }
 
@@ -339,12 +321,22 @@ int spread_backward(const LayerBackward& layer, const BackwardProducts (&product
                     const Context& context, Workspace& workspace) {
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
-  return choose_cell(layer.cell, [&](auto cell) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  return choose_cell(layer.cell, [&](auto cell) -> int {
     using Cell = typename decltype(cell)::type;
-    const SpreadShape shape =
-        spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
-    return launch_spread<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
-                                   shape, context, workspace);
+    using Scatter = typename Exchange::Scatter;
+    if constexpr (!std::is_void_v<Scatter> && scatters(Cell::kGates, sizeof(typename Math::Operand))) {
+      const ScatterShape shape =
+          scatter_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates);
+      const size_t shared_bytes = ScatterShared<typename Math::Operand>(nullptr, shape.sizes, Scatter::kShared).bytes;
+      return launch_spread<Exchange>(scatter_backward_kernel<Cell, scalar_t, Math, Scatter>, layer.directions, shape,
+                                     shared_bytes, stream, args, shape);
+    } else {
+      const SpreadShape shape =
+          spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
+      return launch_exchange<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
+                                       shape, stream, workspace);
+    }
   });
 }
 

@@ -25,6 +25,17 @@ SpreadShape spread_shape(const Spread& spread, int64_t hidden_size, int64_t batc
                               sizeof(typename Math::Operand), kOnTensorCores<Math>)};
 }
 
+struct ScatterShape {
+  Spread spread;
+  ScatterSizes sizes;
+};
+
+template <class Math>
+ScatterShape scatter_shape(const Spread& spread, int64_t hidden_size, int64_t batch, int gates) {
+  return {spread, ScatterSizes(spread, static_cast<int>(hidden_size), batch, gates, sizeof(typename Math::Operand),
+                               kOnTensorCores<Math>)};
+}
+
 // For every cell. The workspace is what is left of it.
 template <class scalar_t, class Math, class Exchange>
 int spread_forward(const LayerForward& layer, const Context& context, Workspace& workspace);

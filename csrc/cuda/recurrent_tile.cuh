@@ -218,10 +218,11 @@ __device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const Pair<
 
 // ------------------------------------------------------------------------------------------------ the tile
 // A warp's part of W: kTiles tiles of 16 rows, `depth` tiles of k each (an even number), of which the first
-// kRegisterDepth lie in registers.
-template <class Math, int kTiles, int kRegisterDepth>
+// kRegisterDepth lie in registers; of the others kRounds pairs are under way at once, where registers are left for that.
+template <class Math, int kTiles_, int kRegisterDepth, int kRounds = 2>
 class WeightTile {
  public:
+  static constexpr int kTiles = kTiles_;
   static_assert(kRegisterDepth % 2 == 0, "k is walked in pairs of tiles");
   using Operand = typename Math::Operand;
   using Sums = typename Math::Sums;
@@ -230,9 +231,7 @@ class WeightTile {
   // a lane reads back what it wrote itself.
   template <class Element>
   __device__ __forceinline__ void load(const Element& element, int depth, uint4* shared) {
-    depth_ = depth;
-    offset_ = device::opaque(Math::offset());
-    shared_ = shared + threadIdx.x % kWarpLanes;
+    attach(depth, shared);
 #pragma unroll
     for (int k = 0; k < kRegisterDepth; ++k) {
 #pragma unroll
@@ -249,6 +248,13 @@ class WeightTile {
         *shared_fragment(tile, k) = make_uint4(a[0], a[1], a[2], a[3]);
       }
     }
+  }
+
+  // What another loaded before, all of it into `shared`.
+  __device__ __forceinline__ void attach(int depth, uint4* shared) {
+    depth_ = depth;
+    offset_ = device::opaque(Math::offset());
+    shared_ = shared + threadIdx.x % kWarpLanes;
   }
 
   // sums[tile] += W[tile] h
@@ -276,8 +282,8 @@ class WeightTile {
   template <bool kOneOperand, int kSums>
   __device__ __forceinline__ void walk(Sums (&sums)[kSums], const Operand* h, int next) const {
     walk_registers<kOneOperand, kRegisterDepth>(sums, h, next);
-    // Backward has products enough in one round, and no registers for two.
-#pragma unroll(kOneOperand ? 2 : 1)
+    // With an operand for each tile there are products enough in one round, and no registers for two.
+#pragma unroll(kOneOperand ? kRounds : 1)
     for (int k = kRegisterDepth; k < depth_; k += 2) {
       typename Math::Fragment fragment;
       if (kOneOperand) Math::load(h + k * kTile, fragment);

@@ -127,6 +127,10 @@ def _torch_flags(headers: Path) -> list[str]:
     ]
 
 
+# Objects that did not compile, and why: the next test that wants one need not wait to see the same.
+_failures: dict[Path, str] = {}
+
+
 def _compile(source: Path, flags: list[str], objects: Path) -> Path:
     """An object is named by its preprocessed text and its flags: it is compiled when one of them is new."""
     preprocessed = subprocess.run(["g++", *flags, "-E", "-P", str(source)], capture_output=True, check=False)
@@ -136,7 +140,13 @@ def _compile(source: Path, flags: list[str], objects: Path) -> Path:
     key = hashlib.sha256(preprocessed.stdout + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     result = objects / f"{source.stem}-{key}.o"
     if not result.exists():
-        _run(["g++", *flags, "-c", str(source), "-o", f"{result}.new"])
+        if result in _failures:
+            raise RuntimeError(_failures[result])
+        try:
+            _run(["g++", *flags, "-c", str(source), "-o", f"{result}.new"])
+        except RuntimeError as error:
+            _failures[result] = str(error)
+            raise
         Path(f"{result}.new").rename(result)
     return result
 

@@ -111,15 +111,16 @@ int64_t blocks_of_a_multiprocessor(int threads, int64_t shared_bytes, const Devi
 struct SpreadBlock {
   cuda::TeamSizes sizes;
   int64_t shared_bytes;
-  int64_t moved_bytes;     // of a step, through shared memory
+  int64_t moved_bytes;     // of a step, into and out of shared memory
   int64_t received_bytes;  // of a step, from other blocks
 };
+
+int64_t from_others(size_t bytes, int blocks) { return static_cast<int64_t>(bytes) * (blocks - 1) / blocks; }
 
 SpreadBlock block_of(const Problem& problem, const cuda::Spread& spread, const SpreadLimits& limits) {
   const int gates = cell_info(problem.cell).gates, operand_bytes = static_cast<int>(size_of(problem.dtype));
   const int H = static_cast<int>(problem.hidden_size);
   const bool tensor_cores = problem.dtype != Dtype::f32 || problem.tf32;
-  const auto from_others = [](size_t bytes, int blocks) { return static_cast<int64_t>(bytes) * (blocks - 1) / blocks; };
   if (problem.backward && limits.scatters && cuda::scatters(gates, operand_bytes)) {
     const cuda::ScatterSizes sizes(spread, H, problem.batch, gates, operand_bytes, tensor_cores);
     const int group = cuda::scatter_group(tensor_cores);
@@ -131,10 +132,11 @@ SpreadBlock block_of(const Problem& problem, const cuda::Spread& spread, const S
   }
   const cuda::SpreadSizes sizes(spread, H, problem.batch, gates, problem.backward, operand_bytes, tensor_cores);
   const int64_t moved = spread.row_tiles * static_cast<int64_t>(sizes.warps * sizes.weight_bytes) +
+                        static_cast<int64_t>(sizes.sent_bytes) +
                         spread.unit_tiles * static_cast<int64_t>(sizes.vector_bytes) +
                         2 * static_cast<int64_t>(sizes.partial_bytes);
   return {sizes, static_cast<int64_t>(sizes.shared_bytes(limits.exchange)), moved,
-          from_others(sizes.vector_bytes, sizes.blocks)};
+          from_others(sizes.sent_bytes, sizes.blocks)};
 }
 
 // Tries every spread, and takes the one with the shortest step over all waves: its fixed part, what the blocks of a

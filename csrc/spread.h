@@ -20,8 +20,8 @@ struct Spread {
 
 // What crosses blocks in a step backward, in an engine that can do both. Gathering, each block receives the gradients
 // of all gates, and makes of them the gradients of its own units' h. Scattering, it makes of its own gates' gradients
-// its part of the gradient of every h, and sends the sums, of float, to the blocks that add them up. That moves less
-// where the gates of a unit take more bytes than a sum.
+// its part of the gradient of every h, and sends the sums, of float, to the blocks that add them up. That is
+// chosen where the gates of a unit take more bytes than a sum.
 RNNFAST_SIZES bool scatters(int gates, int operand_bytes) {
   return gates * operand_bytes > static_cast<int>(sizeof(float));
 }
@@ -70,6 +70,7 @@ struct SpreadSizes : TeamSizes {
   int parts;             // of a vector
   int part, row_tile;    // elements of a part of 8 rows, and of all parts, in shared memory
   size_t vector_bytes;   // the vectors of a team
+  size_t sent_bytes;     // of them, without the padding of k
   size_t weight_bytes;   // W_hh of a warp beside its registers
   size_t partial_bytes;  // the sums of all warps but the one that adds them up
 
@@ -82,6 +83,7 @@ struct SpreadSizes : TeamSizes {
         part(operand_size(units, element_bytes)),
         row_tile(parts * part),
         vector_bytes(static_cast<size_t>(spread.row_tiles) * row_tile * element_bytes),
+        sent_bytes(static_cast<size_t>(spread.row_tiles) * kTileRows * parts * units * element_bytes),
         weight_bytes(
             tile_shared_bytes(gates, depth, spread_register_depth(gates, element_bytes, backward, tensor_cores))),
         partial_bytes(static_cast<size_t>(spread.unit_tiles) * (spread.depth_splits - 1) * spread.row_tiles *
@@ -94,6 +96,9 @@ struct SpreadSizes : TeamSizes {
   }
 };
 
+// Copies of the gradients of its own gates that a block keeps, scattering: warps may read one while the next is
+// written.
+constexpr int kScatterOperands = 2;
 // The loop backward, with scattering. The product of a block has the gradients of its own units' gates for k, and makes
 // sums for all unit tiles of the team. A warp has some of these, a group of them side by side.
 RNNFAST_SIZES int scatter_group(bool tensor_cores) { return tensor_cores ? 4 : 2; }
@@ -127,9 +132,12 @@ struct ScatterSizes : TeamSizes {
 
   // Shared memory of a block.
   RNNFAST_SIZES size_t shared_bytes(ExchangeShared exchange) const {
-    return exchange.copies * (operand_bytes + received_bytes) + warps * weight_bytes +
+    return kScatterOperands * operand_bytes + exchange.copies * received_bytes + warps * weight_bytes +
            exchange.mbarriers * sizeof(uint64_t);
   }
+
+  // Of a tile's sums, among those of a block for all tiles of another.
+  RNNFAST_SIZES int place(int unit_tile, int row_tile) const { return unit_tile * tile_sums + row_tile * kWarpLanes; }
 };
 
 }  // namespace rnnfast::cuda

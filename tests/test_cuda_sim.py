@@ -89,7 +89,7 @@ WIDE_TILES = [
 # Ways to spread a layer over blocks: unit tiles of a block, row tiles of a team, parts of k.
 SPREADS = [
     (Sample("lstm", steps=3, batch=19, hidden_size=40, directions=2, form="lengths", reset=True), (1, 2, 3)),
-    (Sample("gru", steps=3, batch=9, hidden_size=70, form="packed"), (2, 1, 2)),
+    (Sample("gru", steps=3, batch=9, hidden_size=70, form="packed"), (2, 2, 2)),
     (Sample("rnn_tanh", steps=4, batch=3, hidden_size=33), (1, 1, 1)),
 ]
 

@@ -18,7 +18,8 @@ ENGINES = ["persistent_grid", "persistent_cluster"]
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 # A layer, and ways to spread it: unit tiles of a block, row tiles of a team, parts of k. One block and several, one
-# team and several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers and beyond.
+# team and several, sizes that divide the tiles and sizes that do not, warps without k, W_hh in registers and beyond;
+# where sums are scattered, warps of 1 to 8 of the team's tiles, with one row tile and with two.
 LAYERS = [
     (Sample("lstm", steps=1, batch=1, hidden_size=16), [(1, 1, 1)]),
     (Sample("lstm", steps=1, batch=1, hidden_size=32), [(1, 1, 1)]),
@@ -28,9 +29,13 @@ LAYERS = [
     ),
     (Sample("lstm", steps=3, batch=9, hidden_size=32, form="packed"), [(1, 1, 8), (2, 2, 2)]),
     (Sample("lstm", steps=2, batch=8, hidden_size=160), [(2, 1, 1), (1, 1, 2)]),
+    (Sample("lstm", steps=6, batch=20, hidden_size=80, directions=2, form="lengths"), [(2, 2, 2)]),
+    (Sample("lstm", steps=2, batch=9, hidden_size=200), [(1, 2, 2)]),
+    (Sample("lstm", steps=2, batch=3, hidden_size=250), [(1, 1, 2)]),
     (Sample("gru", steps=1, batch=9, hidden_size=48, directions=2), [(1, 1, 2), (2, 2, 2)]),
     (Sample("gru", steps=4, batch=17, hidden_size=37, directions=2, form="packed", reset=True), [(1, 1, 1), (2, 3, 3)]),
     (Sample("gru", steps=2, batch=3, hidden_size=200, form="lengths"), [(2, 1, 4), (4, 1, 1)]),
+    (Sample("gru", steps=6, batch=12, hidden_size=180), [(1, 2, 2)]),
     (
         Sample("rnn_tanh", steps=3, batch=17, hidden_size=70, directions=2, form="lengths", reset=True),
         [(1, 1, 2), (3, 2, 2)],

@@ -163,6 +163,27 @@ def test_the_backward_of_a_cluster_keeps_what_it_exchanges() -> None:
     assert forward["tile"] == backward["tile"]
 
 
+@pytest.mark.parametrize(
+    ("layer", "chosen"),
+    [
+        # More rows for a team would read weights and sums more often, and receive more.
+        ({"hidden_size": 256, "batch": 512, "dtype": "float32"}, (4, 1, 1)),
+        # A warp reads its block's gates once for each group of 4 unit tiles: 6 with 4 tiles once, 5 with 5 twice.
+        ({"hidden_size": 384, "batch": 96, "directions": 2}, (6, 1, 1)),
+        # Likewise 6 with 4 of the team's 20 tiles, where 4 would have 5.
+        ({"hidden_size": 320, "batch": 8, "dtype": "float32"}, (2, 1, 3)),
+        # Of 8 blocks one receives less than of 16, for its own sums cost nothing.
+        ({"hidden_size": 256, "batch": 8}, (2, 1, 2)),
+    ],
+)
+def test_backward_in_a_cluster_takes_the_spread_that_moves_least(
+    layer: dict[str, Any], chosen: tuple[int, int, int]
+) -> None:
+    """Each is chosen because of a part of the cost that another spread has more of."""
+    made = plan("gru", **{"tf32": True, "backward": True, **layer})
+    assert (made["engine"], spread(made)) == ("persistent_cluster", chosen)
+
+
 def test_neighbours_share_the_way_to_other_multiprocessors() -> None:
     """A block receives as much whatever its size, so 16 teams do with 8 blocks each, one for a multiprocessor; of 4
     teams all have that with 16 blocks, which move less through their own shared memory."""

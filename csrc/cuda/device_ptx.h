@@ -303,6 +303,7 @@ class RemoteShared {
                                               const RemoteShared<uint64_t>& mbarrier) const {
     store_async_if(true, offset, value, mbarrier);
   }
+  // Without a branch, as above.
   __device__ __forceinline__ void store_async_if(bool wanted, int offset, const uint4& value,
                                                  const RemoteShared<uint64_t>& mbarrier) const {
 #if defined(CUDA_SIM)

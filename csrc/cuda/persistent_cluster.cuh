@@ -1,5 +1,5 @@
 // Owns: how the blocks of a team exchange numbers in the engine persistent_cluster: a team is a cluster (sm_90), and
-// each block pushes its numbers into the shared memory of all. Its launches. Must not know: cells, what is exchanged.
+// blocks push numbers into the shared memory of others. Its launches. Must not know: cells, what is exchanged.
 #pragma once
 
 #include "device_ptx.h"
@@ -8,15 +8,46 @@
 
 namespace rnnfast::cuda::persistent_cluster {
 
+// What a block of a cluster receives, turn after turn. A push is an asynchronous store that counts its bytes at an
+// mbarrier of the block it goes to, one for turns of an even number and one for the others: a turn ends, for each block
+// by itself, when all bytes are there that it expects. So no message follows the numbers, and nobody waits for its
+// other stores: to arrive at the cluster's barrier with release is to wait until the whole GPU sees them. No block
+// leaves while another may push: each waits for the last turn.
+class ClusterTurns {
+ public:
+  __device__ __forceinline__ explicit ClusterTurns(uint64_t* mbarriers) : mbarriers_(mbarriers) {}
+
+  // A barrier of the cluster, behind which all blocks are ready to receive.
+  __device__ __forceinline__ void begin() const {
+    if (threadIdx.x < kClusterShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
+    device::cluster_arrive_release();
+    device::cluster_wait_acquire();
+  }
+
+  // The turn in which numbers are pushed now, modulo 2, and where they count.
+  __device__ __forceinline__ unsigned now() const { return turn_ % 2; }
+  __device__ __forceinline__ uint64_t* mbarrier() const { return mbarriers_ + now(); }
+
+  // Ends the turn for those who push, and says what the block receives in it.
+  __device__ __forceinline__ void arrive(int bytes) {
+    if (threadIdx.x == 0) device::mbarrier_arrive_expect(mbarrier(), bytes);
+    ++turn_;
+  }
+  // Until all of it is there; the turn, modulo 2.
+  __device__ __forceinline__ unsigned wait() const {
+    const unsigned last = turn_ - 1;
+    device::mbarrier_wait_acquire(mbarriers_ + last % 2, last / 2 % 2);
+    return last % 2;
+  }
+
+ private:
+  uint64_t* const mbarriers_;
+  unsigned turn_ = 0;  // that have ended
+};
+
 // Every block has the whole vector, twice, in its own shared memory, so that the product reads nothing from afar. A
-// push is an asynchronous store that counts its bytes at an mbarrier of the block it goes to, one for each of the two
-// vectors: a turn ends, for each block by itself, when all bytes of the vector are there. So no message follows the
-// numbers, and nobody waits for its other stores: to arrive at the cluster's barrier with release is to wait until the
-// whole GPU sees them.
-//
-// A vector is overwritten two turns later. By then the block that writes has received the turn between, to which every
-// block adds only when all of its warps have read the vector before. No block leaves while another may push: each waits
-// for the last that is pushed.
+// vector is overwritten two turns later. By then the block that writes has received the turn between, to which every
+// block adds only when all of its warps have read the vector before.
 template <class Operand_>
 class ClusterExchange {
  public:
@@ -28,11 +59,9 @@ class ClusterExchange {
 
   __device__ __forceinline__ ClusterExchange(const Arguments&, const SpreadShape& shape, Operand* vectors,
                                              uint64_t* mbarriers)
-      : sizes_(shape.sizes), row_tiles_(shape.spread.row_tiles), vectors_(vectors), mbarriers_(mbarriers) {
+      : sizes_(shape.sizes), row_tiles_(shape.spread.row_tiles), vectors_(vectors), turns_(mbarriers) {
     clear(vectors_, kShared.copies * row_tiles_ * sizes_.row_tile);  // once: the padding stays zero
-    if (threadIdx.x < kShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
-    device::cluster_arrive_release();  // a block may push once all have begun, and are ready to receive
-    device::cluster_wait_acquire();
+    turns_.begin();
   }
 
   // The lane's two units of all parts, in its two rows; by whole warps. Each block begins with itself, so that no block
@@ -43,9 +72,9 @@ class ClusterExchange {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) packets[part] = gather(pairs[0][part], pairs[1][part]);
     __syncwarp();  // a lane sends numbers of others, which have read what they are made of
-    Operand* place = vectors(turn_) + row_tile * sizes_.row_tile +
+    Operand* place = vectors(turns_.now()) + row_tile * sizes_.row_tile +
                      operand_place(TileLane().row(packet_row()), unit / kPacketUnits * kPacketUnits, sizeof(Operand));
-    uint64_t* mbarrier = mbarriers_ + turn_ % 2;
+    uint64_t* mbarrier = turns_.mbarrier();
     const unsigned blocks = sizes_.blocks;
     const auto send = [&](unsigned distance) {
       const unsigned sum = blockIdx.x + distance;
@@ -64,21 +93,10 @@ class ClusterExchange {
     for (; distance < blocks; distance += kHolders) send(distance);
   }
 
-  __device__ __forceinline__ void arrive() {
-    if (threadIdx.x == 0) {
-      const int numbers = row_tiles_ * kTileRows * sizes_.parts * sizes_.units;
-      const int bytes = numbers * static_cast<int>(sizeof(Operand));
-      device::mbarrier_arrive_expect(mbarriers_ + turn_ % 2, bytes);
-    }
-    ++turn_;
-  }
+  __device__ __forceinline__ void arrive() { turns_.arrive(static_cast<int>(sizes_.sent_bytes)); }
 
   // The vectors of the last arrival.
-  __device__ __forceinline__ const Operand* wait() {
-    const unsigned last = turn_ - 1;
-    device::mbarrier_wait_acquire(mbarriers_ + last % 2, last / 2 % 2);
-    return vectors(last);
-  }
+  __device__ __forceinline__ const Operand* wait() { return vectors(turns_.wait()); }
 
  private:
   // A store is a packet: lanes with neighbouring units put them together, half of them those of their first row, half
@@ -112,19 +130,19 @@ class ClusterExchange {
     }
   }
 
-  __device__ __forceinline__ Operand* vectors(unsigned turn) const {
-    return vectors_ + turn % 2 * row_tiles_ * sizes_.row_tile;
+  __device__ __forceinline__ Operand* vectors(unsigned copy) const {
+    return vectors_ + copy * row_tiles_ * sizes_.row_tile;
   }
 
   const SpreadSizes& sizes_;
   const int row_tiles_;
   Operand* const vectors_;
-  uint64_t* const mbarriers_;  // of turns of an even number, and of the others
-  unsigned turn_ = 0;          // arrivals of this block
+  ClusterTurns turns_;
 };
 
-// Sums go to the block that adds them up: it has room for one from each block, twice, and an mbarrier for each time. As
-// above, room is used again two turns later, when its block has added what it had, and sent others what follows.
+// Sums go to the block that adds them up, which has room for those of each block, twice. The room is used again two
+// turns later. By then the block that writes has received the turn between, to which every block adds only behind a
+// barrier of its own that follows its collecting: which the caller owes.
 class ClusterScatter {
  public:
   static constexpr bool kAvailable = device::kHasClusters;
@@ -132,31 +150,23 @@ class ClusterScatter {
 
   // A barrier of the cluster.
   __device__ __forceinline__ ClusterScatter(const ScatterShape& shape, float4* received, uint64_t* mbarriers)
-      : shape_(shape), received_(received + threadIdx.x % kWarpLanes), mbarriers_(mbarriers) {
-    if (threadIdx.x < kShared.mbarriers) device::mbarrier_init(mbarriers_ + threadIdx.x);
-    device::cluster_arrive_release();  // a block may push once all have begun, and are ready to receive
-    device::cluster_wait_acquire();
+      : shape_(shape), received_(received + threadIdx.x % kWarpLanes), turns_(mbarriers) {
+    turns_.begin();
   }
 
-  // The lane's sums for a tile of the block of that rank, if they are wanted; `place` is the tile's among those of that
-  // block.
+  // The lane's sums for a tile of the block of that rank, if they are wanted. The tile's place is ScatterSizes'.
   __device__ __forceinline__ void push_if(bool wanted, int rank, int place, const float (&sums)[4]) const {
     uint4 words;
     memcpy(&words, sums, sizeof words);
-    const device::RemoteShared<float4> remote(from_block(turn_, blockIdx.x) + place, rank);
-    remote.store_async_if(wanted, 0, words, device::RemoteShared<uint64_t>(mbarriers_ + turn_ % 2, rank));
+    const device::RemoteShared<float4> remote(from_block(turns_.now(), blockIdx.x) + place, rank);
+    remote.store_async_if(wanted, 0, words, device::RemoteShared<uint64_t>(turns_.mbarrier(), rank));
   }
 
-  __device__ __forceinline__ void arrive() {
-    if (threadIdx.x == 0) device::mbarrier_arrive_expect(mbarriers_ + turn_ % 2, shape_.sizes.received_bytes);
-    ++turn_;
-  }
+  __device__ __forceinline__ void arrive() { turns_.arrive(static_cast<int>(shape_.sizes.received_bytes)); }
 
-  // The sums of all blocks at the last arrival, for a tile of this block.
+  // What all blocks sent before the last arrival for a tile of this one, added up in their order.
   __device__ __forceinline__ void collect(int place, float (&sums)[4]) const {
-    const unsigned last = turn_ - 1;
-    device::mbarrier_wait_acquire(mbarriers_ + last % 2, last / 2 % 2);
-    const float4* from = from_block(last, 0) + place;
+    const float4* from = from_block(turns_.wait(), 0) + place;
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
 #pragma unroll 4
@@ -170,15 +180,13 @@ class ClusterScatter {
   }
 
  private:
-  // What the block of that rank sends.
-  __device__ __forceinline__ float4* from_block(unsigned turn, unsigned rank) const {
-    return received_ + (turn % 2 * shape_.sizes.blocks + rank) * shape_.sizes.block_sums;
+  __device__ __forceinline__ float4* from_block(unsigned copy, unsigned rank) const {
+    return received_ + (copy * shape_.sizes.blocks + rank) * shape_.sizes.block_sums;
   }
 
   const ScatterShape& shape_;
-  float4* const received_;     // of the lane
-  uint64_t* const mbarriers_;  // of turns of an even number, and of the others
-  unsigned turn_ = 0;          // arrivals of this block
+  float4* const received_;  // of the lane
+  ClusterTurns turns_;
 };
 
 // ------------------------------------------------------------------------------------------------ host

@@ -13,9 +13,13 @@
 //
 // Registers:     W_hh as far as they reach, the owners' gradients of states, what the next step reads.
 // Shared memory: the rest of W_hh; grad_hgates of the block, twice; what the scatter receives.
+// Scatter:       push_if(wanted, rank, place, sums) sends, arrive() ends sending, collect(place, sums) waits for what
+// all
+//                blocks sent before it and adds that up. A barrier of the block lies between collecting and sending
+//                again.
 // Synchronises:  a step has one block barrier between the owners' gradients and the products that read them; owners
 //                wait for the sums of all blocks. A warp may still multiply while the owners write the gradients of the
-//                next step: beside, and behind the next barrier it is done.
+//                next step, into the other copy; it has finished before the next barrier.
 #pragma once
 
 #include "persistent_spread.h"
@@ -26,7 +30,7 @@ namespace rnnfast::cuda {
 
 template <class Operand>
 struct ScatterShared {
-  Operand* grad_hgates;  // [2, row_tiles, operand of 8 rows]
+  Operand* grad_hgates;  // [kScatterOperands, row_tiles, operand of 8 rows]
   uint4* w_hh;           // [warps, what does not fit into registers]
   float4* received;      // [copies, blocks, unit_tiles, row_tiles, lanes]: each a lane's four
   uint64_t* mbarriers;
@@ -34,7 +38,7 @@ struct ScatterShared {
 
   __host__ __device__ ScatterShared(char* base, const ScatterSizes& sizes, ExchangeShared exchange) {
     device::SharedLayout layout(base);
-    grad_hgates = layout.take<Operand>(2 * sizes.operand_bytes / sizeof(Operand));
+    grad_hgates = layout.take<Operand>(kScatterOperands * sizes.operand_bytes / sizeof(Operand));
     w_hh = layout.take<uint4>(sizes.warps * sizes.weight_bytes / sizeof(uint4));
     received = layout.take<float4>(exchange.copies * sizes.received_bytes / sizeof(float4));
     mbarriers = layout.take<uint64_t>(exchange.mbarriers);
@@ -43,40 +47,40 @@ struct ScatterShared {
 };
 
 // One of the team's unit tiles, counted from the first of this block on, so that no block receives from all others at
-// once: the block that has it, and where a block's sums for it begin among those for all tiles of that block. Together
-// they are one word, for few registers are left.
+// once. In one word, for few registers are left: above kPlace the rank of the block that has it, below where a block's
+// sums for it begin among those for all tiles of that block (ScatterSizes::place).
 class TeamTile {
  public:
   __device__ __forceinline__ TeamTile(const ScatterShape& shape, int number) {
-    const int blocks = number / shape.spread.unit_tiles;
-    const int rank = static_cast<int>(blockIdx.x) + blocks;
-    place_ = (rank < shape.sizes.blocks ? rank : rank - shape.sizes.blocks) * kRank +
-             (number - blocks * shape.spread.unit_tiles) * shape.sizes.tile_sums;
+    const int distance = number / shape.spread.unit_tiles, unit_tile = number - distance * shape.spread.unit_tiles;
+    const int rank = static_cast<int>(blockIdx.x) + distance;
+    word_ = (rank < shape.sizes.blocks ? rank : rank - shape.sizes.blocks) * kPlace + shape.sizes.place(unit_tile, 0);
   }
   __device__ __forceinline__ void next(const ScatterShape& shape) {
-    const unsigned neighbour = place_ + shape.sizes.tile_sums, next_block = (place_ | (kRank - 1)) + 1;
-    const unsigned next = neighbour % kRank == static_cast<unsigned>(shape.sizes.block_sums) ? next_block : neighbour;
-    place_ = next == static_cast<unsigned>(shape.sizes.blocks) * kRank ? 0 : next;
+    const unsigned neighbour = word_ + shape.sizes.tile_sums, first_of_next_block = (word_ | (kPlace - 1)) + 1;
+    const bool past_block = neighbour % kPlace == static_cast<unsigned>(shape.sizes.block_sums);
+    const unsigned following = past_block ? first_of_next_block : neighbour;
+    word_ = following == static_cast<unsigned>(shape.sizes.blocks) * kPlace ? 0 : following;
   }
 
-  // The same, which is found anew where it is used: those that follow take no registers in between.
-  __device__ __forceinline__ TeamTile anew() const {
+  // A copy whose successors the compiler cannot compute beforehand: it would keep them in registers all the time.
+  __device__ __forceinline__ TeamTile opaque() const {
     TeamTile tile = *this;
-    tile.place_ = device::opaque(place_);
+    tile.word_ = device::opaque(word_);
     return tile;
   }
 
-  __device__ __forceinline__ int rank() const { return place_ / kRank; }
-  __device__ __forceinline__ int first_sum() const { return place_ % kRank; }
+  __device__ __forceinline__ int rank() const { return word_ / kPlace; }
+  __device__ __forceinline__ int place() const { return word_ % kPlace; }
 
   __device__ __forceinline__ int first_unit(const ScatterShape& shape) const {
-    return (rank() * shape.spread.unit_tiles + first_sum() / shape.sizes.tile_sums) * kTileUnits;
+    return (rank() * shape.spread.unit_tiles + place() / shape.sizes.tile_sums) * kTileUnits;
   }
 
  private:
-  static constexpr unsigned kRank = 1 << 16;
-  static_assert(kSpreadMostWarps * kSpreadMostWarps * kWarpLanes < kRank, "all sums of a block");
-  unsigned place_;
+  static constexpr unsigned kPlace = 1 << 16;
+  static_assert(kSpreadMostWarps * kSpreadMostWarps * kWarpLanes < kPlace, "more than all sums of a block");
+  unsigned word_;
 };
 
 // ------------------------------------------------------------------------------------------------ the product
@@ -108,14 +112,14 @@ class ScatterProduct {
     for_each_further_group([&](auto& weights, int begin, uint4* shared) { load(weights, count() - begin, shared); });
   }
 
-  // Calls deliver(wanted, row tile, unit tile of the team, a lane's sums) for each: without a branch between, in whose
-  // place the compiler can find out where they go while the product is under way.
+  // Calls deliver(wanted, row tile, unit tile of the team, a lane's sums) for each, and for some that are not wanted:
+  // without a branch the arithmetic of their addresses fills the time of the matrix instructions.
   template <class Deliver>
   __device__ __forceinline__ void multiply(const Operand* operand, const Deliver& deliver) const {
     const int count = this->count();
     if (count <= 0) return;
     for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile, operand += shape_.sizes.operand) {
-      TeamTile tile = first_.anew();
+      TeamTile tile = first_.opaque();
       const auto make = [&](const auto& weights, int tiles) {
         constexpr int kTiles = std::decay_t<decltype(weights)>::kTiles;
         Sums sums[kTiles];
@@ -192,8 +196,9 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   const int first_row = static_cast<int>(blockIdx.y) * spread.row_tiles * kTileRows;
   const TeamSteps steps(sequence, direction.reverse, first_row, spread.row_tiles);
 
-  clear(shared.grad_hgates, 2 * spread.row_tiles * shape.sizes.operand);  // once: the padding stays zero
-  Scatter scatter(shape, shared.received, shared.mbarriers);              // a barrier, too
+  // Once: the padding stays zero.
+  clear(shared.grad_hgates, kScatterOperands * spread.row_tiles * shape.sizes.operand);
+  Scatter scatter(shape, shared.received, shared.mbarriers);  // a barrier, too
   const ScatterProduct<Math> product(shape, shared.w_hh, [&](int unit, int k) {
     int gate = 0;
 #pragma unroll
@@ -213,7 +218,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   lane.begin(steps.last - 1);
   float grad_h[4] = {};
   for (int index = steps.last - 1; index >= steps.first; --index) {
-    Operand* grads = shared.grad_hgates + index % 2 * spread.row_tiles * shape.sizes.operand;
+    Operand* grads = shared.grad_hgates + index % kScatterOperands * spread.row_tiles * shape.sizes.operand;
     if (warp.owner) {
       lane.step(index, grad_h);
 #pragma unroll
@@ -227,12 +232,12 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
     }
     __syncthreads();
     product.multiply(grads, [&](bool wanted, int row_tile, const TeamTile& tile, const float(&sums)[4]) {
-      scatter.push_if(wanted, tile.rank(), tile.first_sum() + row_tile * kWarpLanes, sums);
+      scatter.push_if(wanted, tile.rank(), tile.place() + shape.sizes.place(0, row_tile), sums);
     });
     scatter.arrive();
     if (warp.owner) {
       lane.advance(index - 1);
-      scatter.collect(warp.unit_tile * shape.sizes.tile_sums + warp.split * kWarpLanes, grad_h);
+      scatter.collect(shape.sizes.place(warp.unit_tile, warp.split), grad_h);
     }
   }
   lane.finish(steps.first, grad_h);

@@ -15,8 +15,7 @@
 //     grad_igates, grad_hgates, grad_h, grad_c = cell's backward         the owner
 //
 // This backward gathers the gradients of all gates, and shares product, exchange and synchronisation with forward.
-// Where that moves more than sums of grad_h would, an exchange may have a Scatter: then persistent_scatter.cuh runs
-// backward.
+// Where sums of grad_h move less, and the exchange has a Scatter, persistent_scatter.cuh runs backward.
 //
 // Mapping:       block x is the place in the team, block y the team, block z the direction. Warp w has unit tile
 //                w % unit_tiles and the part w / unit_tiles = s of k; it owns row tile s, where there is one.
@@ -274,16 +273,17 @@ int choose_cell(CellKind kind, const Function& function) {
   }
 }
 
+template <class Exchange>
+bool is_possible(const Spread& spread, int64_t hidden_size) {
+  return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&
+         spread.unit_tiles * spread.depth_splits <= kSpreadMostWarps &&
+         hidden_size > (Exchange::kLeastBlocks - 1) * spread.unit_tiles * kTileUnits;
+}
+
 // Launches a kernel with the arguments that follow the layer, on blocks of so much shared memory.
-template <class Exchange, class Shape, class... Parameters, class... Arguments>
-int launch_spread(void (*kernel)(Parameters...), int directions, const Shape& shape, size_t shared_bytes,
+template <class Exchange, class... Parameters, class... Arguments>
+int launch_spread(void (*kernel)(Parameters...), int directions, const TeamSizes& sizes, size_t shared_bytes,
                   cudaStream_t stream, const Arguments&... arguments) {
-  const Spread& spread = shape.spread;
-  const TeamSizes& sizes = shape.sizes;
-  if (spread.unit_tiles < 1 || spread.row_tiles < 1 || spread.row_tiles > spread.depth_splits ||
-      sizes.warps > kSpreadMostWarps || sizes.blocks < Exchange::kLeastBlocks) {
-    return cudaErrorInvalidValue;
-  }
   LaunchShape launch;
   launch.grid =
       dim3(static_cast<unsigned>(sizes.blocks), static_cast<unsigned>(sizes.teams), static_cast<unsigned>(directions));
@@ -298,12 +298,13 @@ int launch_exchange(void (*kernel)(Layer, SpreadShape, typename Exchange::Argume
                     int directions, const SpreadShape& shape, cudaStream_t stream, Workspace& workspace) {
   const typename Exchange::Buffers buffers(directions, shape, workspace);
   RNNFAST_RETURN_IF_ERROR(buffers.prepare(stream));
-  return launch_spread<Exchange>(kernel, directions, shape, SpreadShared<Exchange>(nullptr, shape.sizes).bytes, stream,
-                                 layer, shape, buffers.arguments);
+  return launch_spread<Exchange>(kernel, directions, shape.sizes, SpreadShared<Exchange>(nullptr, shape.sizes).bytes,
+                                 stream, layer, shape, buffers.arguments);
 }
 
 template <class scalar_t, class Math, class Exchange>
 int spread_forward(const LayerForward& layer, const Context& context, Workspace& workspace) {
+  if (!is_possible<Exchange>(layer.spread, layer.hidden_size)) return cudaErrorInvalidValue;
   ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.take<int64_t>(offsets_count(layer.sequence)),
                                           static_cast<cudaStream_t>(context.stream), args.sequence));
@@ -319,6 +320,7 @@ int spread_forward(const LayerForward& layer, const Context& context, Workspace&
 template <class scalar_t, class Math, class Exchange>
 int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
                     const Context& context, Workspace& workspace) {
+  if (!is_possible<Exchange>(layer.spread, layer.hidden_size)) return cudaErrorInvalidValue;
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
   const auto stream = static_cast<cudaStream_t>(context.stream);
@@ -329,8 +331,8 @@ int spread_backward(const LayerBackward& layer, const BackwardProducts (&product
       const ScatterShape shape =
           scatter_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates);
       const size_t shared_bytes = ScatterShared<typename Math::Operand>(nullptr, shape.sizes, Scatter::kShared).bytes;
-      return launch_spread<Exchange>(scatter_backward_kernel<Cell, scalar_t, Math, Scatter>, layer.directions, shape,
-                                     shared_bytes, stream, args, shape);
+      return launch_spread<Exchange>(scatter_backward_kernel<Cell, scalar_t, Math, Scatter>, layer.directions,
+                                     shape.sizes, shared_bytes, stream, args, shape);
     } else {
       const SpreadShape shape =
           spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);

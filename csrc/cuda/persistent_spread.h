@@ -44,8 +44,10 @@ int spread_backward(const LayerBackward& layer, const BackwardProducts (&product
                     const Context& context, Workspace& workspace);
 
 // The launchers of an engine, by how its blocks exchange numbers. To the host an exchange is
+//   Exchange::kLeastBlocks                             of a team
 //   Exchange::Buffers(directions, shape, workspace)    with the kernel's `arguments` and prepare(stream)
 //   Exchange::launch(kernel, launch shape, stream, arguments...)
+//   Exchange::Scatter                                  how sums go (persistent_scatter.cuh), or void
 template <template <class> class Exchange>
 class SpreadEngine {
  public:

@@ -218,7 +218,8 @@ __device__ __forceinline__ Pair<typename Math::Operand> operand_pair(const Pair<
 
 // ------------------------------------------------------------------------------------------------ the tile
 // A warp's part of W: kTiles tiles of 16 rows, `depth` tiles of k each (an even number), of which the first
-// kRegisterDepth lie in registers; of the others kRounds pairs are under way at once, where registers are left for that.
+// kRegisterDepth lie in registers; of the others kRounds pairs are under way at once, where registers are left for
+// that.
 template <class Math, int kTiles_, int kRegisterDepth, int kRounds = 2>
 class WeightTile {
  public:

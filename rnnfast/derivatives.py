@@ -208,6 +208,10 @@ def _vmap(
     and in what ``run`` returns; its results beyond these are gradients of weights, or their tangents.
     """
     samples, in_dims = info.batch_size, in_dims[1:]
+    if run is _run_forward and in_dims[4] is not None:
+        # Each sample has its own lengths: what forward keeps of the gates lies in the order of all samples' living rows
+        # together, and would be no sample's own when a later call takes it apart. States keep their places.
+        call = replace(call, save=min(call.save, 1))
     axes = [*head, *_LAYER]
     axes += [None] * (len(tensors) - len(axes))
     packed = tensors[len(head) + 3] is not None

@@ -154,9 +154,10 @@ def recurrent(
         if x.dim() != 2:
             raise RuntimeError(f"input: expected a PackedSequence with 2D data [N, input_size], got {x.dim()}D data")
         if sorted_indices is None:
-            batch = int(batch_sizes[0]) if len(batch_sizes) else 0
+            first: Any = batch_sizes[0] if len(batch_sizes) else 0
+            batch = first if torch.jit.is_tracing() else int(first)  # type: ignore[no-untyped-call,attr-defined]
         else:
-            batch = len(sorted_indices)
+            batch = sorted_indices.shape[0]  # len() would be a constant in a trace
             # While compiling there is no value to compare with.
             if not torch.compiler.is_compiling() and len(batch_sizes) and batch < batch_sizes[0]:
                 raise RuntimeError(f"input: expected sorted_indices of {batch_sizes[0]} rows or more, got {batch}")
@@ -651,7 +652,7 @@ def _check_order(of_reset: Tensor | None, of_input: Tensor | None, batch_sizes: 
     if of_reset is of_input or not len(batch_sizes) or any(indices.device.type != "cpu" for indices in given):
         return
     rows = int(batch_sizes[0])
-    as_they_come = torch.arange(rows)
+    as_they_come = torch.arange(rows, device="cpu")
     ours, theirs = (as_they_come if part is None else part[:rows] for part in (of_input, of_reset))
     if not torch.equal(ours, theirs):
         raise RuntimeError("reset: expected the input's order of rows (sorted_indices), got another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sample_inputs import ModuleCase, each_backend, each_layer, flatten
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import rnnfast
@@ -141,3 +142,25 @@ def test_padding_may_be_nan(name: str, device: str, backend: str) -> None:
         assert not gradients[0][padding].any()
         results.append([*output, *gradients])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("given_state", [False, True])
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_a_trace_takes_other_numbers_of_rows(enforce_sorted: bool, given_state: bool) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = rnnfast.GRU(4, 6)
+
+        def forward(self, input: Tensor, lengths: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            packed = pack_padded_sequence(input, lengths, enforce_sorted=enforce_sorted)
+            output, h = self.gru(packed, h0) if given_state else self.gru(packed)
+            return pad_packed_sequence(output)[0], h
+
+    def arguments(*lengths: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(5, len(lengths), 4), torch.tensor(lengths), torch.randn(1, len(lengths), 6)
+
+    module = Packed()
+    traced = torch.jit.trace(module, arguments(5, 4, 2), check_trace=False)  # type: ignore[no-untyped-call]
+    for rows in (arguments(5, 1), arguments(5, 4, 3, 1)):
+        torch.testing.assert_close(traced(*rows), module(*rows))

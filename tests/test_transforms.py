@@ -441,3 +441,38 @@ def test_vmap_over_lengths_of_a_module(device: str) -> None:
     lengths = torch.tensor([[4, 1], [2, 0]], device=device)
     together = vmap(lambda row: module(input, lengths=row)[0])(lengths)
     assert_close(together, torch.stack([module(input, lengths=row)[0] for row in lengths]))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(rnnfast.GRU, {}), (rnnfast.LSTM, {}), (rnnfast.LSTM, {"proj_size": 3}), (rnnfast.GRU, {"reset_after": False})],
+    ids=["gru", "lstm", "lstm-projection", "gru-reset-before"],
+)
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_derivatives_of_samples_with_lengths_of_their_own(
+    make: type[rnnfast.GRU | rnnfast.LSTM], options: dict[str, Any], requires_grad: bool, device: str
+) -> None:
+    """Whatever forward keeps of all samples together has to serve a call for each, which some of these take."""
+    module = make(4, 6, num_layers=2, device=device, dtype=torch.float64, **options)
+    weights = dict(module.requires_grad_(requires_grad).named_parameters())
+    tangents = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    inputs = torch.randn(3, 5, 2, 4, device=device, dtype=torch.float64)
+    lengths = torch.tensor([[5, 2], [1, 4], [3, 3]], device=device)
+
+    def loss(weights: dict[str, Tensor], input: Tensor, lengths: Tensor) -> Any:
+        output, _ = functional_call(module, weights, (input,), {"lengths": lengths})
+        return output.pow(3).sum()
+
+    def gradient(input: Tensor, lengths: Tensor) -> Any:
+        return grad(loss)(weights, input, lengths)
+
+    def tangent(input: Tensor, lengths: Tensor) -> Any:
+        return jvp(lambda w: grad(loss)(w, input, lengths), (weights,), (tangents,))[1]
+
+    def second(input: Tensor, lengths: Tensor) -> Any:
+        return jacrev(jacrev(lambda x: loss(weights, x, lengths)))(input)
+
+    for derivative in (gradient, tangent, second):
+        alone = [derivative(input, length) for input, length in zip(inputs, lengths, strict=True)]
+        stacked = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *alone)
+        assert_close(vmap(derivative)(inputs, lengths), stacked)

@@ -317,28 +317,33 @@ int spread_forward(const LayerForward& layer, const Context& context, Workspace&
   });
 }
 
+template <class Cell, class Math, class Exchange, class scalar_t>
+int launch_backward(const LayerBackward& layer, const BackwardLayerOnDevice<scalar_t>& args, const Context& context,
+                    Workspace& workspace) {
+  using Scatter = typename Exchange::Scatter;
+  constexpr int kGates = Cell::kGates;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  if constexpr (!std::is_void_v<Scatter> && scatters(kGates, sizeof(typename Math::Operand))) {
+    const ScatterShape shape = scatter_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, kGates);
+    const size_t shared_bytes = ScatterShared<typename Math::Operand>(nullptr, shape.sizes, Scatter::kShared).bytes;
+    return launch_spread<Exchange>(scatter_backward_kernel<Cell, scalar_t, Math, Scatter>, layer.directions,
+                                   shape.sizes, shared_bytes, stream, args, shape);
+  } else {
+    const SpreadShape shape =
+        spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, kGates, /*backward=*/true);
+    return launch_exchange<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
+                                     shape, stream, workspace);
+  }
+}
+
 template <class scalar_t, class Math, class Exchange>
 int spread_backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const DeviceSequence& sequence,
                     const Context& context, Workspace& workspace) {
   if (!is_possible<Exchange>(layer.spread, layer.hidden_size)) return cudaErrorInvalidValue;
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  return choose_cell(layer.cell, [&](auto cell) -> int {
-    using Cell = typename decltype(cell)::type;
-    using Scatter = typename Exchange::Scatter;
-    if constexpr (!std::is_void_v<Scatter> && scatters(Cell::kGates, sizeof(typename Math::Operand))) {
-      const ScatterShape shape =
-          scatter_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates);
-      const size_t shared_bytes = ScatterShared<typename Math::Operand>(nullptr, shape.sizes, Scatter::kShared).bytes;
-      return launch_spread<Exchange>(scatter_backward_kernel<Cell, scalar_t, Math, Scatter>, layer.directions,
-                                     shape.sizes, shared_bytes, stream, args, shape);
-    } else {
-      const SpreadShape shape =
-          spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/true);
-      return launch_exchange<Exchange>(spread_backward_kernel<Cell, scalar_t, Math, Exchange>, args, layer.directions,
-                                       shape, stream, workspace);
-    }
+  return choose_cell(layer.cell, [&](auto cell) {
+    return launch_backward<typename decltype(cell)::type, Math, Exchange>(layer, args, context, workspace);
   });
 }
 

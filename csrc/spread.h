@@ -20,8 +20,8 @@ struct Spread {
 
 // What crosses blocks in a step backward, in an engine that can do both. Gathering, each block receives the gradients
 // of all gates, and makes of them the gradients of its own units' h. Scattering, it makes of its own gates' gradients
-// its part of the gradient of every h, and sends the sums, of float, to the blocks that add them up. That is
-// chosen where the gates of a unit take more bytes than a sum.
+// its part of the gradient of every h, and sends the sums, of float, to the blocks that add them up. That is chosen
+// where the gates of a unit take more bytes than a sum.
 RNNFAST_SIZES bool scatters(int gates, int operand_bytes) {
   return gates * operand_bytes > static_cast<int>(sizeof(float));
 }

@@ -13,10 +13,9 @@
 //
 // Registers:     W_hh as far as they reach, the owners' gradients of states, what the next step reads.
 // Shared memory: the rest of W_hh; grad_hgates of the block, twice; what the scatter receives.
-// Scatter:       push_if(wanted, rank, place, sums) sends, arrive() ends sending, collect(place, sums) waits for what
-// all
-//                blocks sent before it and adds that up. A barrier of the block lies between collecting and sending
-//                again.
+// Scatter:       push_if(wanted, rank, place, sums) sends, and arrive() ends sending; collect(place, sums) waits for
+//                what all blocks sent before, and adds it up. A barrier of the block stands between collecting and
+//                the next sending.
 // Synchronises:  a step has one block barrier between the owners' gradients and the products that read them; owners
 //                wait for the sums of all blocks. A warp may still multiply while the owners write the gradients of the
 //                next step, into the other copy; it has finished before the next barrier.

@@ -129,7 +129,8 @@ class RNNCell(_Cell):
             the expectation.
         layer_norm: as for :class:`rnnfast.RNN`, with parameters ``norm_weight_ih`` and ``norm_weight_hh``, of an LSTM
             also ``norm_weight_c`` and ``norm_bias_c``.
-        backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
+        backend: None for what :func:`rnnfast.backend` chose around the call, else ``"auto"``, the fastest engine there
+            is, or ``"reference"``, plain PyTorch.
 
     The weights of a layer load into a cell with the number taken off their names::
 

@@ -200,15 +200,18 @@ def _vmap(
     in_dims: Sequence[int | None],
     call: _Call,
     *tensors: Tensor | None,
+    kept: int | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """One call whose batch holds the rows of all samples, row b of sample v at b * samples + v.
 
     Where weights differ between samples, and where a kernel would have to tell the samples' weight gradients apart and
     cannot, a call for each sample. ``head`` and ``results`` say where the rows lie in the tensors before the layer's
-    and in what ``run`` returns; its results beyond these are gradients of weights, or their tangents.
+    and in what ``run`` returns; its results beyond these are gradients of weights, or their tangents. ``kept`` says
+    where in ``head`` stands what forward kept.
     """
     samples, in_dims = info.batch_size, in_dims[1:]
-    if run is _run_forward and in_dims[4] is not None:
+    of_each_lengths = in_dims[len(head) + 4] is not None
+    if run is _run_forward and of_each_lengths:
         # Each sample has its own lengths: what forward keeps of the gates lies in the order of all samples' living rows
         # together, and would be no sample's own when a later call takes it apart. States keep their places.
         call = replace(call, save=min(call.save, 1))
@@ -218,6 +221,8 @@ def _vmap(
     one_call = all(dim is None for dim, axis in zip(in_dims, axes, strict=True) if axis is None)
     if call.output_mask[3] and not (run is _run_backward and _can_group(call, tensors, in_dims)):
         one_call = False
+    if of_each_lengths and kept is not None and in_dims[kept + 2] is not None:
+        one_call = False  # gates that a sample's own forward kept
     if not one_call:
         each = []
         for sample in range(samples):
@@ -230,10 +235,11 @@ def _vmap(
         if tensor is None or axis is None:
             return tensor
         at = axis[packed]
+        of_sample = tensor if dim is None else tensor.select(dim, 0)
+        if of_sample.dim() <= at:  # nothing kept
+            return of_sample
         if dim is not None:
             return tensor.movedim(dim, at + 1).flatten(at, at + 1)
-        if tensor.dim() <= at:  # nothing kept
-            return tensor
         return tensor.repeat_interleave(samples, at)
 
     merged = [merge(*part) for part in zip(tensors, in_dims, axes, strict=True)]
@@ -408,7 +414,7 @@ class _Forward(Function):
 
 class _Backward(Function):
     forward = staticmethod(_run_backward)
-    vmap = staticmethod(partial(_vmap, _run_backward, (*_RESULTS, *_KEPT), _ARGUMENTS))
+    vmap = staticmethod(partial(_vmap, _run_backward, (*_RESULTS, *_KEPT), _ARGUMENTS, kept=4))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -497,7 +503,7 @@ class _Jvp(Function):
     forward = staticmethod(_run_jvp)
     setup_context = staticmethod(_save_all)
     jvp = staticmethod(partial(_jvp_of_formula, _formula_jvp, slice(0, 3)))
-    vmap = staticmethod(partial(_vmap, _run_jvp, (*_KEPT, *_ARGUMENTS), _RESULTS))
+    vmap = staticmethod(partial(_vmap, _run_jvp, (*_KEPT, *_ARGUMENTS), _RESULTS, kept=0))
 
     # <grads, J t>, J the layer's derivative at x: the gradient by t is backward's, and that by x backward's tangent.
     @staticmethod
@@ -520,7 +526,7 @@ class _BackwardJvp(Function):
     backward = staticmethod(partial(_backward_of_formula, _formula_backward_jvp, slice(8, 11)))
     jvp = staticmethod(partial(_jvp_of_formula, _formula_backward_jvp, slice(8, 11)))
     vmap = staticmethod(
-        partial(_vmap, _run_backward_jvp, (*_RESULTS, *_RESULTS, *_KEPT, *_ARGUMENTS), (*_RESULTS, *_ARGUMENTS))
+        partial(_vmap, _run_backward_jvp, (*_RESULTS, *_RESULTS, *_KEPT, *_ARGUMENTS), (*_RESULTS, *_ARGUMENTS), kept=8)
     )
 
 

@@ -89,6 +89,8 @@ def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tupl
         return active, reason
     parameter = next(part.parameters())
     device = parameter.device.type
+    if parameter.dtype not in ops.DTYPES:
+        return "none", f"a call would raise: there are no kernels for {parameter.dtype}"
     if isinstance(part, own_cell.OwnLayers) and device in ("cpu", "cuda"):
         if device == "cpu":
             return f"cpu ({part.instruction_set})", ""

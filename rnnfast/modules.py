@@ -7,6 +7,7 @@ here: the parameters are read at every forward, so whatever replaces one takes e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite, sqrt
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -260,11 +261,17 @@ class _Layers(nn.RNNBase):
         return text
 
     # RNNBase keeps a second list of the weights, and weak references to them, beside the parameters. Here the list is
-    # made when someone asks for it, and the methods that keep it up to date do nothing.
+    # made when someone asks for it, who sets it sets the parameters, and the methods that keep it in step do nothing.
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not getattr(self, name, None):
+                setattr(self, name, weight)
 
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
@@ -328,7 +335,8 @@ class RNN(_Layers):
             as it is (Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450, 2016). Parameters behind all
             others: ``norm_weight_ih_l0`` and ``norm_weight_hh_l0 [gates * hidden_size]``, of an LSTM also
             ``norm_weight_c_l0`` and ``norm_bias_c_l0 [hidden_size]``, initially 1 and 0. Not with num_heads.
-        backend: None for the fastest engine there is, ``"reference"`` for plain PyTorch.
+        backend: None for what :func:`rnnfast.backend` chose around the call, else ``"auto"``, the fastest engine there
+            is, or ``"reference"``, plain PyTorch.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), an

@@ -22,6 +22,7 @@ from ._extension import error as extension_error
 from ._extension import extension as extension
 
 BACKENDS = ("auto", "reference")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of the operators
 
 
 class _Choice(local):

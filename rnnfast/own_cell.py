@@ -97,12 +97,12 @@ def compile_cell(
 ) -> type[OwnLayers]:
     """Compile the equations of a recurrent cell into a layer, as fast as the package's own, and return its class.
 
-    The class takes what :class:`rnnfast.GRU` takes: layers, directions, dropout, PackedSequence, ``lengths``,
-    ``reset``, ``recompute`` and so on. Its parameters are ``weight_ih_l0 [G*H, input_size]``, ``weight_hh_l0
-    [G*H, H]``, or ``[G*H]`` of a struct with ``kDiagonal = true``, ``bias_ih_l0`` and ``bias_hh_l0 [G*H]``, G gates of
-    H = hidden_size units, initialised as torch.nn's are. For a cell with two states ``hx`` and the final states are
-    pairs, as an LSTM's are. There are first and second derivatives. ``docs/ADDING_A_CELL.md`` says what the header
-    holds.
+    The class takes what :class:`rnnfast.GRU` takes, but for proj_size, layer_norm and reset_after: layers, directions,
+    dropout, PackedSequence, ``lengths``, ``reset``, ``recompute`` and so on. Its parameters are ``weight_ih_l0 [G*H,
+    input_size]``, ``weight_hh_l0 [G*H, H]``, or ``[G*H]`` of a struct with ``kDiagonal = true``, ``bias_ih_l0`` and
+    ``bias_hh_l0 [G*H]``, G gates of H = hidden_size units, initialised as torch.nn's are. For a cell with two states
+    ``hx`` and the final states are pairs, as an LSTM's are. There are first and second derivatives.
+    ``docs/ADDING_A_CELL.md`` says what the header holds.
 
     It runs on the CPU and, where torch is built with CUDA and an nvcc of the same major version is found, on CUDA too,
     step by step; elsewhere tensors on CUDA are an error that says why. ``RNNFAST_CUDA=0`` leaves CUDA out, and
@@ -222,7 +222,8 @@ def _check_step(header: Path, cell: str, form: reference.Cell, step: Step) -> No
 
 
 def _doc(header: Path, struct: str) -> str:
-    return f"A layer of the cell {struct} of {header.name}; takes what :class:`rnnfast.GRU` takes."
+    takes = "what :class:`rnnfast.GRU` takes, but for proj_size, layer_norm and reset_after"
+    return f"A layer of the cell {struct} of {header.name}; takes {takes}."
 
 
 def _find_files(header: Path) -> dict[Path, str]:
@@ -243,7 +244,7 @@ def _find_files(header: Path) -> dict[Path, str]:
 
 def _find_struct(header: Path, text: str) -> str:
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?\{", code)
+    structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?(?::[^{;]*)?\{", code)
     if len(structs) != 1:
         found = ", ".join(structs) or "none"
         raise ValueError(f"struct: expected the name of one of {header.name}'s structs ({found}), got None")

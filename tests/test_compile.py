@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -152,6 +154,46 @@ def test_autocast(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(input), model(input))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layer_norm": True}, {"recurrent_dropout": 0.3, "zoneout": 0.1}],
+    ids=["plain", "layer norm", "noise"],
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_autograd(name: str, options: dict[str, Any], device: str) -> None:
+    """A backward that is compiled, behind a forward that is not: one graph for every size."""
+    torch._dynamo.reset()
+    model = Model(name, bidirectional=True, **options).to(device)
+    graphs = CompileCounterWithBackend("aot_eager")
+    for batch, steps in SIZES[:3]:
+        arguments = inputs(batch, steps, device, sequences=True)
+        found = []
+        for compiler in (None, lambda graph: torch.compile(graph, backend=graphs, fullgraph=True, dynamic=True)):
+            torch.manual_seed(0)
+            model.zero_grad()
+            output = model(*arguments).square().sum()
+            with compiled_autograd._enable(compiler) if compiler else nullcontext():
+                output.backward()
+            found.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_autograd_of_a_second_derivative(name: str, device: str) -> None:
+    torch._dynamo.reset()
+    layer = getattr(rnnfast, name)(12, 16, device=device)
+    input = torch.randn(7, 3, 12, device=device, requires_grad=True)
+    found = []
+    for compiler in (None, lambda graph: torch.compile(graph, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        (grad,) = torch.autograd.grad(layer(input)[0].square().sum(), input, create_graph=True)
+        with compiled_autograd._enable(compiler) if compiler else nullcontext():
+            grad.square().sum().backward()
+        found.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(found[1], found[0])
 
 
 # ------------------------------------------------------------------------------------------------------- export

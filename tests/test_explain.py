@@ -140,5 +140,16 @@ def test_other_devices_have_no_engine() -> None:
     assert (layer.engine, layer.reason) == (expected if ops.extension else ("reference", ops.extension_error))
 
 
+@pytest.mark.skipif(ops.extension is None, reason="the reference formula takes what torch does")
+def test_a_dtype_without_kernels() -> None:
+    layer = rnnfast.LSTM(3, 4, dtype=torch.complex64)
+    (account,) = rnnfast.explain(layer).layers
+    assert account.engine == "none"
+    assert account.reason == "a call would raise: there are no kernels for torch.complex64"
+    with pytest.raises(ValueError, match="dtype"):
+        layer(torch.randn(2, 1, 3, dtype=torch.complex64))
+    assert all(rnnfast.explain(rnnfast.LSTM(3, 4, dtype=dtype)).layers[0].engine != "none" for dtype in ops.DTYPES)
+
+
 def test_nothing_to_explain() -> None:
     assert str(rnnfast.explain(nn.Linear(2, 2))) == "no rnnfast layer or cell"

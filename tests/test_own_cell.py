@@ -447,6 +447,10 @@ def test_what_no_compiler_is_asked_about(tmp_path: Path) -> None:
         ValueError, match=r"struct: expected the name of one of two\.h's structs \(One, Two\), got None"
     ):
         rnnfast.compile_cell(header)
+    header = tmp_path / "derived.h"
+    header.write_text("struct Base {};\ntemplate <class V> struct Derived final : public Base, Other<V> {};\n")
+    with pytest.raises(ValueError, match=r"structs \(Base, Derived\)"):
+        rnnfast.compile_cell(header)
     header = tmp_path / "reference.h"
     header.write_text(GOOD)
     with pytest.raises(ValueError, match="header: expected another name than that of the formula's operators"):

@@ -235,6 +235,19 @@ def test_no_weight_is_kept_behind(name: str) -> None:
     assert old() is None
 
 
+def test_flat_weights_are_the_parameters() -> None:
+    """What programs set that know torch.nn's list of weights."""
+    module = rnnfast.LSTM(3, 4, num_layers=2)
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    twice = [nn.Parameter(2 * weight.detach()) for weight in module._flat_weights]
+    module._flat_weights = twice
+    assert all(a is b for a, b in zip(module.parameters(), twice, strict=True))
+    with pytest.raises(TypeError, match="weight_ih_l0"):  # torch's: no tensor replaces a parameter
+        module._flat_weights = [weight.detach() for weight in twice]
+    with pytest.raises(ValueError, match="shorter"):
+        module._flat_weights = twice[:-1]
+
+
 @each_module
 def test_an_error_of_a_parametrization_is_shown_alone(name: str) -> None:
     class Broken(nn.Module):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -249,6 +250,30 @@ def test_vmap_over_lengths_and_resets(part: str) -> None:
     for index, value in enumerate(stacked):
         alone = reference.layer(cell, input, h0, c0, weights, **{**options, part: value})
         assert_close(tuple(result[index] for result in together), alone)
+
+
+@pytest.mark.parametrize("save", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_vmap_over_what_samples_kept_by_themselves(cell: str, save: int) -> None:
+    """The operators of derivatives, called with what a forward of each sample kept, of lengths of its own."""
+    (_, input, h0, c0, weights), options = Sample(cell, form="lengths").arguments()
+    each_lengths = torch.stack([options["lengths"], torch.tensor([5, 0, 2])])
+    operator = partial(getattr, torch.ops.rnnfast)
+    kept = [operator(cell)(input, h0, c0, weights, None, lengths, None, save) for lengths in each_lengths]
+    output, _, _, c, saved = (torch.stack(parts) for parts in zip(*kept, strict=True))
+
+    def derivatives(lengths: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        layer = (input, h0, c0, weights, None, lengths, None, *kept)
+        grads, ones = (torch.ones_like(kept[0]), None, None, None), (torch.ones_like(input), None, None, [])
+        first = operator(f"{cell}_backward")(*grads, *layer, [True, True, False, False])
+        tangents = operator(f"{cell}_jvp")(*ones, *layer)
+        second = operator(f"{cell}_backward_jvp")(*[None] * 4, *ones, *grads, *layer, [True, True, False, False])
+        return *first[:2], *tangents[:2], *second[:2], *second[4:6]
+
+    together = vmap(derivatives)(each_lengths, output, c, saved)
+    for index, lengths in enumerate(each_lengths):
+        alone = derivatives(lengths, output[index], c[index], saved[index])
+        assert_close(tuple(part[index] for part in together), alone)
 
 
 @each_form

@@ -137,15 +137,20 @@ CellKind kept_kind(const AutogradContext& context) {
   return static_cast<CellKind>(context.saved_data.at(kKind).toInt());
 }
 
+// What of an operator's results has no derivative goes past the node: compiled autograd takes none with results marked
+// as not differentiable.
 struct Layer : torch::autograd::Function<Layer> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, int64_t save,
                                const OptionalTensor& seed, at::ArrayRef<double> noise, bool layer_norm, CellKind kind,
-                               const Duals* duals) {
+                               const Duals* duals, ForwardResult* result) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, h_n, c_n, c, saved] =
+    *result =
         forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm);
+    const auto& [output, h_n, c_n, c, saved] = *result;
     variable_list kept = {duals ? duals->input : input,
                           duals ? duals->h0 : h0,
                           duals ? duals->c0 : c0.value_or(Tensor()),
@@ -159,15 +164,15 @@ struct Layer : torch::autograd::Function<Layer> {
     const at::TensorList kept_weights = duals ? duals->weights : weights;
     kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
     context->save_for_backward(std::move(kept));
-    context->mark_non_differentiable(cell_info(kind).states == 2 ? variable_list{saved} : variable_list{c_n, c, saved});
     context->set_materialize_grads(false);
     keep_kind(*context, kind);
     if (any_noise(noise)) context->saved_data[kNoise] = noise.vec();
     if (layer_norm) context->saved_data[kLayerNorm] = true;
-    return {output, h_n, c_n, c, saved};
+    return cell_info(kind).states == 2 ? variable_list{output, h_n, c_n, c} : variable_list{output, h_n};
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
+    grads.resize(4);
     const CellKind kind = kept_kind(*context);
     const variable_list kept = context->get_saved_variables();
     const Tensor &input = kept[0], &h0 = kept[1], &output = kept[6], &c = kept[7], &saved = kept[8];
@@ -191,7 +196,8 @@ struct Layer : torch::autograd::Function<Layer> {
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 9);  // batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals
+    // batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals, result
+    result.resize(result.size() + 10);
     return result;
   }
 
@@ -207,9 +213,14 @@ ForwardResult recorded(CellKind kind, const Tensor& input, const Tensor& h0, con
   if (any_requires_grad(input, h0, c0, weights)) {
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
-    auto result =
-        Layer::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals);
-    return {result[0], result[1], result[2], result[3], result[4]};
+    ForwardResult result;
+    const variable_list recorded = Layer::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
+                                                layer_norm, kind, duals, &result);
+    auto& [output, h_n, c_n, c, saved] = result;
+    output = recorded[0];
+    h_n = recorded[1];
+    if (recorded.size() == 4) c_n = recorded[2], c = recorded[3];
+    return result;
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
@@ -244,19 +255,21 @@ ForwardResult forward(CellKind kind, const Tensor& input, const Tensor& h0, cons
 // Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
 // no derivative of its own.
 struct LayerBackward : torch::autograd::Function<LayerBackward> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* context, const OptionalTensor& grad_output,
                                const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                                const OptionalTensor& grad_c, const Tensor& input, const Tensor& h0,
                                const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
                                const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output,
-                               const Tensor& c, const Tensor& saved, OutputMask output_mask, bool with_states,
-                               CellKind kind, const Duals* duals) {
+                               const Tensor& c, const Tensor& saved, OutputMask output_mask, CellKind kind,
+                               const Duals* duals, Tensor* every_grad_state) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     // The gradients of all states spare the second backward one of its products a step. In 16 bits they are rounded,
     // and those that it makes itself are not.
     const bool keeps_states = !at::isReducedFloatingType(input.scalar_type());
     auto [grad_input, grad_h0, grad_c0, grad_weights, grad_states] =
-        with_states || keeps_states
+        every_grad_state || keeps_states
             ? backward_with_states_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
                                                        batch_sizes, lengths, reset, output, c, saved, output_mask)
             : std::tuple_cat(backward_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
@@ -285,10 +298,8 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     keep_kind(*context, kind);
     variable_list result = {grad_input, grad_h0, grad_c0};
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    if (with_states) {  // they follow from the arguments; what reads them has its derivative by these
-      context->mark_non_differentiable({grad_states});
-      result.push_back(grad_states);
-    }
+    // They follow from the arguments; what reads them has its derivative by these.
+    if (every_grad_state) *every_grad_state = grad_states;
     return result;
   }
 
@@ -302,7 +313,7 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
     const at::TensorList weights = at::TensorList(kept).slice(14);
     OptionalTensor t_states[3];
     for (size_t i = 0; i < 3; ++i) t_states[i] = optional(tangents[i]);
-    const size_t given = tangents.size() - 3 < weights.size() ? 0 : weights.size();  // less: that of grad_states
+    const size_t given = tangents.size() - 3;
     const std::vector<Tensor> t_weights =
         all_or_none({tangents.begin() + 3, tangents.begin() + 3 + given}, given ? weights : at::TensorList());
 
@@ -322,8 +333,8 @@ struct LayerBackward : torch::autograd::Function<LayerBackward> {
       if (!wanted[i]) result[i] = Tensor();
     grad_weights.resize(weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
-    result.resize(result.size() + 10);  // batch_sizes, lengths, reset, output, c, saved, output_mask, with_states,
-                                        // kind, duals
+    // batch_sizes, lengths, reset, output, c, saved, output_mask, kind, duals, every_grad_state
+    result.resize(result.size() + 10);
     return result;
   }
 };
@@ -337,8 +348,8 @@ BackwardResult recorded_backward(CellKind kind, const OptionalTensor& grad_outpu
                                  const Tensor& saved, OutputMask output_mask, const Duals* duals) {
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
     auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output.detach(), c.detach(), saved, output_mask,
-                                       /*with_states=*/false, kind, duals);
+                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind, duals,
+                                       static_cast<Tensor*>(nullptr));
     return {result[0], result[1], result[2], {result.begin() + 3, result.end()}};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -400,10 +411,11 @@ BackwardWithStatesResult backward_with_states(
   TORCH_CHECK_NOT_IMPLEMENTED(!any_tangent(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights), "rnnfast.",
                               cell_info(kind).name, "_backward_with_states has no forward-mode derivative");
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
+    Tensor grad_states;
     auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output.detach(), c.detach(), saved, output_mask,
-                                       /*with_states=*/true, kind, static_cast<const Duals*>(nullptr));
-    return {result[0], result[1], result[2], {result.begin() + 3, result.end() - 1}, result.back()};
+                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind,
+                                       static_cast<const Duals*>(nullptr), &grad_states);
+    return {result[0], result[1], result[2], {result.begin() + 3, result.end()}, grad_states};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_with_states_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, grad_output, grad_h_n,
@@ -429,15 +441,18 @@ BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const O
 
 // The derivative along a tangent, as a function of the tangent and of the layer's arguments.
 struct LayerJvp : torch::autograd::Function<LayerJvp> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* context, const OptionalTensor& t_input, const OptionalTensor& t_h0,
                                const OptionalTensor& t_c0, at::TensorList t_weights, const Tensor& input,
                                const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
                                const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved,
-                               CellKind kind) {
+                               CellKind kind, JvpResult* result) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [t_output, t_h_n, t_c_n, t_c] = jvp_operator(kind).call(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights,
-                                                                 batch_sizes, lengths, reset, output, c, saved);
+    *result = jvp_operator(kind).call(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths,
+                                      reset, output, c, saved);
+    const auto& [t_output, t_h_n, t_c_n, t_c] = *result;
     variable_list kept = {undefined_unless(t_input),
                           undefined_unless(t_h0),
                           undefined_unless(t_c0),
@@ -453,16 +468,16 @@ struct LayerJvp : torch::autograd::Function<LayerJvp> {
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), t_weights.begin(), t_weights.end());
     context->save_for_backward(std::move(kept));
-    if (cell_info(kind).states == 1) context->mark_non_differentiable({t_c_n, t_c});
     context->set_materialize_grads(false);
     keep_kind(*context, kind);
     context->saved_data[kWeights] = static_cast<int64_t>(weights.size());
-    return {t_output, t_h_n, t_c_n, t_c};
+    return cell_info(kind).states == 2 ? variable_list{t_output, t_h_n, t_c_n, t_c} : variable_list{t_output, t_h_n};
   }
 
   // <grads, J tangent>, J the layer's derivative: with respect to the tangent its derivative is that of backward, and
   // with respect to the arguments backward's along the tangent.
   static variable_list backward(AutogradContext* context, variable_list grads) {
+    grads.resize(4);
     const CellKind kind = kept_kind(*context);
     const size_t count = context->saved_data.at(kWeights).toInt();
     const variable_list kept = context->get_saved_variables();
@@ -511,7 +526,7 @@ struct LayerJvp : torch::autograd::Function<LayerJvp> {
     } else {
       append(of_layer, {}, {}, {}, {}, count);
     }
-    result.resize(result.size() + 7);  // batch_sizes, lengths, reset, output, c, saved, kind
+    result.resize(result.size() + 8);  // batch_sizes, lengths, reset, output, c, saved, kind, result
     return result;
   }
 
@@ -531,9 +546,14 @@ JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_i
                           lengths, reset);
   }
   if (any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
-    auto result = LayerJvp::apply(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths, reset,
-                                  output.detach(), c.detach(), saved, kind);
-    return {result[0], result[1], result[2], result[3]};
+    JvpResult result;
+    const variable_list recorded = LayerJvp::apply(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes,
+                                                   lengths, reset, output.detach(), c.detach(), saved, kind, &result);
+    auto& [t_output, t_h_n, t_c_n, t_c] = result;
+    t_output = recorded[0];
+    t_h_n = recorded[1];
+    if (recorded.size() == 4) t_c_n = recorded[2], t_c = recorded[3];
+    return result;
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return jvp_operator(kind).redispatch(keys & c10::after_ADInplaceOrView_keyset, t_input, t_h0, t_c0, t_weights, input,

@@ -313,7 +313,7 @@ SMALL = Sample("lstm", steps=3, batch=5, input_size=8, hidden_size=130, directio
 LARGE = {
     "persistent_cta": Sample("lstm", steps=100, batch=17, input_size=8, hidden_size=130, directions=2),
     "persistent_cluster": Sample("lstm", steps=100, batch=17, input_size=8, hidden_size=512, directions=2),
-    "persistent_grid": Sample("gru", steps=100, batch=8, input_size=8, hidden_size=1024),
+    "persistent_grid": Sample("gru", steps=100, batch=16, input_size=8, hidden_size=1024),
     "stepwise": Sample("lstm", steps=100, batch=17, input_size=8, hidden_size=512, directions=2),
 }
 BFLOAT16 = ARITHMETICS["bfloat16"]

@@ -20,7 +20,8 @@ def test_features_work_on_the_gpu(tmp_path: Path) -> None:
     program = tmp_path / "features"
     source = ROOT / "tests" / "cuda_sim" / "subjects" / "features.cu"
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    subprocess.run([str(NVCC), "-std=c++20", "-arch=native", *include, str(source), "-o", str(program)], check=True)
+    arch = "-arch=sm_{}{}".format(*torch.cuda.get_device_capability())
+    subprocess.run([str(NVCC), "-std=c++20", arch, *include, str(source), "-o", str(program)], check=True)
     names = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
     features = [name for name in names if not name.startswith("BAD_")]
     if torch.cuda.get_device_capability() < (9, 0):

@@ -4,6 +4,7 @@
 
 #include "device_ptx.h"
 #include "persistent_spread.h"
+#include "persistent_team.cuh"
 #include "recurrent_lane.cuh"
 
 namespace rnnfast::cuda::persistent_cluster {
@@ -166,17 +167,9 @@ class ClusterScatter {
 
   // What all blocks sent before the last arrival for a tile of this one, added up in their order.
   __device__ __forceinline__ void collect(int place, float (&sums)[4]) const {
-    const float4* from = from_block(turns_.wait(), 0) + place;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
-#pragma unroll 4
-    for (int rank = 0; rank < shape_.sizes.blocks; ++rank, from += shape_.sizes.block_sums) {
-      const float4 part = *from;
-      sums[0] += part.x;
-      sums[1] += part.y;
-      sums[2] += part.z;
-      sums[3] += part.w;
-    }
+    float added[1][4] = {};
+    add_parts(added, from_block(turns_.wait(), 0) + place, shape_.sizes.blocks, shape_.sizes.block_sums);
+    memcpy(sums, added, sizeof sums);
   }
 
  private:

@@ -61,9 +61,11 @@ class GridExchange {
     Operand* to = shared_;
     for (int i = 0; i < shape_.spread.row_tiles * shape_.sizes.parts; ++i, from += part(), to += shape_.sizes.part) {
       for (int j = static_cast<int>(threadIdx.x) * kPacketUnits; j < part(); j += blockDim.x * kPacketUnits) {
-        *reinterpret_cast<uint4*>(to + j) = __ldcg(reinterpret_cast<const uint4*>(from + j));
+        device::cp_async_16(to + j, from + j);  // all of them under way at once
       }
     }
+    device::cp_async_commit();
+    device::cp_async_wait<0>();
     __syncthreads();
     return shared_;
   }

@@ -111,15 +111,15 @@ class ScatterProduct {
     for_each_further_group([&](auto& weights, int begin, uint4* shared) { load(weights, count() - begin, shared); });
   }
 
-  // Calls deliver(wanted, row tile, unit tile of the team, a lane's sums) for each, and for some that are not wanted:
-  // without a branch the arithmetic of their addresses fills the time of the matrix instructions.
+  // Calls deliver(wanted, row tile, unit tile of the team, a lane's sums) for each, and where the first group is not
+  // full for some that are not wanted.
   template <class Deliver>
   __device__ __forceinline__ void multiply(const Operand* operand, const Deliver& deliver) const {
     const int count = this->count();
     if (count <= 0) return;
     for (int row_tile = 0; row_tile < shape_.spread.row_tiles; ++row_tile, operand += shape_.sizes.operand) {
       TeamTile tile = first_.opaque();
-      const auto make = [&](const auto& weights, int tiles) {
+      const auto make = [&](const auto& weights, const auto& wanted) {
         constexpr int kTiles = std::decay_t<decltype(weights)>::kTiles;
         Sums sums[kTiles];
         weights.multiply(sums, operand);
@@ -127,14 +127,14 @@ class ScatterProduct {
         for (int t = 0; t < kTiles; ++t) {
           float mine[4];
           Math::finish(sums[t], mine);
-          deliver(t < tiles, row_tile, tile, mine);
+          deliver(wanted(t), row_tile, tile, mine);
           tile.next(shape_);
         }
       };
-      make(in_registers_, count);
-      for_each_further_group([&](auto& weights, int begin, uint4* shared) {
+      make(in_registers_, [&](int t) { return t < count; });
+      for_each_further_group([&](auto& weights, int, uint4* shared) {
         weights.attach(shape_.sizes.depth, shared);
-        make(weights, count - begin);
+        make(weights, [](int) { return true; });  // a group of its size
       });
     }
   }

@@ -114,17 +114,7 @@ class SpreadProduct {
   // Behind a barrier, by the owner of the warp's row tile: adds what the others left to its own part.
   __device__ __forceinline__ void sum(float (&sums)[kSums][4]) const {
     const int next = shape_.spread.unit_tiles * shape_.spread.row_tiles * kSums * kWarpLanes;
-    const float4* partial = at(0, warp_.split);
-    for (int other = 0; other < shape_.spread.depth_splits - 1; ++other, partial += next) {
-#pragma unroll
-      for (int s = 0; s < kSums; ++s) {
-        const float4 value = partial[s * kWarpLanes];
-        sums[s][0] += value.x;
-        sums[s][1] += value.y;
-        sums[s][2] += value.z;
-        sums[s][3] += value.w;
-      }
-    }
+    add_parts(sums, at(0, warp_.split), shape_.spread.depth_splits - 1, next);
   }
 
  private:

@@ -573,11 +573,24 @@ def _without_variants(own: int, arguments: tuple[Any, ...]) -> tuple[tuple[Any, 
 def _by_formula(
     unpack: Callable[..., _Unpacked], cell: str, arguments: Sequence[Any], variants: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """An operator with noise or layer normalisation, of which the kernels of transforms know nothing."""
+    """An operator whose derivatives the kernels of transforms do not have: with noise or layer normalisation, or of
+    forward mode within itself."""
     if unpack is _unpack_backward:  # but for what forward kept
         return reference_backward(cell, *arguments[:11], arguments[14], *variants)
     *layer, _ = arguments  # but for what forward is to keep
     return *reference_layer(cell, *layer, *variants), arguments[0].new_empty(0)
+
+
+def _loses_tangents(unpack: Callable[..., _Unpacked]) -> bool:
+    """Whether a Function would get a derivative wrong: forward mode of forward mode.
+
+    torch calls a Function's ``jvp`` with forward mode off, and the Functions called there leave it so for the levels
+    outside: their tangents would be missing without a word.
+    """
+    if unpack not in (_unpack_forward, _unpack_backward):  # the others are called where one of these was
+        return False
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in torch._C._functorch.get_interpreter_stack() or ()) > 1
 
 
 def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *arguments: Any) -> tuple[Any, ...]:
@@ -591,7 +604,7 @@ def _transformed(unpack: Callable[..., _Unpacked], own: int, cell: str, *argumen
             arguments = tuple(_cast(argument, autocast_dtype) for argument in arguments)
         with torch.autocast(first.device.type, enabled=False):
             return _transformed(unpack, own, cell, *arguments, *variants)
-    if variants:
+    if variants or _loses_tangents(unpack):
         return _by_formula(unpack, cell, arguments, variants)
     function, call, tensors, single = unpack(cell, *arguments)
     return _with_list(function.apply(call, *tensors), single)

@@ -110,6 +110,26 @@ def test_equals_the_reference(sample: Sample, name: str, device: str) -> None:
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("modes", [*map("".join, itertools.product("JR", repeat=3)), "JJJJ", "JRJJ", "RJJJ"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
+def test_higher_derivatives_equal_the_reference(cell: str, modes: str) -> None:
+    """J is forward mode, R reverse mode, the outermost first; all along one direction."""
+
+    def derivative(run: Run) -> Tensor:
+        function, (x, *others) = as_function(run, Sample(cell, **SMALL), "cpu")
+        (along,) = like([x], 1)
+        modes_of: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = {
+            "J": lambda f: lambda y: jvp(f, (y,), (along,))[1],
+            "R": lambda f: lambda y: (grad(f)(y) * along).sum(),
+        }
+        derived: Callable[[Tensor], Tensor] = lambda y: function(y, *others)  # noqa: E731
+        for mode in reversed(modes):
+            derived = modes_of[mode](derived)
+        return derived(x)
+
+    assert_close(derivative(ops.layer), derivative(reference.layer))
+
+
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in WITHOUT_KERNEL])
 @pytest.mark.parametrize("cell", TANGENT_CELLS)
 def test_no_formula_where_there_is_a_kernel(cell: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

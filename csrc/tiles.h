@@ -13,6 +13,7 @@
 namespace rnnfast::cuda {
 
 constexpr int kWarpLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTileUnits = 16;       // rows of the matrix instruction: hidden units of a warp
 constexpr int kTileRows = 8;         // columns of the matrix instruction: rows of the batch
 constexpr int kFragmentBytes = 512;  // W of 16 rows and one tile of k, in any arithmetic

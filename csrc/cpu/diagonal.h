@@ -16,9 +16,6 @@ class GateDiagonal {
   using Acc = acc_t<S>;
   using V = Vec<Acc>;
 
-  static bool in_place(int64_t, int64_t) { return true; }
-  static int64_t packed_units(const UnitBlocks&, int64_t) { return 0; }
-
   GateDiagonal(const UnitBlocks& blocks, const S* weights, const S* bias, int64_t, Unit*, Acc*)
       : blocks_(blocks), weights_(weights), bias_(bias) {}
 
@@ -52,8 +49,6 @@ class ColumnDiagonal {
   using Operand = typename Product<S>::Operand;
   using Acc = acc_t<S>;
   using V = Vec<Acc>;
-
-  static int64_t packed_units(const UnitBlocks&, int64_t) { return 0; }
 
   // k: elements of a row, G*H.
   ColumnDiagonal(const UnitBlocks& blocks, const S* weights, int64_t k, Unit*)

@@ -52,16 +52,24 @@ inline __attribute__((always_inline)) void tile(A a, const typename Product<S>::
   }
 }
 
+// Unit k of a row of storage, whose elements are another type than units, and aligned as such.
+template <class Unit>
+inline Unit load_unit(const Unit* row, int64_t k) {
+  Unit unit;
+  memcpy(&unit, row + k, sizeof unit);
+  return unit;
+}
+
 // Rows of the left operand anywhere in memory, one pointer each.
 template <class S, int MR, int NV>
 void row_tile(const typename Product<S>::Unit* const* rows, const typename Product<S>::Unit* w, int64_t ldw,
               int64_t units, const acc_t<S>* init, int64_t ld_init, acc_t<S>* out, int64_t ld_out) {
   const typename Product<S>::Unit* a[MR];
   for (int r = 0; r < MR; ++r) a[r] = rows[r];
-  tile<S, MR, NV>([&](int r, int64_t k) { return a[r][k]; }, w, ldw, units, init, ld_init, out, ld_out);
+  tile<S, MR, NV>([&](int r, int64_t k) { return load_unit(a[r], k); }, w, ldw, units, init, ld_init, out, ld_out);
 }
 
-// The left operand packed [units][MR]; adds to out.
+// The left operand packed [units][MR]; adds to out if accumulate is set.
 template <class S, int MR, int NV>
 void outer_tile(const typename Product<S>::Unit* a, const typename Product<S>::Unit* w, int64_t ldw, int64_t units,
                 bool accumulate, acc_t<S>* out, int64_t ld_out) {
@@ -301,10 +309,10 @@ class GateMatrix {
         const int n = int(std::min<int64_t>(kLanes, units_ - u));
         if (n == kLanes) {
           for (int i = 0; i < kLanes; ++i)
-            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], a[r][u + i], block[i]);
+            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], load_unit(a[r], u + i), block[i]);
         } else {
           for (int i = 0; i < n; ++i)
-            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], a[r][u + i], block[i]);
+            for (int r = 0; r < MR; ++r) sum[r] = Product<S>::multiply_add(sum[r], load_unit(a[r], u + i), block[i]);
         }
         if ((u + kLanes) % kSumUnits != 0 && u + kLanes < units_) continue;
         for (int r = 0; r < MR; ++r) {
@@ -406,7 +414,7 @@ class WeightGradient {
   using Operand = typename Product<S>::Operand;
   using Acc = acc_t<S>;
   static constexpr int kLanes = Vec<Acc>::kLanes;
-  static constexpr int kDepth = 256;  // rows a pass: a packed panel of B stays in the first-level cache
+  static constexpr int kDepth = 256;  // rows a pass, of which the packed B stays in the second-level cache
 
   static int64_t panel_units(int64_t n) { return kDepth * round_up(n, kLanes) + kDepth * kTileRows; }
   static int64_t sum_elements(int64_t m, int64_t n) { return m * round_up(n, kLanes); }

@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #ifdef CUDA_SIM
 #include <cuda_sim/matrix.h>

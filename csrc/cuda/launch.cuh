@@ -34,6 +34,7 @@ template <class... Parameters>
 cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr size_t kSharedBytes = 48 * 1024;
   constexpr unsigned kClusterBlocks = 8;
+  if (shape.shared_bytes <= kSharedBytes && shape.cluster_blocks <= kClusterBlocks) return cudaSuccess;
   const Uncaptured uncaptured;
   if (shape.shared_bytes > kSharedBytes) {
     int device = 0, most_bytes = 0;

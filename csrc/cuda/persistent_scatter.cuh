@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 
   // A warp that owns nothing has rows past the batch.
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(
-      layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch),
+      layer, direction, warp.owner ? first_row + warp.split * kTileRows : sequence.batch,
       first_of_block + warp.unit_tile * kTileUnits);
   const int place = warp.split * shape.sizes.operand + TileLane().place(warp.unit_tile * kTileUnits, sizeof(Operand));
   const int next_gate = operand_place(0, block_units, sizeof(Operand));

@@ -6,8 +6,7 @@
 // of their products. A step, forward:
 //
 //     hgates = W_hh h                                   a warp: one tile of 16 units, all gates, a part of k
-//     h, c   = cell(igates, hgates, h, c)               the owner of a tile of 16 units x 8 batch rows adds up the
-//     parts
+//     h, c   = cell(igates, hgates, h, c)               the owner of 16 units x 8 batch rows adds up the parts
 //
 // and backward, from the last step to the first:
 //
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 
   // A warp that owns nothing has rows past the batch.
   ForwardLane<Cell, scalar_t, typename Math::Number> lane(
-      layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
+      layer, direction, warp.owner ? first_row + warp.split * kTileRows : sequence.batch, first_unit);
   const int unit = first_unit + TileLane().unit(0);
   const auto publish = [&]() {
     if (!warp.owner) return;
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
       });
 
   BackwardLane<Cell, scalar_t, typename Math::Number> lane(
-      layer, direction, warp.owner ? first_row + warp.split * kTileRows : static_cast<int>(sequence.batch), first_unit);
+      layer, direction, warp.owner ? first_row + warp.split * kTileRows : sequence.batch, first_unit);
   const int unit = first_unit + TileLane().unit(0);
   lane.begin(steps.last - 1);
   float grad_h[1][4] = {};

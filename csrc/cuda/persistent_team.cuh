@@ -24,7 +24,7 @@ struct TeamSteps {
   int first, last;
 
   __device__ __forceinline__ TeamSteps(const DeviceSequence& sequence, bool reverse, int first_row, int row_tiles)
-      : first(static_cast<int>(sequence.steps)), last(0) {
+      : first(sequence.steps), last(0) {
     for (int tile = 0; tile < row_tiles; ++tile) {
       const LaneRows rows(sequence, reverse, first_row + tile * kTileRows);
       if (rows.first() == rows.last()) continue;

@@ -28,7 +28,6 @@
 // the product with harmless numbers; nothing of them is stored.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cell/cells.h"

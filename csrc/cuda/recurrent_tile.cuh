@@ -28,8 +28,6 @@
 
 namespace rnnfast::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 // What one lane of a warp owns of a tile of 16 units and 8 batch rows.
 struct TileLane {
   int lane = threadIdx.x % kWarpLanes;
@@ -128,16 +126,17 @@ struct TensorCoreTf32 {
 };
 
 // float without tensor cores. The lanes of a quad share rows q and q + 8 and divide k: each sums all 8 columns over its
-// own two k of a tile, and finish adds up the quad and leaves each lane its two columns.
+// own two k of a tile, and finish adds up the quad and leaves each lane its two columns. What lanes 0 and 1 read of a
+// column lies 128 bytes before what 2 and 3 do, in the same banks: those take each pair of columns in the other order.
 struct ScalarFloat {
   using Operand = float;
   using Number = LaneNumber<ExactFunctions>;
   static constexpr int kDepth = 8;
   struct Sums {
-    float value[2][8] = {};  // [row][column]
+    float value[2][8] = {};  // [row][n], n ^ (c / 2) the column
   };
   struct Fragment {
-    float value[2][8][2];  // [tile of k][column][k]
+    float value[2][8][2];  // [tile of k][n][k], n ^ (c / 2) the column
   };
 
   static __device__ __forceinline__ Operand to_operand(float x) { return x; }
@@ -152,11 +151,13 @@ struct ScalarFloat {
   }
   static __device__ __forceinline__ int offset() { return operand_place(0, TileLane().column * 2, sizeof(Operand)); }
   static __device__ __forceinline__ void load(const Operand* h, Fragment& fragment) {
+    const int swap = TileLane().column / 2 * packet_units(sizeof(Operand));
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
       for (int n = 0; n < kTileRows; ++n) {
-        rnnfast::cuda::load(h + operand_place(n, tile * kDepth, sizeof(Operand)), fragment.value[tile][n]);
+        const int place = operand_place(n, tile * kDepth, sizeof(Operand));
+        rnnfast::cuda::load(h + place + (n % 2 == 0 ? swap : -swap), fragment.value[tile][n]);
       }
     }
   }
@@ -179,11 +180,12 @@ struct ScalarFloat {
     const bool upper = lane.column & 2, odd = lane.column & 1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const float(&sum)[8] = sums.value[i];
       float half[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float low = sums.value[i][n], high = sums.value[i][n + 4];
-        half[n] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+        const float theirs = upper ? sum[n ^ 1] : sum[n + 4];
+        half[n] = (upper ? sum[(n ^ 1) + 4] : sum[n]) + __shfl_xor_sync(kAllLanes, theirs, 2);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {

@@ -10,10 +10,11 @@
 #include "cell/layer_norm.h"
 #include "device_ptx.h"
 #include "stepwise_step.cuh"
+#include "tiles.h"
 
 namespace rnnfast::cuda::stepwise {
 
-constexpr int kNormThreads = 256;  // of a block at most; a power of two
+constexpr int kNormThreads = 256;  // of a block at most; whole warps
 
 template <class scalar_t>
 struct NormDirection {
@@ -56,23 +57,27 @@ NormDirection<scalar_t> norm_direction(const DirectionWeights& w, acc_type<scala
 }
 
 // ------------------------------------------------------------------------------------------------ device
-// The sums over the block's threads, in a fixed order, for all of them.
+// The sums over the block's threads, in a fixed order, for all of them: over a warp, then over the warps.
 template <int kCount, class acc_t>
 __device__ __forceinline__ void block_sums(acc_t (&value)[kCount]) {
-  RNNFAST_SHARED(acc_t, sums, [kCount][kNormThreads]);
-  const unsigned thread = threadIdx.x;
+  RNNFAST_SHARED(acc_t, sums, [kCount][kNormThreads / kWarpLanes]);
+  const unsigned warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int lanes = kWarpLanes / 2; lanes > 0; lanes /= 2) value[i] += __shfl_xor_sync(kAllLanes, value[i], lanes);
+  }
   __syncthreads();  // the sums before these have been read
+  if (threadIdx.x % kWarpLanes == 0) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sums[i][thread] = value[i];
-  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
-    __syncthreads();  // the upper half is there
-    if (thread >= half) continue;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i][thread] += sums[i][thread + half];
+    for (int i = 0; i < kCount; ++i) sums[i][warp] = value[i];
   }
   __syncthreads();  // all is there
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) value[i] = sums[i][0];
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = sums[i][0];
+    for (unsigned w = 1; w < warps; ++w) value[i] += sums[i][w];
+  }
 }
 
 template <class acc_t>

@@ -9,30 +9,31 @@ namespace rnnfast::ops {
 namespace {
 
 template <class acc_t>
-void multiply(const cuda::GemmArguments& g, cudaDataType_t operands, cudaDataType_t sums, cublasComputeType_t compute) {
+void multiply(void* handle, const cuda::GemmArguments& g, cudaDataType_t operands, cudaDataType_t sums,
+              cublasComputeType_t compute) {
   if (g.m == 0 || g.n == 0) return;
   const acc_t one = 1, beta = g.accumulate ? 1 : 0;
   // cuBLAS is column-major: it sees the transposes of our matrices, and c^T = op(b)^T a^T.
   const cublasStatus_t status = cublasGemmEx_64(
-      at::cuda::getCurrentCUDABlasHandle(), g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, g.n, g.m, g.k, &one,
+      static_cast<cublasHandle_t>(handle), g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, CUBLAS_OP_N, g.n, g.m, g.k, &one,
       g.b, operands, g.ldb, g.a, operands, g.lda, &beta, g.c, sums, g.ldc, compute, CUBLAS_GEMM_DEFAULT);
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "rnnfast: cuBLAS refuses a product of [", g.m, ", ", g.k, "] and [", g.k,
               ", ", g.n, "]: ", cublasGetStatusString(status));
 }
 
-int run(void*, const cuda::GemmArguments& arguments) {
+int run(void* handle, const cuda::GemmArguments& arguments) {
   switch (arguments.dtype) {
     case Dtype::f64:
-      multiply<double>(arguments, CUDA_R_64F, CUDA_R_64F, CUBLAS_COMPUTE_64F);
+      multiply<double>(handle, arguments, CUDA_R_64F, CUDA_R_64F, CUBLAS_COMPUTE_64F);
       break;
     case Dtype::f32:
-      multiply<float>(arguments, CUDA_R_32F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
+      multiply<float>(handle, arguments, CUDA_R_32F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
     case Dtype::bf16:
-      multiply<float>(arguments, CUDA_R_16BF, CUDA_R_32F, CUBLAS_COMPUTE_32F);
+      multiply<float>(handle, arguments, CUDA_R_16BF, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
     case Dtype::f16:
-      multiply<float>(arguments, CUDA_R_16F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
+      multiply<float>(handle, arguments, CUDA_R_16F, CUDA_R_32F, CUBLAS_COMPUTE_32F);
       break;
   }
   return 0;
@@ -40,6 +41,7 @@ int run(void*, const cuda::GemmArguments& arguments) {
 
 }  // namespace
 
-cuda::Gemm cublas_gemm() { return {&run, nullptr}; }
+// Torch's handle is got once a call and not once a product: that takes a lock and sets the handle up again.
+cuda::Gemm cublas_gemm() { return {&run, at::cuda::getCurrentCUDABlasHandle()}; }
 
 }  // namespace rnnfast::ops

@@ -6,7 +6,8 @@
 
 namespace rnnfast::ops {
 
-// On the current stream, with torch's settings (TF32 among them). run throws where cuBLAS fails, as torch does.
+// On the stream that is current when this is called, with torch's settings then (TF32 among them), as long as nothing
+// else uses cuBLAS on this thread. run throws where cuBLAS fails, as torch does.
 cuda::Gemm cublas_gemm();
 
 }  // namespace rnnfast::ops

@@ -43,9 +43,9 @@ Rows rows_of(const Geometry& g, const Tensor& tensor, int64_t first) {
   return rows;
 }
 
-namespace {
-
 Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+
+namespace {
 
 Tensor contiguous_features_or_undefined(const OptionalTensor& tensor) {
   return tensor ? contiguous_features(*tensor) : Tensor();

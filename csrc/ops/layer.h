@@ -17,6 +17,7 @@ Rows rows_of(const Geometry& geometry, const Tensor& tensor, int64_t first);
 // An uninitialised tensor of that shape, or a zero one.
 Tensor empty_steps(const Geometry& geometry, const Tensor& like, int64_t features, bool zero);
 Tensor contiguous_features(const Tensor& tensor);
+Tensor contiguous_or_undefined(const OptionalTensor& tensor);
 
 // The arguments in the form that engines read; keeps alive what had to be copied for it.
 struct LayerTensors {

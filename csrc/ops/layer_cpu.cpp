@@ -55,10 +55,7 @@ BackwardResult run_backward(const Geometry& geometry, const LayerArguments& argu
     params.direction[d].grad_states = rows_of(geometry, *grad_states, d * geometry.output_size);
   params.noise = noise.params;
   params.sequence = host.sequence();
-  if (output_mask[0]) {
-    params.grad_input = {tensors.grad_input.data_ptr(), geometry.packed ? 0 : tensors.grad_input.stride(0),
-                         tensors.grad_input.stride(geometry.packed ? 0 : 1)};
-  }
+  if (output_mask[0]) params.grad_input = rows_of(geometry, tensors.grad_input, 0);
   if (output_mask[3]) {
     for (int64_t d = 0; d < geometry.directions; ++d) {
       Tensor* grads = &tensors.grad_weights[d * geometry.weights_per_direction()];

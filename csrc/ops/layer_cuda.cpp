@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -282,8 +283,9 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Engine engine(g, params.tf32, /*backward=*/true, noise.any());
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
-  const Tensor gated = rows_of(g.info.two_products ? g.hidden_size : 0);
-  const Tensor grad_h = rows_of(g.projection ? g.output_size : 0), hidden = rows_of(g.projection ? g.hidden_size : 0);
+  const Tensor gated = g.info.two_products ? rows_of(g.hidden_size) : Tensor();
+  const Tensor grad_h = g.projection ? rows_of(g.output_size) : Tensor();
+  const Tensor hidden = g.projection ? rows_of(g.hidden_size) : Tensor();
   cuda::BackwardProducts products[2];
   const bool recompute = saved.numel() == 0 && g.saved_values() > 0;
   const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();

@@ -11,8 +11,6 @@ namespace {
 
 using Gradients = std::array<OptionalTensor, 4>;  // of output, h_n, c_n, c
 
-Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
-
 // sum + a b, either of which may be undefined: zero.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   if (!a.defined() || !b.defined()) return;

@@ -19,7 +19,11 @@ def load() -> tuple[ModuleType | None, str]:
         extension = import_module("rnnfast._C")
     except ModuleNotFoundError:
         record = Path(__file__).with_name("not_built.txt")
-        reason = record.read_text() if record.exists() else "the package was imported from a tree that is not installed"
+        sources = (
+            f"the package was imported from its sources in {Path(__file__).parents[1]}, which come before an installed "
+            "one where Python is started there: start it elsewhere, or install with pip's --editable"
+        )
+        reason = record.read_text() if record.exists() else sources
         return None, f"the extension rnnfast._C was not built: {reason}"
     except ImportError as error:
         return None, f"the extension rnnfast._C does not load, was it built for another torch? {error}"

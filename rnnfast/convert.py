@@ -136,6 +136,11 @@ def _without_counterpart(module: nn.Module) -> list[str]:
     return [f"{name}={value!r}" for name, value in options.items() if value not in _PLAIN[name]]
 
 
+def is_convertible(module: nn.Module) -> bool:
+    """Whether :func:`convert` takes this very module."""
+    return type_before_parametrizations(module) in _OURS
+
+
 def _find(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, functional, modules, ops, own_cell
+from .convert import is_convertible
 
 
 @dataclass(frozen=True)
 class LayerEngine:
-    """What will run one layer."""
+    """What will run one layer, or a module of torch.nn's."""
 
     name: str  # of the module in the model, and the layer's number
-    engine: str  # "cpu (avx512)", "cuda persistent_cta", "reference", and how often; "none" where nothing can run it
+    engine: str  # "cpu (avx512)", "cuda persistent_cta", "reference", and how often; "torch.nn"; "none": a call raises
     reason: str  # why no faster engine runs; empty if there is none
 
     def __str__(self) -> str:
@@ -31,11 +32,12 @@ class Explanation:
     layers: tuple[LayerEngine, ...]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers)) or "no rnnfast layer or cell"
+        return "\n".join(map(str, self.layers)) or "no recurrent layer or cell"
 
 
 def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
-    """Say which engine will run each rnnfast layer and cell of ``module``, and why not a faster one.
+    """Say which engine will run each recurrent layer and cell of ``module``, and why not a faster one; those that are
+    torch.nn's and not rnnfast's are named as such.
 
     Args:
         module: a layer, a cell, or a model with some inside.
@@ -50,10 +52,12 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     layers = []
     steps, batch = _steps_and_batch(module, inputs[0] if inputs else kwargs.get("input"))
     for name, part in module.named_modules():
+        label = f"{name} ({type(part).__name__})" if name else type(part).__name__
         if not isinstance(part, (modules._Layers, cells._Cell)):
+            if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+                layers.append(LayerEngine(label, "torch.nn", _torchs_reason(part)))
             continue
         engine, reason = _engine(part, steps, batch)
-        label = f"{name} ({type(part).__name__})" if name else type(part).__name__
         if isinstance(part, modules._Layers):
             calls = _calls(part)
             if part.num_heads > 1 and engine != "none":
@@ -62,6 +66,12 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         else:
             layers.append(LayerEngine(label, engine, reason))
     return Explanation(tuple(layers))
+
+
+def _torchs_reason(part: nn.Module) -> str:
+    if is_convertible(part):
+        return "no layer of rnnfast; rnnfast.convert makes it one"
+    return "no layer of rnnfast, and rnnfast.convert leaves subclasses alone"
 
 
 def _steps_and_batch(module: nn.Module, input: Any) -> tuple[int, int]:

@@ -116,11 +116,11 @@ def recurrent(
         ``(output, state)`` in exactly torch.nn's structure; with ``return_states``, ``(output, state, States)``.
 
     Raises:
-        ValueError: input has the wrong rank or another dtype than the weights; lengths come with a PackedSequence;
-            batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with dropout,
-            recurrent dropout or zoneout; a probability is outside of [0, 1], of recurrent_dropout and zoneout [0, 1);
-            num_heads does not divide H, or comes with a projection; layer_norm comes with heads, or for a cell that has
-            none; weights are no layers.
+        ValueError: input has the wrong rank, another dtype than the weights, or is not dense; lengths come with a
+            PackedSequence; batch_invariant is asked where it does not hold: on CUDA, from the reference formula, with
+            dropout, recurrent dropout or zoneout; a probability is outside of [0, 1], of recurrent_dropout and zoneout
+            [0, 1); num_heads does not divide H, or comes with a projection; layer_norm comes with heads, or for a cell
+            that has none; weights are no layers.
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest; a reset that is
             packed otherwise than the input.
         TypeError: an argument is no tensor, lengths and reset are not integers and bool, num_heads is no int, generator
@@ -237,8 +237,9 @@ def recurrent(
             states,
             backend,
         )
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, NotImplementedError):
         _check_tensors(weights, layers=True)
+        _check_layout(x)
         raise
     if cell.startswith("gru"):
         output, h_n = _as_state(output, h0), _as_state(h_n, h0)
@@ -314,8 +315,9 @@ def step(
     options: dict[str, Any] = {"seed": seed, "noise": noise, "layer_norm": layer_norm, "backend": backend}
     try:
         _, h_n, c_n, _ = ops.layer(cell, x, h0, c0, weights, **options)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, NotImplementedError):
         _check_tensors(weights, layers=False)
+        _check_layout(x)
         raise
     if not cell.startswith("rnn_"):
         h_n, c_n = _as_state(h_n, h0), c_n if c0 is None else _as_state(c_n, c0)
@@ -524,6 +526,11 @@ def _check_tensors(weights: Any, layers: bool) -> None:
         are_tensors = False
     if not are_tensors:
         raise _weights_error(weights, layers) from None
+
+
+def _check_layout(input: Tensor) -> None:
+    if input.layout is not torch.strided:
+        raise ValueError(f"input: expected a dense tensor, of layout torch.strided, got {input.layout}") from None
 
 
 def _weights_error(weights: Any, layers: bool) -> ValueError:

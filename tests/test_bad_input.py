@@ -290,6 +290,18 @@ def test_lengths_of_every_integer_type(name: str, dtype: torch.dtype) -> None:
         module(X, lengths=torch.tensor([5, 6]).to(dtype))
 
 
+@pytest.mark.skipif(rnnfast.ops.extension is None, reason="the reference path's operations check for themselves")
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, "to_sparse") for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")]
+    + [("LSTM", "to_mkldnn")],
+)
+def test_input_that_is_not_dense(name: str, layout: str) -> None:
+    input = getattr(torch.randn(4, 3) if name.endswith("Cell") else torch.randn(5, 4, 3), layout)()
+    with pytest.raises(ValueError, match=r"input: expected a dense tensor, of layout torch.strided, got torch\._?\w+"):
+        getattr(rnnfast, name)(3, 2)(input)
+
+
 @each_layer
 @pytest.mark.skipif(rnnfast.ops.extension is None, reason="the reference path's operations check for themselves")
 def test_one_tensor_on_meta_among_others(name: str) -> None:

@@ -271,7 +271,10 @@ for warning in caught:
 @pytest.mark.parametrize(
     ("exception", "cause"),
     [
-        (NOT_BUILT, "the extension rnnfast._C was not built: "),
+        (
+            NOT_BUILT,
+            f"the extension rnnfast._C was not built: the package was imported from its sources in {ROOT}, which",
+        ),
         (NOT_LOADED, "the extension rnnfast._C does not load, was it built for another torch? _C.so: undefined symbol"),
     ],
     ids=["not built", "not loaded"],

@@ -151,5 +151,21 @@ def test_a_dtype_without_kernels() -> None:
     assert all(rnnfast.explain(rnnfast.LSTM(3, 4, dtype=dtype)).layers[0].engine != "none" for dtype in ops.DTYPES)
 
 
+def test_torchs_layers_are_named() -> None:
+    class Mine(nn.LSTM):
+        pass
+
+    model = nn.ModuleDict(
+        {"mine": Mine(2, 3), "theirs": nn.GRU(2, 3, 2), "cell": nn.LSTMCell(2, 3), "no": nn.Linear(2, 2)}
+    )
+    before = {layer.name: layer for layer in rnnfast.explain(model).layers}
+    assert {layer.engine for layer in before.values()} == {"torch.nn"}
+    assert "leaves subclasses alone" in before["mine (Mine)"].reason
+    assert "rnnfast.convert makes it one" in before["theirs (GRU)"].reason
+    after = rnnfast.explain(rnnfast.convert(model)).layers
+    assert [layer.name for layer in after if layer.engine == "torch.nn"] == ["mine (Mine)"]
+    assert {"theirs (GRU) layer 1", "cell (LSTMCell)"} < {layer.name for layer in after}
+
+
 def test_nothing_to_explain() -> None:
-    assert str(rnnfast.explain(nn.Linear(2, 2))) == "no rnnfast layer or cell"
+    assert str(rnnfast.explain(nn.Linear(2, 2))) == "no recurrent layer or cell"

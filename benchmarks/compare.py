@@ -15,6 +15,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+SHOWN = 5  # of the rows that are in one file alone
+
 
 def read(path: Path) -> dict[str, Any]:
     try:
@@ -78,7 +80,8 @@ def main() -> None:
         ("only after", after.keys() - before.keys()),
     ):
         if keys:
-            print(f"{title}: {', '.join(sorted(keys))}")
+            shown = sorted(keys)[:SHOWN]
+            print(f"{title}: {len(keys)} rows, {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}")
 
 
 if __name__ == "__main__":

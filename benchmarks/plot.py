@@ -6,10 +6,10 @@ python benchmarks/plot.py results.json ratios.svg
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
+from compare import read
 
 matplotlib.use("Agg")
 
@@ -29,10 +29,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
 
-    results = json.loads(args.results.read_text())
-    rows = [row for row in results["rows"] if row["baseline"] == "torch.nn" and row["dtype"] == args.dtype]
+    results = read(args.results)
+    against_torch = [row for row in results["rows"] if row.get("baseline") == "torch.nn"]
+    rows = [row for row in against_torch if row.get("dtype") == args.dtype]  # other benchmarks' rows have none
     if not rows:
-        raise SystemExit(f"error: {args.results} has no rows of dtype {args.dtype} against torch.nn")
+        raise SystemExit(f"error: {args.results} has no rows of run.py or applications.py with dtype {args.dtype}")
     threads = args.threads or max(row["threads"] for row in rows)
     # A single step is measured on one thread only.
     rows = [row for row in rows if row["threads"] == threads or row["full_steps"] == 1]

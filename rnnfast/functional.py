@@ -169,7 +169,8 @@ def recurrent(
             batched = False
             x = x.unsqueeze(1)
         elif x.dim() != 3:
-            raise ValueError(f"input: expected 2D [T, input_size] or 3D [T, B, input_size], got {x.dim()}D")
+            batched_form = "[B, T, input_size]" if batch_first else "[T, B, input_size]"
+            raise ValueError(f"input: expected 2D [T, input_size] or 3D {batched_form}, got {x.dim()}D")
         elif batch_first:
             x = x.transpose(0, 1)
         batch = x.shape[1]

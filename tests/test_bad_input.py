@@ -150,6 +150,12 @@ def test_layer_call(name: str, backend: str, call: str) -> None:
     assert caught.type is expected
 
 
+def test_the_form_of_the_input_is_that_of_the_layer() -> None:
+    for batch_first, form in ((False, r"\[T, B, input_size\]"), (True, r"\[B, T, input_size\]")):
+        with pytest.raises(ValueError, match=rf"input: expected 2D \[T, input_size\] or 3D {form}, got 1D"):
+            rnnfast.GRU(3, 2, batch_first=batch_first)(torch.zeros(3))
+
+
 def test_states_of_an_lstm() -> None:
     module, h, c = rnnfast.LSTM(3, 4), zeros(1, 2, 4), zeros(1, 2, 5)
     with pytest.raises(RuntimeError, match=r"hx\[1\]: expected shape \(1, 2, 4\) .*, got \(1, 2, 5\)"):

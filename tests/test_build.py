@@ -212,6 +212,13 @@ def test_the_self_test_passes() -> None:
     assert result.stdout.startswith(rnnfast.show_config().splitlines()[0])
     for cell in rnnfast.reference.CELLS:
         assert re.search(rf"^cpu +{cell} .* ok$", result.stdout, re.MULTILINE)
+    assert "No kernel was tested" not in result.stdout
+
+
+def test_the_self_test_says_that_it_had_no_kernels() -> None:
+    result = python("import rnnfast.__main__ as main; main.ops.extension = None; raise SystemExit(main.main([]))")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.rstrip().splitlines()[-1].startswith("No kernel was tested: without the extension")
 
 
 def test_the_self_test_fails_where_a_cell_is_wrong() -> None:

@@ -38,7 +38,8 @@ PACKAGE_RANKS = [
     {"modules"},
     {"cells"},
     {"own_cell"},
-    {"convert", "explain", "_config"},
+    {"convert"},
+    {"explain", "_config"},
     {"__init__"},
     {"__main__"},
 ]

@@ -85,14 +85,14 @@ def _steps_and_batch(module: nn.Module, input: Any) -> tuple[int, int]:
     return 1, 1
 
 
-def _calls(part: modules._Layers | cells._Cell) -> int:
+def _calls(part: modules._Layers[Any] | cells._Cell) -> int:
     """How often the engine runs for a layer: heads may share a call."""
     if isinstance(part, cells._Cell) or part.num_heads == 1:
         return 1
     return part.num_heads // functional.heads_a_call(part.mode.lower(), part.hidden_size, part.num_heads)
 
 
-def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tuple[str, str]:
+def _engine(part: modules._Layers[Any] | cells._Cell, steps: int, batch: int) -> tuple[str, str]:
     """The engine's name, and why no faster one runs."""
     active, reason = ops.active_backend(part.backend)
     if active == "reference":
@@ -117,7 +117,7 @@ def _engine(part: modules._Layers | cells._Cell, steps: int, batch: int) -> tupl
 
 
 def _cuda_engine(
-    part: modules._Layers | cells._Cell, steps: int, batch: int, parameter: torch.Tensor
+    part: modules._Layers[Any] | cells._Cell, steps: int, batch: int, parameter: torch.Tensor
 ) -> tuple[str, str]:
     """What the plan says of forward and backward in the parameters' dtype."""
     extension: Any = ops.extension

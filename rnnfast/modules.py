@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite, sqrt
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, Generic, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ _DEFAULTS = {
 }
 
 
+StateT = TypeVar("StateT", bound=functional.State)  # hx, and what is returned for it
+
+
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """What torch.jit.script asks of a module it meets."""
     name = type(module).__name__
@@ -40,7 +43,7 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
     )
 
 
-class _Layers(nn.RNNBase):
+class _Layers(nn.RNNBase, Generic[StateT]):
     """What RNN, LSTM and GRU share."""
 
     recompute: bool
@@ -126,6 +129,66 @@ class _Layers(nn.RNNBase):
                 if name.startswith("weight_hh"):
                     setattr(self, name, nn.Parameter(getattr(self, name).detach()[:, columns].clone()))
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: StateT | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_states: Literal[False] = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, StateT]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: StateT | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_states: Literal[True],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, StateT, functional.States]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: StateT | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_states: Literal[False] = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[PackedSequence, StateT]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: StateT | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_states: Literal[True],
+        generator: torch.Generator | None = None,
+    ) -> tuple[PackedSequence, StateT, functional.States]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: StateT | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_states: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor | PackedSequence, StateT] | tuple[Tensor | PackedSequence, StateT, functional.States]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -135,7 +198,7 @@ class _Layers(nn.RNNBase):
         reset: Tensor | PackedSequence | None = None,
         return_states: bool = False,
         generator: torch.Generator | None = None,
-    ) -> functional.Result:
+    ) -> Any:
         """Run the layers over a sequence.
 
         Sizes: T steps, B rows, L layers, D directions, H_out = proj_size or hidden_size.
@@ -291,7 +354,7 @@ class _Layers(nn.RNNBase):
         self._name_layers()
 
 
-class RNN(_Layers):
+class RNN(_Layers[Tensor]):
     r"""Multi-layer Elman network: :math:`h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
     Takes torch.nn.RNN's place: same arguments, parameters (``weight_ih_l0`` and so on), initial values and results.
@@ -395,7 +458,7 @@ class RNN(_Layers):
         self.nonlinearity = nonlinearity
 
 
-class LSTM(_Layers):
+class LSTM(_Layers[tuple[Tensor, Tensor]]):
     r"""Multi-layer long short-term memory.
 
     .. math::
@@ -504,7 +567,7 @@ class LSTM(_Layers):
         return nn.LSTM.permute_hidden(self, hx, permutation)  # type: ignore[arg-type]
 
 
-class GRU(_Layers):
+class GRU(_Layers[Tensor]):
     r"""Multi-layer gated recurrent unit.
 
     .. math::
@@ -587,7 +650,7 @@ class GRU(_Layers):
         return self.mode == "GRU"
 
 
-class IndRNN(_Layers):
+class IndRNN(_Layers[Tensor]):
     r"""Multi-layer independently recurrent network.
 
     .. math::

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ _one_thread = threading.Lock()
 Step = Callable[..., "tuple[Tensor, ...]"]
 
 
-class OwnLayers(modules._Layers):
+class OwnLayers(modules._Layers[Any]):
     """What the classes share that :func:`compile_cell` makes."""
 
     cell: ClassVar[str]  # "namespace::name" of the operators

@@ -124,14 +124,19 @@ def compile_cell(
 
     Raises:
         FileNotFoundError: there is no such header.
-        ValueError: the header has no struct, or several and none is named, or its file name is no name for an operator;
-            step computes something else than the header.
+        ValueError: the header has no struct, or several and none is named, or none of that name, or its file name is no
+            name for an operator; step computes something else than the header.
+        TypeError: header is no path, or step no function.
         OSError: nothing can be written to the directory, where the cell is not there already.
         RuntimeError: it does not compile; the message is the compiler's, with the header's lines. Or there is no
             compiler, or the package has no extension itself.
     """
     if _extension.extension is None:
         raise RuntimeError(_extension.error)
+    if not isinstance(header, (str, os.PathLike)):
+        raise TypeError(f"header: expected the path of a file, got {type(header).__name__}")
+    if step is not None and not callable(step):
+        raise TypeError(f"step: expected a function of igates, hgates and the states, got {type(step).__name__}")
     header = Path(header).resolve()
     files = _find_files(header)
     name = header.stem.lower()
@@ -139,7 +144,7 @@ def compile_cell(
         raise ValueError(f"header: expected a file named by letters, digits and _, got {header.name}")
     if name == "reference":
         raise ValueError("header: expected another name than that of the formula's operators, got reference")
-    struct = _find_struct(header, files[header]) if struct is None else struct
+    struct = _find_struct(header, files, struct)
     instruction_set = str(_extension.extension.instruction_set())
 
     no_cuda = _no_cuda()
@@ -242,13 +247,18 @@ def _find_files(header: Path) -> dict[Path, str]:
     return files
 
 
-def _find_struct(header: Path, text: str) -> str:
-    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?(?::[^{;]*)?\{", code)
-    if len(structs) != 1:
+def _find_struct(header: Path, files: dict[Path, str], struct: str | None) -> str:
+    """The struct's name as it was given, or that of the header's only one."""
+    code = {path: re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL) for path, text in files.items()}
+    structs = re.findall(r"\bstruct\s+(\w+)\s*(?:final\s*)?(?::[^{;]*)?\{", code[header])
+    if struct is None and len(structs) == 1:
+        return str(structs[0])
+    # A name may be an alias's, with a namespace and arguments of a template, in a file that the header includes.
+    name = re.match(r"(?:\w*::)*([a-zA-Z_]\w*)", struct) if isinstance(struct, str) else None
+    if struct is None or name is None or not any(re.search(rf"\b{name[1]}\b", text) for text in code.values()):
         found = ", ".join(structs) or "none"
-        raise ValueError(f"struct: expected the name of one of {header.name}'s structs ({found}), got None")
-    return str(structs[0])
+        raise ValueError(f"struct: expected the name of one of {header.name}'s structs ({found}), got {struct!r}")
+    return struct
 
 
 def _build_root(directory: str | os.PathLike[str] | None) -> Path:

@@ -447,6 +447,13 @@ def test_what_no_compiler_is_asked_about(tmp_path: Path) -> None:
         ValueError, match=r"struct: expected the name of one of two\.h's structs \(One, Two\), got None"
     ):
         rnnfast.compile_cell(header)
+    for name in ("Three", "Comment", "", 2):
+        with pytest.raises(ValueError, match=rf"two\.h's structs \(One, Two\), got {name!r}"):
+            rnnfast.compile_cell(header, name)
+    with pytest.raises(TypeError, match="header: expected the path of a file, got int"):
+        rnnfast.compile_cell(1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="step: expected a function of igates, hgates and the states, got str"):
+        rnnfast.compile_cell(header, "One", step="step")  # type: ignore[arg-type]
     header = tmp_path / "derived.h"
     header.write_text("struct Base {};\ntemplate <class V> struct Derived final : public Base, Other<V> {};\n")
     with pytest.raises(ValueError, match=r"structs \(Base, Derived\)"):

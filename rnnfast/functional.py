@@ -124,7 +124,7 @@ def recurrent(
         RuntimeError: a wrong size, or a tensor of another dtype or on another device than the rest; a reset that is
             packed otherwise than the input.
         TypeError: an argument is no tensor, lengths and reset are not integers and bool, num_heads is no int, generator
-            no torch.Generator, or a layer's weights no sequence of tensors.
+            no torch.Generator, return_states no bool, or a layer's weights no sequence of tensors.
     """
     form = reference.find_cell(cell)
     if num_heads != 1 or layer_norm:
@@ -134,6 +134,8 @@ def recurrent(
         if not training:
             dropout = weight_dropout = recurrent_dropout = 0.0
     _check_generator(generator)
+    if return_states is not False:
+        check_bools(return_states=return_states)
     try:
         w_ih, w_hh = weights[0][:2]
         rows, features = w_ih.shape

@@ -202,6 +202,12 @@ def test_no_tensor(name: str) -> None:
         getattr(rnnfast, name)(3, 4)([1.0, 2.0])
 
 
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_return_states_is_a_bool(value: object) -> None:
+    with pytest.raises(TypeError, match=f"return_states: expected a bool, got {value!r}"):
+        rnnfast.GRU(3, 4)(torch.randn(2, 3), return_states=value)
+
+
 @each_backend
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "IndRNN", "RNNCell", "LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("zoneout", [0.0, 0.1])

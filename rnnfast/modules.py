@@ -357,8 +357,13 @@ class _Layers(nn.RNNBase, Generic[StateT]):
 class RNN(_Layers[Tensor]):
     r"""Multi-layer Elman network: :math:`h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})`.
 
-    Takes torch.nn.RNN's place: same arguments, parameters (``weight_ih_l0`` and so on), initial values and results.
-    The equations are in :mod:`rnnfast.reference`.
+    Takes torch.nn.RNN's place: same arguments, parameters, initial values and results. The equations are in
+    :mod:`rnnfast.reference`.
+
+    The parameters of layer k, with G gates (1 here), are ``weight_ih_lk [G*H, I]``, ``weight_hh_lk [G*H, H]``,
+    ``bias_ih_lk`` and ``bias_hh_lk [G*H]``, H being hidden_size, and I input_size in the first layer and D * H in those
+    above it, where D is the number of directions; the backward direction's end in ``_reverse``. They start uniform in
+    ±1 / sqrt(H).
 
     Args:
         input_size: features of the input.
@@ -466,7 +471,9 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
         \qquad c_t = f c_{t-1} + i g, \qquad h_t = o \tanh(c_t)
 
     Takes torch.nn.LSTM's place: same arguments, parameters, gate order (i, f, g, o), initial values and results. The
-    equations and their sources are in :mod:`rnnfast.reference`.
+    equations and their sources are in :mod:`rnnfast.reference`. The parameters' shapes are those of :class:`RNN` with
+    G = 4; with a projection to P features there is ``weight_hr_lk [P, H]``, ``weight_hh_lk`` is ``[4*H, P]``, and I in
+    the layers above the first is D * P.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
@@ -575,7 +582,8 @@ class GRU(_Layers[Tensor]):
         n = \tanh(W_{in} x_t + b_{in} + r (W_{hn} h_{t-1} + b_{hn})), \qquad h_t = (1 - z) n + z h_{t-1}
 
     Takes torch.nn.GRU's place: same arguments, parameters, gate order (r, z, n), initial values and results. The
-    equations and their sources are in :mod:`rnnfast.reference`.
+    equations and their sources are in :mod:`rnnfast.reference`. The parameters' shapes are those of :class:`RNN` with
+    G = 3.
 
     With ``reset_after=False`` the reset gate stands before the matrix product, as it was first described:
 

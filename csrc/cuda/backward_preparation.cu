@@ -165,8 +165,17 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
       args.h_prev = h_prev;
       args.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
     } else {
-      RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, args.rows, first_gates<Cell> * H, P, h_prev, P,
-                                                      d.weights.w_hh, P, true, hgates, GH, false}));
+      RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {.dtype = layer.dtype,
+                                                      .m = args.rows,
+                                                      .n = first_gates<Cell> * H,
+                                                      .k = P,
+                                                      .a = h_prev,
+                                                      .lda = P,
+                                                      .b = d.weights.w_hh,
+                                                      .ldb = P,
+                                                      .transpose_b = true,
+                                                      .c = hgates,
+                                                      .ldc = GH}));
     }
     if constexpr (has_two_products<Cell>) {
       Gate<scalar_t> gate{H, {}};

@@ -77,6 +77,12 @@ scalar_t* row_pointer(const Sequence& sequence, const Rows& rows, int64_t step) 
   return rows.data ? static_cast<scalar_t*>(rows.data) + rows.at(sequence, step, 0) : nullptr;
 }
 
+// How many rows a step's launch is for; a direction that is not there has none. A packed step may have none at all.
+template <class Step>
+int64_t most_rows(const Step& step) {
+  return std::max(step.direction[0].rows, step.direction[1].rows);
+}
+
 template <class T>
 T* advance(T* pointer, int64_t elements) {
   return pointer ? pointer + elements : nullptr;

@@ -314,142 +314,235 @@ bool can_vectorise(const LayerBackward& layer, const BackwardProducts (&products
   return all;
 }
 
+// The loop over time of one call, behind BackwardPreparation: enqueues kernels and products, the last step first.
+template <class Cell, class scalar_t>
+class BackwardLoop {
+ public:
+  BackwardLoop(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context,
+               const BackwardWorkspace<scalar_t>& workspace)
+      : layer_(layer),
+        products_(products),
+        context_(context),
+        stream_(static_cast<cudaStream_t>(context.stream)),
+        workspace_(workspace),
+        noise_(layer.noise),
+        width_(can_vectorise<Cell, scalar_t>(layer, products) ? kVectorWidth<scalar_t> : 1),
+        projects_(layer.direction[0].weights.w_hr != nullptr) {
+    for (int k = 0; k < layer.directions; ++k) {
+      norms_.direction[k] = norm_direction<scalar_t>(layer.direction[k].weights, workspace.values[k]);
+      norms_.direction[k].sums = workspace.sums[k];
+    }
+  }
+
+  int run() const {
+    RNNFAST_RETURN_IF_ERROR(begin_gradients());
+    for (int64_t index = layer_.sequence.steps - 1; index >= 0; --index) {
+      const BackwardStep<scalar_t> step = step_at(index);
+      if (most_rows(step) == 0) continue;
+      if (projects_) RNNFAST_RETURN_IF_ERROR(back_through_projection(step));
+      RNNFAST_RETURN_IF_ERROR(run_cells(step));
+      if constexpr (has_two_products<Cell>) RNNFAST_RETURN_IF_ERROR(back_through_gated(step));
+      if constexpr (!is_diagonal<Cell>) RNNFAST_RETURN_IF_ERROR(back_through_hidden(step));
+    }
+    return finish_gradients();
+  }
+
+ private:
+  using acc_t = acc_type<scalar_t>;
+
+  int begin_gradients() const {
+    return launch(first_gradients_kernel<scalar_t>, states_shape(), stream_, carried_gradients());
+  }
+  int finish_gradients() const {
+    return launch(last_gradients_kernel<scalar_t>, states_shape(), stream_, carried_gradients());
+  }
+  LaunchShape states_shape() const {
+    return rows_shape(std::max(layer_.hidden_size, layer_.output_size), layer_.sequence.batch, 1, layer_.directions);
+  }
+  Carried<scalar_t> carried_gradients() const {
+    Carried<scalar_t> carried{
+        layer_.sequence.batch, layer_.hidden_size, layer_.output_size, layer_.sequence.lengths, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionBackward& d = layer_.direction[k];
+      CarriedDirection<scalar_t>& to = carried.direction[k];
+      to.grad_h_n = static_cast<const scalar_t*>(d.grad_h_n);
+      to.grad_c_n = static_cast<const scalar_t*>(d.grad_c_n);
+      to.grad_h0 = static_cast<scalar_t*>(d.grad_h0);
+      to.grad_c0 = static_cast<scalar_t*>(d.grad_c0);
+      to.grad_h = workspace_.grad_h[k];
+      to.grad_c = workspace_.grad_c[k];
+      to.entered = border_into_step(d.reverse, 0);
+    }
+    return carried;
+  }
+
+  // The border on the way into a step, of which there is none behind the last.
+  Border border_into_step(bool reverse, int64_t index) const {
+    const Sequence& sequence = layer_.sequence;
+    return index < sequence.steps ? border_into(sequence, reverse, Position(sequence, reverse, index)) : Border();
+  }
+
+  // What the cells of a step read and write; index counts the steps in each direction's own order.
+  BackwardStep<scalar_t> step_at(int64_t index) const {
+    const Sequence& sequence = layer_.sequence;
+    const int64_t H = layer_.hidden_size, GH = Cell::kGates * H, SH = layer_.layer_norm ? 2 * GH : Cell::kSaved * H;
+    BackwardStep<scalar_t> step{H, sequence.lengths, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionBackward& d = layer_.direction[k];
+      const Position at(sequence, d.reverse, index);
+      const int64_t offset = sequence.offset(at.step);
+      BackwardDirection<scalar_t>& to = step.direction[k];
+      to.rows = sequence.batch_size(at.step);
+      to.step = at.step;
+      to.reverse = d.reverse;
+      to.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
+      if (is_diagonal<Cell>) to.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
+      to.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
+      if (Cell::kSplitGates || layer_.layer_norm) to.grad_hgates = static_cast<scalar_t*>(d.grad_hgates) + offset * GH;
+      if (Cell::kStates == 2) {
+        to.c = row_pointer<scalar_t>(sequence, d.c, at.step);
+        to.c_stride = d.c.stride_b;
+        to.c_prev = previous_rows<scalar_t>(sequence, at, d.c, d.c0);
+        to.grad_c = workspace_.grad_c[k];
+        to.grad_c_output = row_pointer<scalar_t>(sequence, d.grad_c, at.step);
+        to.grad_c_output_stride = d.grad_c.stride_b;
+      }
+      to.entered = border_into_step(d.reverse, index);
+      to.left = border_into_step(d.reverse, index + 1);
+      if (projects_) {
+        to.grad_hidden = workspace_.grad_hidden[k];
+        to.hidden = static_cast<scalar_t*>(products_[k].hidden) + offset * H;
+      } else {
+        if (Cell::kStates == 1) to.h_prev = previous_rows<scalar_t>(sequence, at, d.output, d.h0);
+        to.output = row_pointer<scalar_t>(sequence, d.output, at.step);
+        to.output_stride = d.output.stride_b;
+        to.grad_output = row_pointer<scalar_t>(sequence, d.grad_output, at.step);
+        to.grad_output_stride = d.grad_output.stride_b;
+        to.grad_h = workspace_.grad_h[k];
+      }
+    }
+    return step;
+  }
+
+  // grad_h += grad_output; grad_hidden = grad_h W_hr
+  int back_through_projection(const BackwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, P = layer_.output_size;
+    Projected<scalar_t> projected{P, layer_.sequence.lengths, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionBackward& d = layer_.direction[k];
+      const BackwardDirection<scalar_t>& s = step.direction[k];
+      ProjectedDirection<scalar_t>& to = projected.direction[k];
+      to.rows = s.rows;
+      to.step = s.step;
+      to.reverse = s.reverse;
+      to.grad_output = row_pointer<scalar_t>(layer_.sequence, d.grad_output, s.step);
+      to.grad_output_stride = d.grad_output.stride_b;
+      to.carried = workspace_.grad_h[k];
+      to.grad_h = static_cast<scalar_t*>(products_[k].grad_h) + layer_.sequence.offset(s.step) * P;
+      to.left = s.left;
+    }
+    RNNFAST_RETURN_IF_ERROR(launch(grad_projected_kernel<scalar_t>, elements_shape(P, step), stream_, projected));
+    for (int k = 0; k < layer_.directions; ++k) {
+      RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
+                                                       .m = step.direction[k].rows,
+                                                       .n = H,
+                                                       .k = P,
+                                                       .a = projected.direction[k].grad_h,
+                                                       .lda = P,
+                                                       .b = layer_.direction[k].weights.w_hr,
+                                                       .ldb = H,
+                                                       .c = workspace_.grad_hidden[k],
+                                                       .ldc = H}));
+    }
+    return 0;
+  }
+
+  int run_cells(const BackwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, rows = most_rows(step);
+    if constexpr (takes_layer_norm<Cell>) {
+      if (layer_.layer_norm) {
+        return launch(norm_backward_kernel<Cell, scalar_t>, norm_shape(H, rows, layer_.directions), stream_, step,
+                      norms_);
+      }
+    }
+    const auto kernel = width_ == 1 ? backward_step_kernel<Cell, scalar_t, 1>
+                                    : backward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
+    return launch(kernel, rows_shape(H, rows, width_, layer_.directions), stream_, step);
+  }
+
+  // Of a cell with two products: back through the second and through the gate before it.
+  int back_through_gated(const BackwardStep<scalar_t>& step) const {
+    const int64_t P = layer_.output_size;
+    GateBackward<scalar_t> gate{layer_.hidden_size, layer_.sequence.lengths, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const BackwardDirection<scalar_t>& s = step.direction[k];
+      const int64_t offset = layer_.sequence.offset(s.step);
+      GateBackwardDirection<scalar_t>& to = gate.direction[k];
+      to.rows = s.rows;
+      to.step = s.step;
+      to.reverse = s.reverse;
+      to.saved = s.saved;
+      to.operand = static_cast<const scalar_t*>(products_[k].h_prev) + offset * P;
+      to.grad_gated = workspace_.grad_gated[k];
+      to.grad_gates = s.grad_igates;
+      to.gated = static_cast<scalar_t*>(products_[k].gated) + offset * P;
+      to.grad_h = s.grad_h;
+    }
+    return second_product_backward<Cell, scalar_t>(layer_, gate, workspace_.grad_gated, context_);
+  }
+
+  // grad_h += grad_hgates W_hh, with recurrent dropout m times that; of a cell with two products of the first gates.
+  int back_through_hidden(const BackwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, P = layer_.output_size;
+    Masked<scalar_t> masked{P, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const BackwardDirection<scalar_t>& s = step.direction[k];
+      acc_t* const product = workspace_.product[k];
+      RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
+                                                       .m = s.rows,
+                                                       .n = P,
+                                                       .k = first_gates<Cell> * H,
+                                                       .a = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates,
+                                                       .lda = Cell::kGates * H,
+                                                       .b = layer_.direction[k].weights.w_hh,
+                                                       .ldb = P,
+                                                       .c = product != nullptr ? product : workspace_.grad_h[k],
+                                                       .ldc = P,
+                                                       .accumulate = product == nullptr}));
+      masked.direction[k] = {s.rows, s.reverse, product, workspace_.grad_h[k]};
+    }
+    if (layer_.noise.recurrent_dropout == 0) return 0;
+    return launch(add_masked_kernel<scalar_t>, elements_shape(P, step), stream_, masked);
+  }
+
+  // The launch of a kernel with a thread for each element of the step's rows.
+  LaunchShape elements_shape(int64_t features, const BackwardStep<scalar_t>& step) const {
+    return rows_shape(features, most_rows(step), 1, layer_.directions);
+  }
+
+  const LayerBackward& layer_;
+  const BackwardProducts (&products_)[2];
+  const Context& context_;
+  const cudaStream_t stream_;
+  const BackwardWorkspace<scalar_t>& workspace_;
+  const DeviceNoise<acc_t> noise_;
+  const int width_;  // units of a thread
+  const bool projects_;
+  NormStep<scalar_t> norms_;
+};
+
 template <class Cell, class scalar_t>
 int run(LayerBackward layer, const BackwardProducts (&products)[2], const Context& context) {
-  const Sequence& sequence = layer.sequence;
-  const int64_t T = sequence.steps, B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = layer.layer_norm ? 2 * GH : Cell::kSaved * H, first = first_gates<Cell> * H;
-  const bool projects = layer.direction[0].weights.w_hr != nullptr;
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const DeviceNoise<acc_type<scalar_t>> noise(layer.noise);
   const BackwardWorkspace<scalar_t> workspace(layer, Workspace(context.workspace));
   const NormSums<scalar_t> norm_sums(layer, workspace.sums);
-  if (B == 0) return norm_sums.add(stream);
-  DeviceSequence device_sequence;
-  RNNFAST_RETURN_IF_ERROR(workspace.preparation.run(layer, products, context, device_sequence));
-  Carried<scalar_t> carried{B, H, P, sequence.lengths, {}};
-  for (int k = 0; k < layer.directions; ++k) {
-    const DirectionBackward& d = layer.direction[k];
-    carried.direction[k] = {static_cast<const scalar_t*>(d.grad_h_n),
-                            static_cast<const scalar_t*>(d.grad_c_n),
-                            static_cast<scalar_t*>(d.grad_h0),
-                            static_cast<scalar_t*>(d.grad_c0),
-                            workspace.grad_h[k],
-                            workspace.grad_c[k],
-                            T > 0 ? border_into(sequence, d.reverse, Position(sequence, d.reverse, 0)) : Border()};
+  if (layer.sequence.batch > 0) {
+    DeviceSequence device_sequence;  // the kernels of a step need none
+    RNNFAST_RETURN_IF_ERROR(workspace.preparation.run(layer, products, context, device_sequence));
+    RNNFAST_RETURN_IF_ERROR(norm_sums.clear(stream));
+    RNNFAST_RETURN_IF_ERROR((BackwardLoop<Cell, scalar_t>(layer, products, context, workspace).run()));
   }
-  const LaunchShape states_shape = rows_shape(std::max(H, P), B, 1, layer.directions);
-  RNNFAST_RETURN_IF_ERROR(launch(first_gradients_kernel<scalar_t>, states_shape, stream, carried));
-
-  RNNFAST_RETURN_IF_ERROR(norm_sums.clear(stream));
-  NormStep<scalar_t> norms;
-  for (int k = 0; k < layer.directions; ++k) {
-    norms.direction[k] = norm_direction<scalar_t>(layer.direction[k].weights, workspace.values[k]);
-    norms.direction[k].sums = workspace.sums[k];
-  }
-
-  const int width = can_vectorise<Cell, scalar_t>(layer, products) ? kVectorWidth<scalar_t> : 1;
-  const auto kernel = width == 1 ? backward_step_kernel<Cell, scalar_t, 1>
-                                 : backward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
-  for (int64_t index = T - 1; index >= 0; --index) {
-    BackwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
-    Projected<scalar_t> projected{P, sequence.lengths, noise, {}};
-    Masked<scalar_t> masked{P, noise, {}};
-    [[maybe_unused]] GateBackward<scalar_t> gate{H, sequence.lengths, noise, {}};
-    int64_t most_rows = 0;
-    for (int k = 0; k < layer.directions; ++k) {
-      const DirectionBackward& d = layer.direction[k];
-      const Position at(sequence, d.reverse, index);
-      const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
-      most_rows = std::max(most_rows, rows);
-      const Border left =
-          index + 1 < T ? border_into(sequence, d.reverse, Position(sequence, d.reverse, index + 1)) : Border();
-
-      BackwardDirection<scalar_t>& s = step.direction[k];
-      s.rows = rows;
-      s.step = at.step;
-      s.reverse = d.reverse;
-      s.saved = advance(static_cast<const scalar_t*>(d.saved), offset * SH);
-      if (is_diagonal<Cell>) s.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
-      s.grad_igates = static_cast<scalar_t*>(d.grad_igates) + offset * GH;
-      s.grad_hgates =
-          Cell::kSplitGates || layer.layer_norm ? static_cast<scalar_t*>(d.grad_hgates) + offset * GH : nullptr;
-      if (Cell::kStates == 2) {
-        s.c = row_pointer<scalar_t>(sequence, d.c, at.step);
-        s.c_stride = d.c.stride_b;
-        s.c_prev = previous_rows<scalar_t>(sequence, at, d.c, d.c0);
-        s.grad_c = workspace.grad_c[k];
-        s.grad_c_output = row_pointer<scalar_t>(sequence, d.grad_c, at.step);
-        s.grad_c_output_stride = d.grad_c.stride_b;
-      }
-      s.entered = border_into(sequence, d.reverse, at);
-      s.left = left;
-      const scalar_t* grad_output = row_pointer<scalar_t>(sequence, d.grad_output, at.step);
-      if (projects) {
-        scalar_t* grad_h = static_cast<scalar_t*>(products[k].grad_h) + offset * P;
-        projected.direction[k] = {rows,   at.step, d.reverse, grad_output, d.grad_output.stride_b, workspace.grad_h[k],
-                                  grad_h, left};
-        s.grad_hidden = workspace.grad_hidden[k];
-        s.hidden = static_cast<scalar_t*>(products[k].hidden) + offset * H;
-      } else {
-        if (Cell::kStates == 1) s.h_prev = previous_rows<scalar_t>(sequence, at, d.output, d.h0);
-        s.output = row_pointer<scalar_t>(sequence, d.output, at.step);
-        s.output_stride = d.output.stride_b;
-        s.grad_output = grad_output;
-        s.grad_output_stride = d.grad_output.stride_b;
-        s.grad_h = workspace.grad_h[k];
-      }
-      if constexpr (has_two_products<Cell>) {
-        gate.direction[k] = {rows,
-                             at.step,
-                             d.reverse,
-                             s.saved,
-                             static_cast<const scalar_t*>(products[k].h_prev) + offset * P,
-                             workspace.grad_gated[k],
-                             s.grad_igates,
-                             static_cast<scalar_t*>(products[k].gated) + offset * P,
-                             s.grad_h};
-      }
-    }
-
-    if (most_rows == 0) continue;
-    if (projects) {
-      RNNFAST_RETURN_IF_ERROR(
-          launch(grad_projected_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projected));
-      for (int k = 0; k < layer.directions; ++k) {
-        const ProjectedDirection<scalar_t>& p = projected.direction[k];
-        RNNFAST_RETURN_IF_ERROR(
-            multiply(context.gemm, {layer.dtype, p.rows, H, P, p.grad_h, P, layer.direction[k].weights.w_hr, H, false,
-                                    workspace.grad_hidden[k], H, false}));
-      }
-    }
-    if (!layer.layer_norm) {
-      RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
-    } else if constexpr (takes_layer_norm<Cell>) {
-      RNNFAST_RETURN_IF_ERROR(launch(norm_backward_kernel<Cell, scalar_t>, norm_shape(H, most_rows, layer.directions),
-                                     stream, step, norms));
-    }
-    if constexpr (has_two_products<Cell>) {
-      RNNFAST_RETURN_IF_ERROR((second_product_backward<Cell, scalar_t>(layer, gate, workspace.grad_gated, context)));
-    }
-    if constexpr (!is_diagonal<Cell>) {
-      for (int k = 0; k < layer.directions; ++k) {
-        const BackwardDirection<scalar_t>& s = step.direction[k];
-        const void* grad_hgates = s.grad_hgates != nullptr ? s.grad_hgates : s.grad_igates;
-        acc_type<scalar_t>* product = workspace.product[k];
-        RNNFAST_RETURN_IF_ERROR(
-            multiply(context.gemm, {layer.dtype, s.rows, P, first, grad_hgates, GH, layer.direction[k].weights.w_hh, P,
-                                    false, product != nullptr ? product : workspace.grad_h[k], P, product == nullptr}));
-        masked.direction[k] = {s.rows, s.reverse, product, workspace.grad_h[k]};
-      }
-      if (layer.noise.recurrent_dropout > 0) {
-        RNNFAST_RETURN_IF_ERROR(
-            launch(add_masked_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, masked));
-      }
-    }
-  }
-  RNNFAST_RETURN_IF_ERROR(norm_sums.add(stream));
-  return launch(last_gradients_kernel<scalar_t>, states_shape, stream, carried);
+  return norm_sums.add(stream);
 }
 
 }  // namespace

@@ -257,114 +257,187 @@ bool can_vectorise(const LayerForward& layer) {
   return all;
 }
 
+// The loop over time of one call: enqueues kernels and products in the order of the steps.
 template <class Cell, class scalar_t>
-int run(const LayerForward& layer, const Context& context) {
+class ForwardLoop {
+ public:
+  ForwardLoop(const LayerForward& layer, const Context& context)
+      : layer_(layer),
+        context_(context),
+        stream_(static_cast<cudaStream_t>(context.stream)),
+        workspace_(layer, context.workspace),
+        noise_(layer.noise),
+        width_(can_vectorise<Cell, scalar_t>(layer) ? kVectorWidth<scalar_t> : 1),
+        projects_(layer.direction[0].weights.w_hr != nullptr) {
+    for (int k = 0; k < layer.directions; ++k) {
+      norms_.direction[k] = norm_direction<scalar_t>(layer.direction[k].weights, workspace_.values[k]);
+    }
+  }
+
+  int run() const {
+    RNNFAST_RETURN_IF_ERROR(begin_states());
+    for (int64_t index = 0; index < layer_.sequence.steps; ++index) {
+      const ForwardStep<scalar_t> step = step_at(index);
+      if (most_rows(step) == 0) continue;
+      if constexpr (!is_diagonal<Cell>) RNNFAST_RETURN_IF_ERROR(multiply_hidden(step));
+      if constexpr (has_two_products<Cell>) RNNFAST_RETURN_IF_ERROR(multiply_gated(step));
+      RNNFAST_RETURN_IF_ERROR(run_cells(step));
+      if (projects_) RNNFAST_RETURN_IF_ERROR(project(step));
+    }
+    return 0;
+  }
+
+ private:
   using acc_t = acc_type<scalar_t>;
-  const Sequence& sequence = layer.sequence;
-  const int64_t B = sequence.batch, H = layer.hidden_size, P = layer.output_size;
-  const int64_t GH = Cell::kGates * H, SH = layer.layer_norm ? 2 * GH : Cell::kSaved * H, first = first_gates<Cell> * H;
-  const bool projects = layer.direction[0].weights.w_hr != nullptr;
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  if (B == 0) return 0;
 
-  const ForwardWorkspace<scalar_t> workspace(layer, context.workspace);
-  const DeviceNoise<acc_t> noise(layer.noise);
-  Initial<scalar_t> initial{B, H, P, noise, {}};
-  acc_t* running_c[2] = {};
-  for (int k = 0; k < layer.directions; ++k) {
-    const DirectionForward& d = layer.direction[k];
-    running_c[k] = workspace.c[k] != nullptr ? workspace.c[k] : static_cast<acc_t*>(d.c_n);
-    initial.direction[k] = {static_cast<const scalar_t*>(d.h0),
-                            Cell::kStates == 2 ? static_cast<const scalar_t*>(d.c0) : nullptr,
-                            static_cast<scalar_t*>(d.h_n),
-                            workspace.masked[k],
-                            d.reverse,
-                            running_c[k],
-                            static_cast<scalar_t*>(d.c_n)};
+  acc_t* running_c(int k) const {
+    return workspace_.c[k] != nullptr ? workspace_.c[k] : static_cast<acc_t*>(layer_.direction[k].c_n);
   }
-  RNNFAST_RETURN_IF_ERROR(
-      launch(initial_states_kernel<scalar_t>, rows_shape(std::max(H, P), B, 1, layer.directions), stream, initial));
+  // What the product with W_hh reads.
+  const scalar_t* hidden_operand(int k) const {
+    return workspace_.masked[k] != nullptr ? workspace_.masked[k]
+                                           : static_cast<const scalar_t*>(layer_.direction[k].h_n);
+  }
 
-  const int width = can_vectorise<Cell, scalar_t>(layer) ? kVectorWidth<scalar_t> : 1;
-  const auto kernel =
-      width == 1 ? forward_step_kernel<Cell, scalar_t, 1> : forward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
-  for (int64_t index = 0; index < sequence.steps; ++index) {
-    ForwardStep<scalar_t> step{H, sequence.lengths, noise, {}};
-    Projection<scalar_t> projection{P, sequence.lengths, noise, {}};
-    [[maybe_unused]] Gate<scalar_t> gate{H, {}};
-    NormStep<scalar_t> norms;
-    int64_t most_rows = 0;
-    for (int k = 0; k < layer.directions; ++k) {
-      const DirectionForward& d = layer.direction[k];
+  int begin_states() const {
+    const int64_t B = layer_.sequence.batch, H = layer_.hidden_size, P = layer_.output_size;
+    Initial<scalar_t> initial{B, H, P, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionForward& d = layer_.direction[k];
+      InitialDirection<scalar_t>& to = initial.direction[k];
+      to.h0 = static_cast<const scalar_t*>(d.h0);
+      if (Cell::kStates == 2) to.c0 = static_cast<const scalar_t*>(d.c0);
+      to.h_n = static_cast<scalar_t*>(d.h_n);
+      to.masked = workspace_.masked[k];
+      to.reverse = d.reverse;
+      to.c = running_c(k);
+      to.c_n = static_cast<scalar_t*>(d.c_n);
+    }
+    return launch(initial_states_kernel<scalar_t>, rows_shape(std::max(H, P), B, 1, layer_.directions), stream_,
+                  initial);
+  }
+
+  // What the cells of a step read and write; index counts the steps in each direction's own order.
+  ForwardStep<scalar_t> step_at(int64_t index) const {
+    const Sequence& sequence = layer_.sequence;
+    const int64_t H = layer_.hidden_size, GH = Cell::kGates * H, SH = layer_.layer_norm ? 2 * GH : Cell::kSaved * H;
+    ForwardStep<scalar_t> step{H, sequence.lengths, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionForward& d = layer_.direction[k];
       const Position at(sequence, d.reverse, index);
-      const int64_t rows = sequence.batch_size(at.step), offset = sequence.offset(at.step);
-      most_rows = std::max(most_rows, rows);
-      ForwardDirection<scalar_t>& s = step.direction[k];
-      [[maybe_unused]] const void* h = workspace.masked[k] != nullptr ? workspace.masked[k] : d.h_n;
-      if constexpr (is_diagonal<Cell>) {
-        s.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
+      const int64_t offset = sequence.offset(at.step);
+      ForwardDirection<scalar_t>& to = step.direction[k];
+      to.rows = sequence.batch_size(at.step);
+      to.step = at.step;
+      to.reverse = d.reverse;
+      to.igates = static_cast<const scalar_t*>(d.igates) + offset * GH;
+      to.hgates = workspace_.hgates[k];
+      if (is_diagonal<Cell>) to.w_hh = static_cast<const scalar_t*>(d.weights.w_hh);
+      to.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
+      to.c = running_c(k);
+      to.c_n = static_cast<scalar_t*>(d.c_n);
+      to.c_output = row_pointer<scalar_t>(sequence, d.c, at.step);
+      to.c_output_stride = d.c.stride_b;
+      to.saved = advance(static_cast<scalar_t*>(d.saved), offset * SH);
+      to.entered = border_into(sequence, d.reverse, at);
+      if (projects_) {
+        to.hidden = workspace_.hidden[k];
       } else {
-        RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {layer.dtype, rows, first, P, h, P, d.weights.w_hh, P, true,
-                                                        workspace.hgates[k], GH, false}));
-      }
-      s.rows = rows;
-      s.step = at.step;
-      s.reverse = d.reverse;
-      s.igates = static_cast<const scalar_t*>(d.igates) + offset * GH;
-      s.hgates = workspace.hgates[k];
-      s.b_hh = static_cast<const scalar_t*>(d.weights.b_hh);
-      s.c = running_c[k];
-      s.c_n = static_cast<scalar_t*>(d.c_n);
-      s.c_output = row_pointer<scalar_t>(sequence, d.c, at.step);
-      s.c_output_stride = d.c.stride_b;
-      s.saved = advance(static_cast<scalar_t*>(d.saved), offset * SH);
-      s.entered = border_into(sequence, d.reverse, at);
-      gate.direction[k] = {
-          rows, s.igates, workspace.hgates[k], s.b_hh, static_cast<const scalar_t*>(h), workspace.gated[k]};
-      norms.direction[k] = norm_direction<scalar_t>(d.weights, workspace.values[k]);
-      scalar_t* output = row_pointer<scalar_t>(sequence, d.output, at.step);
-      if (projects) {
-        s.hidden = workspace.hidden[k];
-        projection.direction[k] = {rows,
-                                   at.step,
-                                   d.reverse,
-                                   workspace.projected[k],
-                                   static_cast<scalar_t*>(d.h_n),
-                                   workspace.masked[k],
-                                   output,
-                                   d.output.stride_b,
-                                   s.entered};
-      } else {
-        s.h = static_cast<scalar_t*>(d.h_n);
-        s.masked = workspace.masked[k];
-        s.output = output;
-        s.output_stride = d.output.stride_b;
+        to.h = static_cast<scalar_t*>(d.h_n);
+        to.masked = workspace_.masked[k];
+        to.output = row_pointer<scalar_t>(sequence, d.output, at.step);
+        to.output_stride = d.output.stride_b;
       }
     }
-    if (most_rows == 0) continue;
-    if constexpr (has_two_products<Cell>) {
-      const void* const w_hh[] = {layer.direction[0].weights.w_hh, layer.direction[1].weights.w_hh};
-      RNNFAST_RETURN_IF_ERROR((second_product<Cell, scalar_t>(layer.dtype, gate, w_hh, layer.directions, context)));
-    }
-    if (!layer.layer_norm) {
-      RNNFAST_RETURN_IF_ERROR(launch(kernel, rows_shape(H, most_rows, width, layer.directions), stream, step));
-    } else if constexpr (takes_layer_norm<Cell>) {
-      RNNFAST_RETURN_IF_ERROR(
-          launch(norm_forward_kernel<Cell, scalar_t>, norm_shape(H, most_rows, layer.directions), stream, step, norms));
-    }
-
-    if (!projects) continue;
-    for (int k = 0; k < layer.directions; ++k) {
-      const ForwardDirection<scalar_t>& s = step.direction[k];
-      RNNFAST_RETURN_IF_ERROR(
-          multiply(context.gemm, {layer.dtype, s.rows, P, H, s.hidden, H, layer.direction[k].weights.w_hr, H, true,
-                                  workspace.projected[k], P, false}));
-    }
-    RNNFAST_RETURN_IF_ERROR(
-        launch(store_projection_kernel<scalar_t>, rows_shape(P, most_rows, 1, layer.directions), stream, projection));
+    return step;
   }
-  return 0;
-}
+
+  // hgates = h W_hh^T; of a cell with two products those of the first gates.
+  int multiply_hidden(const ForwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, P = layer_.output_size;
+    for (int k = 0; k < layer_.directions; ++k) {
+      RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
+                                                       .m = step.direction[k].rows,
+                                                       .n = first_gates<Cell> * H,
+                                                       .k = P,
+                                                       .a = hidden_operand(k),
+                                                       .lda = P,
+                                                       .b = layer_.direction[k].weights.w_hh,
+                                                       .ldb = P,
+                                                       .transpose_b = true,
+                                                       .c = workspace_.hgates[k],
+                                                       .ldc = Cell::kGates * H}));
+    }
+    return 0;
+  }
+
+  // hgates of the other gates, of a cell with two products.
+  int multiply_gated(const ForwardStep<scalar_t>& step) const {
+    Gate<scalar_t> gate{layer_.hidden_size, {}};
+    const void* w_hh[2] = {};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const ForwardDirection<scalar_t>& s = step.direction[k];
+      gate.direction[k] = {s.rows, s.igates, workspace_.hgates[k], s.b_hh, hidden_operand(k), workspace_.gated[k]};
+      w_hh[k] = layer_.direction[k].weights.w_hh;
+    }
+    return second_product<Cell, scalar_t>(layer_.dtype, gate, w_hh, layer_.directions, context_);
+  }
+
+  int run_cells(const ForwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, rows = most_rows(step);
+    if constexpr (takes_layer_norm<Cell>) {
+      if (layer_.layer_norm) {
+        return launch(norm_forward_kernel<Cell, scalar_t>, norm_shape(H, rows, layer_.directions), stream_, step,
+                      norms_);
+      }
+    }
+    const auto kernel = width_ == 1 ? forward_step_kernel<Cell, scalar_t, 1>
+                                    : forward_step_kernel<Cell, scalar_t, kVectorWidth<scalar_t>>;
+    return launch(kernel, rows_shape(H, rows, width_, layer_.directions), stream_, step);
+  }
+
+  // output = h = hidden W_hr^T
+  int project(const ForwardStep<scalar_t>& step) const {
+    const int64_t H = layer_.hidden_size, P = layer_.output_size;
+    Projection<scalar_t> projection{P, layer_.sequence.lengths, noise_, {}};
+    for (int k = 0; k < layer_.directions; ++k) {
+      const DirectionForward& d = layer_.direction[k];
+      const ForwardDirection<scalar_t>& s = step.direction[k];
+      RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
+                                                       .m = s.rows,
+                                                       .n = P,
+                                                       .k = H,
+                                                       .a = s.hidden,
+                                                       .lda = H,
+                                                       .b = d.weights.w_hr,
+                                                       .ldb = H,
+                                                       .transpose_b = true,
+                                                       .c = workspace_.projected[k],
+                                                       .ldc = P}));
+      ProjectionDirection<scalar_t>& to = projection.direction[k];
+      to.rows = s.rows;
+      to.step = s.step;
+      to.reverse = s.reverse;
+      to.projected = workspace_.projected[k];
+      to.h = static_cast<scalar_t*>(d.h_n);
+      to.masked = workspace_.masked[k];
+      to.output = row_pointer<scalar_t>(layer_.sequence, d.output, s.step);
+      to.output_stride = d.output.stride_b;
+      to.entered = s.entered;
+    }
+    return launch(store_projection_kernel<scalar_t>, rows_shape(P, most_rows(step), 1, layer_.directions), stream_,
+                  projection);
+  }
+
+  const LayerForward& layer_;
+  const Context& context_;
+  const cudaStream_t stream_;
+  const ForwardWorkspace<scalar_t> workspace_;
+  const DeviceNoise<acc_t> noise_;
+  const int width_;  // units of a thread
+  const bool projects_;
+  NormStep<scalar_t> norms_;
+};
 
 }  // namespace
 
@@ -375,8 +448,9 @@ size_t forward_workspace_bytes(const LayerForward& layer) {
 }
 
 int forward(const LayerForward& layer, const Context& context) {
+  if (layer.sequence.batch == 0) return 0;
   return dispatch(layer.cell, layer.dtype, [&](auto cell, auto scalar) {
-    return run<typename decltype(cell)::type, typename decltype(scalar)::type>(layer, context);
+    return ForwardLoop<typename decltype(cell)::type, typename decltype(scalar)::type>(layer, context).run();
   });
 }
 

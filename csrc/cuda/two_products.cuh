@@ -115,15 +115,21 @@ template <class Cell, class scalar_t, size_t kDirections>
 int second_product(Dtype dtype, const Gate<scalar_t>& gate, const void* const (&w_hh)[kDirections], int directions,
                    const Context& context) {
   const int64_t H = gate.hidden_size, G = Cell::kGates, first = first_gates<Cell>;
-  int64_t most_rows = 0;
-  for (int k = 0; k < directions; ++k) most_rows = std::max(most_rows, gate.direction[k].rows);
-  RNNFAST_RETURN_IF_ERROR(launch(gate_kernel<Cell, scalar_t>, rows_shape(H, most_rows, 1, directions),
+  RNNFAST_RETURN_IF_ERROR(launch(gate_kernel<Cell, scalar_t>, rows_shape(H, stepwise::most_rows(gate), 1, directions),
                                  static_cast<cudaStream_t>(context.stream), gate));
   for (int k = 0; k < directions; ++k) {
     const GateDirection<scalar_t>& d = gate.direction[k];
-    RNNFAST_RETURN_IF_ERROR(multiply(
-        context.gemm, {dtype, d.rows, (G - first) * H, H, d.gated, H, second_weights<Cell, scalar_t>(w_hh[k], H), H,
-                       true, d.hgates + first * H, G * H, false}));
+    RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {.dtype = dtype,
+                                                    .m = d.rows,
+                                                    .n = (G - first) * H,
+                                                    .k = H,
+                                                    .a = d.gated,
+                                                    .lda = H,
+                                                    .b = second_weights<Cell, scalar_t>(w_hh[k], H),
+                                                    .ldb = H,
+                                                    .transpose_b = true,
+                                                    .c = d.hgates + first * H,
+                                                    .ldc = G * H}));
   }
   return 0;
 }
@@ -133,16 +139,21 @@ template <class Cell, class scalar_t>
 int second_product_backward(const LayerBackward& layer, const GateBackward<scalar_t>& gate,
                             acc_type<scalar_t>* const (&grad_gated)[2], const Context& context) {
   const int64_t H = gate.hidden_size, G = Cell::kGates, first = first_gates<Cell>;
-  int64_t most_rows = 0;
   for (int k = 0; k < layer.directions; ++k) {
     const GateBackwardDirection<scalar_t>& d = gate.direction[k];
-    most_rows = std::max(most_rows, d.rows);
-    RNNFAST_RETURN_IF_ERROR(multiply(
-        context.gemm,
-        {layer.dtype, d.rows, H, (G - first) * H, d.grad_gates + first * H, G * H,
-         second_weights<Cell, scalar_t>(layer.direction[k].weights.w_hh, H), H, false, grad_gated[k], H, false}));
+    const void* const w_hh = layer.direction[k].weights.w_hh;
+    RNNFAST_RETURN_IF_ERROR(multiply(context.gemm, {.dtype = layer.dtype,
+                                                    .m = d.rows,
+                                                    .n = H,
+                                                    .k = (G - first) * H,
+                                                    .a = d.grad_gates + first * H,
+                                                    .lda = G * H,
+                                                    .b = second_weights<Cell, scalar_t>(w_hh, H),
+                                                    .ldb = H,
+                                                    .c = grad_gated[k],
+                                                    .ldc = H}));
   }
-  return launch(gate_backward_kernel<Cell, scalar_t>, rows_shape(H, most_rows, 1, layer.directions),
+  return launch(gate_backward_kernel<Cell, scalar_t>, rows_shape(H, stepwise::most_rows(gate), 1, layer.directions),
                 static_cast<cudaStream_t>(context.stream), gate);
 }
 

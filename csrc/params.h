@@ -58,6 +58,8 @@ struct Sequence {
   int64_t batch_size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   int64_t batch_row(int64_t slot) const { return batch_index ? batch_index[slot] : slot; }
+  // Of step t, slot j: the row of the tensors, counted over all steps.
+  int64_t tensor_row(int64_t t, int64_t slot) const { return packed ? offsets[t] + slot : t * batch + batch_row(slot); }
 };
 
 // The rows of a tensor over time. The features of a row are contiguous; strides count elements.

@@ -175,7 +175,7 @@ inline Share block_share(int64_t blocks, const Member& m) {
 inline bool boundary_after(const Sequence& s, int64_t t, int64_t slot, bool reverse) {
   if (!s.reset) return false;
   const int64_t at = reverse ? t : t + 1;  // the later of the two steps carries the flag
-  return s.reset[s.packed ? s.offsets[at] + slot : at * s.batch + s.batch_row(slot)];
+  return s.reset[s.tensor_row(at, slot)];
 }
 // Whether `slot` has a step after t in the direction of the layer.
 inline bool has_next(const Sequence& s, int64_t t, int64_t slot, bool reverse) {
@@ -189,7 +189,7 @@ inline bool has_previous(const Sequence& s, int64_t t, int64_t slot, bool revers
 // of its own.
 inline bool starts_from_zero(const Sequence& s, int64_t t, int64_t slot, bool reverse) {
   if (!s.reset) return false;
-  if (!reverse) return s.reset[s.packed ? s.offsets[t] + slot : t * s.batch + s.batch_row(slot)];
+  if (!reverse) return s.reset[s.tensor_row(t, slot)];
   return has_previous(s, t, slot, true) && boundary_after(s, t + 1, slot, true);
 }
 

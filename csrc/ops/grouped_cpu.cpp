@@ -13,7 +13,7 @@ Tensor in_order(const Sequence& s, const Tensor& gates) {
   if (!s.batch_index) return gates;
   std::vector<int64_t> rows;
   for (int64_t t = 0; t < s.steps; ++t)
-    for (int64_t slot = 0; slot < s.batch_size(t); ++slot) rows.push_back(t * s.batch + s.batch_row(slot));
+    for (int64_t slot = 0; slot < s.batch_size(t); ++slot) rows.push_back(s.tensor_row(t, slot));
   return at::zeros_like(gates).index_copy_(1, at::tensor(rows), gates.slice(1, 0, s.rows));
 }
 

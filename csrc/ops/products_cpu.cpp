@@ -7,10 +7,6 @@
 namespace rnnfast::ops {
 namespace {
 
-int64_t row_of(const Sequence& s, int64_t t, int64_t slot) {
-  return s.packed ? s.offsets[t] + slot : t * s.batch + s.batch_row(slot);
-}
-
 template <class Scalar>
 void copy_previous_states(const Geometry& g, const Sequence& s, const Tensor& output, const Tensor& h0, int64_t d,
                           Scalar* to) {
@@ -23,14 +19,14 @@ void copy_previous_states(const Geometry& g, const Sequence& s, const Tensor& ou
       const int64_t before = reverse ? t + 1 : t - 1;
       const bool has_previous = reverse ? before < s.steps && slot < s.batch_size(before) : t > 0;
       // The later of the two steps carries the flag of the boundary between them.
-      if (s.reset && (!reverse || has_previous) && s.reset[row_of(s, reverse ? before : t, slot)]) continue;
+      if (s.reset && (!reverse || has_previous) && s.reset[s.tensor_row(reverse ? before : t, slot)]) continue;
       const Scalar* from = nullptr;
       if (has_previous) {
         from = every + rows.at(s, before, slot);
       } else if (initial) {
         from = initial + s.batch_row(slot) * P;
       }
-      if (from) std::copy(from, from + P, to + row_of(s, t, slot) * P);
+      if (from) std::copy(from, from + P, to + s.tensor_row(t, slot) * P);
     }
 }
 

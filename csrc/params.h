@@ -248,8 +248,9 @@ struct LayerTangent {
 // threads is the most it may use; it uses fewer where more do not pay.
 namespace cpu {
 
-struct Engine {
-  const char* name;  // its instruction set
+// The engine's entry points, as one instruction set has them.
+struct EngineTable {
+  const char* name;  // the instruction set
   size_t (*forward_workspace_bytes)(const LayerForward& layer, int threads);
   void (*forward)(const LayerForward& layer, void* workspace, int threads);
   size_t (*backward_workspace_bytes)(const LayerBackward& layer, int threads);
@@ -260,7 +261,7 @@ struct Engine {
 
 // The engine in use for a dtype, of this CPU's best instruction set unless another was forced. A call takes it once:
 // another thread may change it, and instruction sets differ in the workspace they want.
-const Engine& engine(Dtype dtype);
+const EngineTable& engine(Dtype dtype);
 
 // Instruction sets are "generic", "avx2", "avx512" and "avx512_bf16", which is avx512 but for bfloat16.
 const char* instruction_set();

@@ -424,7 +424,7 @@ class _Backward(Function):
             *(grad for grad, wanted in zip(output, call.output_mask[:3], strict=False) if not wanted)
         )
 
-    # As LayerBackward of csrc/ops/autograd.cpp. What forward kept has no derivative of its own.
+    # As LayerBackwardFunction of csrc/ops/autograd.cpp. What forward kept has no derivative of its own.
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         _check_not_grouped(ctx.call)

@@ -12,7 +12,7 @@ namespace rnnfast::cpu {
 namespace {
 
 // From the best to the one that always runs.
-const Engine* const kEngines[] = {
+const EngineTable* const kEngines[] = {
 #if defined(__x86_64__)
     &avx512_bf16::kEngine,
     &avx512::kEngine,
@@ -33,21 +33,21 @@ bool runs_here(const char* name) {
   return !strcmp(name, "generic");
 }
 
-const Engine* best() {
-  for (const Engine* engine : kEngines)
+const EngineTable* best() {
+  for (const EngineTable* engine : kEngines)
     if (runs_here(engine->name)) return engine;
   return &generic::kEngine;
 }
 
-std::atomic<const Engine*>& current() {
-  static std::atomic<const Engine*> engine{best()};
+std::atomic<const EngineTable*>& current() {
+  static std::atomic<const EngineTable*> engine{best()};
   return engine;
 }
 
 }  // namespace
 
-const Engine& engine(Dtype dtype) {
-  const Engine* in_use = current().load(std::memory_order_relaxed);
+const EngineTable& engine(Dtype dtype) {
+  const EngineTable* in_use = current().load(std::memory_order_relaxed);
 #if defined(__x86_64__)
   if (in_use == &avx512_bf16::kEngine && dtype != Dtype::bf16) return avx512::kEngine;
 #endif
@@ -58,11 +58,11 @@ const char* instruction_set() { return current().load(std::memory_order_relaxed)
 
 bool has_instruction_set(const char* name) {
   return std::any_of(std::begin(kEngines), std::end(kEngines),
-                     [&](const Engine* engine) { return !strcmp(engine->name, name) && runs_here(name); });
+                     [&](const EngineTable* engine) { return !strcmp(engine->name, name) && runs_here(name); });
 }
 
 bool set_instruction_set(const char* name) {
-  for (const Engine* candidate : kEngines)
+  for (const EngineTable* candidate : kEngines)
     if (!strcmp(candidate->name, name) && runs_here(name)) {
       current().store(candidate, std::memory_order_relaxed);
       return true;

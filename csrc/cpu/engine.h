@@ -7,17 +7,17 @@
 namespace rnnfast::cpu {
 
 namespace generic {
-extern const Engine kEngine;
+extern const EngineTable kEngine;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const Engine kEngine;
+extern const EngineTable kEngine;
 }
 namespace avx512 {
-extern const Engine kEngine;
+extern const EngineTable kEngine;
 }
 namespace avx512_bf16 {
-extern const Engine kEngine;
+extern const EngineTable kEngine;
 }
 #endif
 

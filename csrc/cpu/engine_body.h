@@ -98,8 +98,8 @@ void backward(const LayerBackward& layer, void* workspace, int threads) {
 
 // Tangents are float32 or float64. A cell with two products has no kernels for them, and the operators say so.
 #ifdef RNNFAST_BF16_ONLY
-constexpr decltype(Engine::tangent_workspace_bytes) tangent_workspace_bytes = nullptr;
-constexpr decltype(Engine::tangent) tangent = nullptr;
+constexpr decltype(EngineTable::tangent_workspace_bytes) tangent_workspace_bytes = nullptr;
+constexpr decltype(EngineTable::tangent) tangent = nullptr;
 #else
 template <class F>
 auto with_wide_types(CellKind cell, Dtype dtype, const F& f) {
@@ -132,12 +132,12 @@ void tangent(const LayerTangent& layer, void* workspace, int threads) {
 
 #define RNNFAST_STRING_(x) #x
 #define RNNFAST_STRING(x) RNNFAST_STRING_(x)
-extern const Engine kEngine = {RNNFAST_STRING(RNNFAST_ISA),
-                               forward_workspace_bytes,
-                               forward,
-                               backward_workspace_bytes,
-                               backward,
-                               tangent_workspace_bytes,
-                               tangent};
+extern const EngineTable kEngine = {RNNFAST_STRING(RNNFAST_ISA),
+                                    forward_workspace_bytes,
+                                    forward,
+                                    backward_workspace_bytes,
+                                    backward,
+                                    tangent_workspace_bytes,
+                                    tangent};
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/false>
     forward_kernel(const __grid_constant__ ForwardLayerOnDevice<scalar_t> layer) {
   using Operand = typename Math::Operand;
   constexpr int kGates = Cell::kGates;
-  const ForwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const ForwardDirectionOnDevice<scalar_t>& direction = layer.direction[blockIdx.z];
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/false> shared(device::dynamic_shared(), H);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Kernel<Cell, Math, kWide, /*kBackward=*/true>:
     backward_kernel(const __grid_constant__ BackwardLayerOnDevice<scalar_t> layer) {
   using Operand = typename Math::Operand;
   constexpr int kGates = Cell::kGates;
-  const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const BackwardDirectionOnDevice<scalar_t>& direction = layer.direction[blockIdx.z];
   const int H = layer.hidden_size;
   const int warp = threadIdx.x / kWarpLanes, first_unit = warp * kTileUnits;
   const Shared<Cell, Math, kWide, /*kBackward=*/true> shared(device::dynamic_shared(), H);

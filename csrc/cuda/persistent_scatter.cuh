@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
   if constexpr (!Scatter::kAvailable) return;
   constexpr int kGates = Cell::kGates;
   using Operand = typename Math::Operand;
-  const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const BackwardDirectionOnDevice<scalar_t>& direction = layer.direction[blockIdx.z];
   const DeviceSequence& sequence = layer.sequence;
   const Spread& spread = shape.spread;
   const int H = layer.hidden_size;

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
                           const __grid_constant__ typename Exchange::Arguments exchange_arguments) {
   if constexpr (!Exchange::kAvailable) return;
   constexpr int kGates = Cell::kGates;
-  const ForwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const ForwardDirectionOnDevice<scalar_t>& direction = layer.direction[blockIdx.z];
   const DeviceSequence& sequence = layer.sequence;
   const Spread& spread = shape.spread;
   const int H = layer.hidden_size;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
                            const __grid_constant__ typename Exchange::Arguments exchange_arguments) {
   if constexpr (!Exchange::kAvailable) return;
   constexpr int kGates = Cell::kGates;
-  const BackwardDirection<scalar_t>& direction = layer.direction[blockIdx.z];
+  const BackwardDirectionOnDevice<scalar_t>& direction = layer.direction[blockIdx.z];
   const DeviceSequence& sequence = layer.sequence;
   const Spread& spread = shape.spread;
   const int H = layer.hidden_size;

@@ -38,7 +38,7 @@
 namespace rnnfast::cuda {
 
 template <class scalar_t>
-struct ForwardDirection {
+struct ForwardDirectionOnDevice {
   const scalar_t* w_hh = nullptr;  // [G*H, H]
   const scalar_t* b_hh = nullptr;  // [G*H] or null
   const scalar_t* h0 = nullptr;    // [B, H]
@@ -54,7 +54,7 @@ struct ForwardDirection {
 };
 
 template <class scalar_t>
-struct BackwardDirection {
+struct BackwardDirectionOnDevice {
   const scalar_t* w_hh = nullptr;     // [G*H, H]
   const scalar_t* c0 = nullptr;       // [B, H]: cells with two states
   const scalar_t* h_prev = nullptr;   // compact [N, H]
@@ -82,9 +82,9 @@ struct LayerOnDevice {
   Direction direction[2];
 };
 template <class scalar_t>
-using ForwardLayerOnDevice = LayerOnDevice<ForwardDirection<scalar_t>>;
+using ForwardLayerOnDevice = LayerOnDevice<ForwardDirectionOnDevice<scalar_t>>;
 template <class scalar_t>
-using BackwardLayerOnDevice = LayerOnDevice<BackwardDirection<scalar_t>>;
+using BackwardLayerOnDevice = LayerOnDevice<BackwardDirectionOnDevice<scalar_t>>;
 
 // ------------------------------------------------------------------------------------------------ rows and time
 // The two rows of a lane in time, neighbours in the batch. An idle lane has none.
@@ -304,7 +304,8 @@ class ForwardLane {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
 
   __device__ __forceinline__ ForwardLane(const ForwardLayerOnDevice<scalar_t>& layer,
-                                         const ForwardDirection<scalar_t>& direction, int first_row, int first_unit)
+                                         const ForwardDirectionOnDevice<scalar_t>& direction, int first_row,
+                                         int first_unit)
       : sequence_(layer.sequence),
         direction_(direction),
         memory_(layer.hidden_size, layer.compact_step, first_unit, first_row, layer.paired),
@@ -429,7 +430,7 @@ class ForwardLane {
   }
 
   const DeviceSequence& sequence_;
-  const ForwardDirection<scalar_t>& direction_;
+  const ForwardDirectionOnDevice<scalar_t>& direction_;
   const LaneMemory memory_;
   const LaneRows rows_;
   const scalar_t* const igates_;  // of the lane's units, likewise the next three
@@ -451,7 +452,8 @@ class BackwardLane {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
 
   __device__ __forceinline__ BackwardLane(const BackwardLayerOnDevice<scalar_t>& layer,
-                                          const BackwardDirection<scalar_t>& direction, int first_row, int first_unit)
+                                          const BackwardDirectionOnDevice<scalar_t>& direction, int first_row,
+                                          int first_unit)
       : sequence_(layer.sequence),
         direction_(direction),
         memory_(layer.hidden_size, layer.compact_step, first_unit, first_row, layer.paired),
@@ -620,7 +622,7 @@ class BackwardLane {
   }
 
   const DeviceSequence& sequence_;
-  const BackwardDirection<scalar_t>& direction_;
+  const BackwardDirectionOnDevice<scalar_t>& direction_;
   const LaneMemory memory_;
   const LaneRows rows_;
   const scalar_t* const saved_;  // of the lane's units, likewise the next five
@@ -660,7 +662,7 @@ ForwardLayerOnDevice<scalar_t> forward_on_device(const LayerForward& layer) {
   result.paired = layer.hidden_size % 2 == 0;
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionForward& from = layer.direction[k];
-    ForwardDirection<scalar_t>& to = result.direction[k];
+    ForwardDirectionOnDevice<scalar_t>& to = result.direction[k];
     to.w_hh = static_cast<const scalar_t*>(from.weights.w_hh);
     to.b_hh = static_cast<const scalar_t*>(from.weights.b_hh);
     to.h0 = static_cast<const scalar_t*>(from.h0);
@@ -691,7 +693,7 @@ BackwardLayerOnDevice<scalar_t> backward_on_device(const LayerBackward& layer, c
   result.paired = layer.hidden_size % 2 == 0;
   for (int k = 0; k < layer.directions; ++k) {
     const DirectionBackward& from = layer.direction[k];
-    BackwardDirection<scalar_t>& to = result.direction[k];
+    BackwardDirectionOnDevice<scalar_t>& to = result.direction[k];
     to.w_hh = static_cast<const scalar_t*>(from.weights.w_hh);
     to.c0 = static_cast<const scalar_t*>(from.c0);
     to.h_prev = static_cast<const scalar_t*>(products[k].h_prev);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_step_kernel(const __grid_constant__ BackwardStep<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  const BackwardDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const BackwardStepDirection<scalar_t>& d = args.direction[blockIdx.z];
   const int64_t H = args.hidden_size;
   const int64_t unit = first_feature<kWidth>();
   if (unit >= H) return;
@@ -391,7 +391,7 @@ class BackwardLoop {
       const DirectionBackward& d = layer_.direction[k];
       const Position at(sequence, d.reverse, index);
       const int64_t offset = sequence.offset(at.step);
-      BackwardDirection<scalar_t>& to = step.direction[k];
+      BackwardStepDirection<scalar_t>& to = step.direction[k];
       to.rows = sequence.batch_size(at.step);
       to.step = at.step;
       to.reverse = d.reverse;
@@ -430,7 +430,7 @@ class BackwardLoop {
     Projected<scalar_t> projected{P, layer_.sequence.lengths, noise_, {}};
     for (int k = 0; k < layer_.directions; ++k) {
       const DirectionBackward& d = layer_.direction[k];
-      const BackwardDirection<scalar_t>& s = step.direction[k];
+      const BackwardStepDirection<scalar_t>& s = step.direction[k];
       ProjectedDirection<scalar_t>& to = projected.direction[k];
       to.rows = s.rows;
       to.step = s.step;
@@ -475,7 +475,7 @@ class BackwardLoop {
     const int64_t P = layer_.output_size;
     GateBackward<scalar_t> gate{layer_.hidden_size, layer_.sequence.lengths, noise_, {}};
     for (int k = 0; k < layer_.directions; ++k) {
-      const BackwardDirection<scalar_t>& s = step.direction[k];
+      const BackwardStepDirection<scalar_t>& s = step.direction[k];
       const int64_t offset = layer_.sequence.offset(s.step);
       GateBackwardDirection<scalar_t>& to = gate.direction[k];
       to.rows = s.rows;
@@ -496,7 +496,7 @@ class BackwardLoop {
     const int64_t H = layer_.hidden_size, P = layer_.output_size;
     Masked<scalar_t> masked{P, noise_, {}};
     for (int k = 0; k < layer_.directions; ++k) {
-      const BackwardDirection<scalar_t>& s = step.direction[k];
+      const BackwardStepDirection<scalar_t>& s = step.direction[k];
       acc_t* const product = workspace_.product[k];
       RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
                                                        .m = s.rows,

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, is_diagonal<Cell> || Cell::kGates ==
     forward_step_kernel(const __grid_constant__ ForwardStep<scalar_t> args) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  const ForwardDirection<scalar_t>& d = args.direction[blockIdx.z];
+  const ForwardStepDirection<scalar_t>& d = args.direction[blockIdx.z];
   const int64_t H = args.hidden_size;
   const int64_t unit = first_feature<kWidth>();
   if (unit >= H) return;
@@ -326,7 +326,7 @@ class ForwardLoop {
       const DirectionForward& d = layer_.direction[k];
       const Position at(sequence, d.reverse, index);
       const int64_t offset = sequence.offset(at.step);
-      ForwardDirection<scalar_t>& to = step.direction[k];
+      ForwardStepDirection<scalar_t>& to = step.direction[k];
       to.rows = sequence.batch_size(at.step);
       to.step = at.step;
       to.reverse = d.reverse;
@@ -376,7 +376,7 @@ class ForwardLoop {
     Gate<scalar_t> gate{layer_.hidden_size, {}};
     const void* w_hh[2] = {};
     for (int k = 0; k < layer_.directions; ++k) {
-      const ForwardDirection<scalar_t>& s = step.direction[k];
+      const ForwardStepDirection<scalar_t>& s = step.direction[k];
       gate.direction[k] = {s.rows, s.igates, workspace_.hgates[k], s.b_hh, hidden_operand(k), workspace_.gated[k]};
       w_hh[k] = layer_.direction[k].weights.w_hh;
     }
@@ -402,7 +402,7 @@ class ForwardLoop {
     Projection<scalar_t> projection{P, layer_.sequence.lengths, noise_, {}};
     for (int k = 0; k < layer_.directions; ++k) {
       const DirectionForward& d = layer_.direction[k];
-      const ForwardDirection<scalar_t>& s = step.direction[k];
+      const ForwardStepDirection<scalar_t>& s = step.direction[k];
       RNNFAST_RETURN_IF_ERROR(multiply(context_.gemm, {.dtype = layer_.dtype,
                                                        .m = s.rows,
                                                        .n = P,

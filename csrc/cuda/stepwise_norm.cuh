@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                         const __grid_constant__ NormStep<scalar_t> norms) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  const ForwardDirection<scalar_t>& d = args.direction[blockIdx.y];
+  const ForwardStepDirection<scalar_t>& d = args.direction[blockIdx.y];
   const NormDirection<scalar_t>& w = norms.direction[blockIdx.y];
   const DeviceNoise<acc_t>& noise = args.noise;
   const int64_t H = args.hidden_size, GH = kGates * H, row = blockIdx.x;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                          const __grid_constant__ NormStep<scalar_t> norms) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  const BackwardDirection<scalar_t>& d = args.direction[blockIdx.y];
+  const BackwardStepDirection<scalar_t>& d = args.direction[blockIdx.y];
   const NormDirection<scalar_t>& w = norms.direction[blockIdx.y];
   const DeviceNoise<acc_t>& noise = args.noise;
   const int64_t H = args.hidden_size, GH = kGates * H, row = blockIdx.x;

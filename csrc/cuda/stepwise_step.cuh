@@ -7,7 +7,7 @@
 namespace rnnfast::cuda::stepwise {
 
 template <class scalar_t>
-struct ForwardDirection {
+struct ForwardStepDirection {
   using acc_t = acc_type<scalar_t>;
   int64_t rows = 0, step = 0;  // living rows (their slots are 0 .. rows - 1)
   bool reverse = false;
@@ -33,11 +33,11 @@ struct ForwardStep {
   int64_t hidden_size = 0;
   const int64_t* lengths = nullptr;
   DeviceNoise<acc_type<scalar_t>> noise;
-  ForwardDirection<scalar_t> direction[2];
+  ForwardStepDirection<scalar_t> direction[2];
 };
 
 template <class scalar_t>
-struct BackwardDirection {
+struct BackwardStepDirection {
   using acc_t = acc_type<scalar_t>;
   int64_t rows = 0, step = 0;
   bool reverse = false;
@@ -69,7 +69,7 @@ struct BackwardStep {
   int64_t hidden_size = 0;
   const int64_t* lengths = nullptr;
   DeviceNoise<acc_type<scalar_t>> noise;
-  BackwardDirection<scalar_t> direction[2];
+  BackwardStepDirection<scalar_t> direction[2];
 };
 
 }  // namespace rnnfast::cuda::stepwise

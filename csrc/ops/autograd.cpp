@@ -128,7 +128,7 @@ Tensor dual(const Tensor& value, const Tensor& tangent) {
 // Forward-mode duals among a node's arguments, in place of which it got their primal parts: what the node saves are the
 // duals, so that its backward has tangents too. Null where there are none.
 struct Duals {
-  Tensor grads[4];  // of LayerBackward
+  Tensor grads[4];  // of LayerBackwardFunction
   Tensor input, h0, c0;
   at::TensorList weights;
 };
@@ -141,7 +141,7 @@ CellKind kept_kind(const AutogradContext& context) {
 
 // What of an operator's results has no derivative goes past the node: compiled autograd takes none with results marked
 // as not differentiable.
-struct Layer : torch::autograd::Function<Layer> {
+struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& h0,
@@ -216,8 +216,8 @@ ForwardResult recorded(CellKind kind, const Tensor& input, const Tensor& h0, con
     // Backward needs more than nothing.
     if (save == static_cast<int64_t>(Save::nothing)) save = static_cast<int64_t>(Save::gates);
     ForwardResult result;
-    const variable_list recorded = Layer::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise,
-                                                layer_norm, kind, duals, &result);
+    const variable_list recorded = LayerFunction::apply(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed,
+                                                        noise, layer_norm, kind, duals, &result);
     auto& [output, h_n, c_n, c, saved] = result;
     output = recorded[0];
     h_n = recorded[1];
@@ -256,7 +256,7 @@ ForwardResult forward(CellKind kind, const Tensor& input, const Tensor& h0, cons
 
 // Backward as a function of the gradients and of the layer's arguments: what forward left follows from these, and has
 // no derivative of its own.
-struct LayerBackward : torch::autograd::Function<LayerBackward> {
+struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* context, const OptionalTensor& grad_output,
@@ -349,9 +349,9 @@ BackwardResult recorded_backward(CellKind kind, const OptionalTensor& grad_outpu
                                  const OptionalTensor& reset, const Tensor& output, const Tensor& c,
                                  const Tensor& saved, OutputMask output_mask, const Duals* duals) {
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
-    auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind, duals,
-                                       static_cast<Tensor*>(nullptr));
+    auto result = LayerBackwardFunction::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
+                                               batch_sizes, lengths, reset, output.detach(), c.detach(), saved,
+                                               output_mask, kind, duals, static_cast<Tensor*>(nullptr));
     return {result[0], result[1], result[2], {result.begin() + 3, result.end()}};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -414,9 +414,9 @@ BackwardWithStatesResult backward_with_states(
                               cell_info(kind).name, "_backward_with_states has no forward-mode derivative");
   if (any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights)) {
     Tensor grad_states;
-    auto result = LayerBackward::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights, batch_sizes,
-                                       lengths, reset, output.detach(), c.detach(), saved, output_mask, kind,
-                                       static_cast<const Duals*>(nullptr), &grad_states);
+    auto result = LayerBackwardFunction::apply(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
+                                               batch_sizes, lengths, reset, output.detach(), c.detach(), saved,
+                                               output_mask, kind, static_cast<const Duals*>(nullptr), &grad_states);
     return {result[0], result[1], result[2], {result.begin() + 3, result.end()}, grad_states};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -442,7 +442,7 @@ BackwardResult grouped_backward(CellKind kind, c10::DispatchKeySet keys, const O
 }
 
 // The derivative along a tangent, as a function of the tangent and of the layer's arguments.
-struct LayerJvp : torch::autograd::Function<LayerJvp> {
+struct LayerJvpFunction : torch::autograd::Function<LayerJvpFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* context, const OptionalTensor& t_input, const OptionalTensor& t_h0,
@@ -549,8 +549,9 @@ JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_i
   }
   if (any_requires_grad(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
     JvpResult result;
-    const variable_list recorded = LayerJvp::apply(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes,
-                                                   lengths, reset, output.detach(), c.detach(), saved, kind, &result);
+    const variable_list recorded =
+        LayerJvpFunction::apply(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths, reset,
+                                output.detach(), c.detach(), saved, kind, &result);
     auto& [t_output, t_h_n, t_c_n, t_c] = result;
     t_output = recorded[0];
     t_h_n = recorded[1];

@@ -74,7 +74,7 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
     params.sequence = host.sequence();
     if (mask[0]) params.grad_input = rows_of(g, tensors.grad_input, 0);
     const int threads = max_threads();
-    const cpu::Engine& engine = cpu::engine(params.dtype);
+    const cpu::EngineTable& engine = cpu::engine(params.dtype);
     Workspace workspace(engine.backward_workspace_bytes(params, threads));
     engine.backward(params, workspace.data(), threads);
     if (output_mask[3]) {

@@ -28,7 +28,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   params.noise = noise.params;
   params.sequence = host.sequence();
   const int threads = max_threads();
-  const cpu::Engine& engine = cpu::engine(params.dtype);
+  const cpu::EngineTable& engine = cpu::engine(params.dtype);
   Workspace workspace(engine.forward_workspace_bytes(params, threads));
   engine.forward(params, workspace.data(), threads);
   return tensors.result();
@@ -77,7 +77,7 @@ BackwardResult run_backward(const Geometry& geometry, const LayerArguments& argu
     }
   }
   const int threads = max_threads();
-  const cpu::Engine& engine = cpu::engine(params.dtype);
+  const cpu::EngineTable& engine = cpu::engine(params.dtype);
   Workspace workspace(engine.backward_workspace_bytes(params, threads));
   engine.backward(params, workspace.data(), threads);
   return tensors.result();

@@ -18,11 +18,12 @@
 namespace rnnfast::ops {
 namespace {
 
-// The arrays behind a Sequence. Lengths on the device are not looked at: the kernels take one below 0 as 0 and one
-// above T as T, which costs no synchronisation. Lengths on the CPU are checked, and those that were checked are copied.
-class DeviceSequence {
+// The tensors and the array behind a Sequence. Lengths on the device are not looked at: the kernels take one below 0 as
+// 0 and one above T as T, which costs no synchronisation. Lengths on the CPU are checked, and those that were checked
+// are copied.
+class SequenceTensors {
  public:
-  DeviceSequence(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
+  SequenceTensors(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
     sequence_.steps = g.steps;
     sequence_.batch = g.batch;
     sequence_.rows = g.rows;
@@ -87,10 +88,10 @@ constexpr Launchers kLaunchers[plan::kEngines] = {
 #undef RNNFAST_PERSISTENT_LAUNCHERS
 #undef RNNFAST_LAUNCHERS
 
-// The engine of one call, and the way to run it on the current stream.
-class Engine {
+// The engine that the plan chose for one call, and the way to run it on the current stream.
+class PlannedEngine {
  public:
-  Engine(const Geometry& g, bool tf32, bool backward, bool noise)
+  PlannedEngine(const Geometry& g, bool tf32, bool backward, bool noise)
       : plan_(choose_cuda_engine({g.cell, g.dtype, tf32, g.steps, g.batch, g.hidden_size, g.projection,
                                   static_cast<int>(g.directions), backward, noise, g.layer_norm},
                                  cuda_device())) {}
@@ -166,7 +167,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   const NoiseTensors noise(g, input, seed, noise_);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
-  const DeviceSequence sequence(g, arguments, layer);
+  const SequenceTensors sequence(g, arguments, layer);
   ForwardTensors tensors(g, input, save, /*gaps=*/false);  // the engine writes the zeros past a length
   if (g.empty()) {
     finish_empty_forward(layer, tensors);
@@ -179,7 +180,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   params.noise = noise.params;
   params.sequence = sequence.sequence();
   params.tf32 = tf32_allowed();
-  const Engine engine(g, params.tf32, /*backward=*/false, noise.any());
+  const PlannedEngine engine(g, params.tf32, /*backward=*/false, noise.any());
   for (int64_t d = 0; d < g.directions; ++d) {
     project_input(g, x, Weights(g, layer.weights.data(), d), igates[d]);
     params.direction[d].igates = igates[d].data_ptr();
@@ -205,7 +206,7 @@ void sum_diagonal(const Tensor& grad_hgates, const Tensor& h_prev, const Tensor&
 }
 
 // The gradients that are sums over all rows: of the input and of the weights.
-void reduce_gradients(const Geometry& g, const LayerTensors& layer, const DeviceSequence& sequence,
+void reduce_gradients(const Geometry& g, const LayerTensors& layer, const SequenceTensors& sequence,
                       const Tensor& h_prev, const Tensor& gated, const Tensor& grad_h, const Tensor& hidden,
                       BackwardTensors& tensors) {
   Tensor x = layer.input.reshape({g.rows, g.input_size});
@@ -267,7 +268,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   noise.check_backward(g);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
-  const DeviceSequence sequence(g, arguments, layer);
+  const SequenceTensors sequence(g, arguments, layer);
   BackwardTensors tensors(g, layer, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved, output_mask,
                           /*gaps=*/false);  // past a length the gradients of the gates are zero, and so all others
   if (g.empty()) {
@@ -280,7 +281,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   params.noise = noise.params;
   params.sequence = sequence.sequence();
   params.tf32 = tf32_allowed();
-  const Engine engine(g, params.tf32, /*backward=*/true, noise.any());
+  const PlannedEngine engine(g, params.tf32, /*backward=*/true, noise.any());
   const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
   const Tensor h_prev = rows_of(g.output_size);
   const Tensor gated = g.info.two_products ? rows_of(g.hidden_size) : Tensor();

@@ -214,7 +214,7 @@ class TangentLayer {
       if (!g_.info.tangent) add_gates(d);
     }
     const int threads = max_threads();
-    const cpu::Engine& engine = cpu::engine(params_.dtype);
+    const cpu::EngineTable& engine = cpu::engine(params_.dtype);
     Workspace workspace(engine.tangent_workspace_bytes(params_, threads));
     engine.tangent(params_, workspace.data(), threads);
   }

@@ -22,7 +22,7 @@
 #include "../cpu/engine.h"
 
 namespace rnnfast::cpu {
-const Engine& engine(Dtype) { return RNNFAST_OWN_ISA::kEngine; }
+const EngineTable& engine(Dtype) { return RNNFAST_OWN_ISA::kEngine; }
 }  // namespace rnnfast::cpu
 
 // What Python asks of the cell: gates, states, saved values, whether its recurrence is diagonal.

@@ -78,27 +78,23 @@ void read_weights(Geometry& g, const LayerArguments& a) {
 
 void check_weights(const Geometry& g, const LayerArguments& a) {
   const int64_t gates = g.info.gates * g.hidden_size;
-  const auto check = [&](const char* argument, const Tensor& weight, const Shape& takes) {
-    check_shape(g.info, argument, weight, takes);
-    check_like(g.info, argument, weight, a.input);
+  const auto check = [&](const char* argument, const Tensor* weight, const Shape& takes) {
+    if (weight == nullptr) return;
+    check_shape(g.info, argument, *weight, takes);
+    check_like(g.info, argument, *weight, a.input);
   };
   for (int64_t d = 0; d < g.directions; ++d) {
-    const Tensor* w = &a.weights[d * g.weights_per_direction()];
-    check("w_ih", w[0], {"[G*H, I]", {gates, g.input_size}});
-    g.info.diagonal ? check("w_hh", w[1], {"[G*H]", {gates}})
-                    : check("w_hh", w[1], {"[G*H, P]", {gates, g.output_size}});
-    if (g.biases) {
-      check("b_ih", w[2], {"[G*H]", {gates}});
-      check("b_hh", w[3], {"[G*H]", {gates}});
-    }
-    if (g.projection) check("w_hr", w[g.biases ? 4 : 2], {"[P, H]", {g.output_size, g.hidden_size}});
-    if (!g.layer_norm) continue;
-    const Tensor* norms = w + g.weights_per_direction() - g.norms_per_direction();
-    check("norm_ih", norms[0], {"[G*H]", {gates}});
-    check("norm_hh", norms[1], {"[G*H]", {gates}});
-    if (g.info.states == 1) continue;
-    check("norm_c", norms[2], {"[H]", {g.hidden_size}});
-    check("norm_bias_c", norms[3], {"[H]", {g.hidden_size}});
+    const WeightView w(g, a.weights.data(), d);
+    check("w_ih", w.w_ih, {"[G*H, I]", {gates, g.input_size}});
+    g.info.diagonal ? check("w_hh", w.w_hh, {"[G*H]", {gates}})
+                    : check("w_hh", w.w_hh, {"[G*H, P]", {gates, g.output_size}});
+    check("b_ih", w.b_ih, {"[G*H]", {gates}});
+    check("b_hh", w.b_hh, {"[G*H]", {gates}});
+    check("w_hr", w.w_hr, {"[P, H]", {g.output_size, g.hidden_size}});
+    check("norm_ih", w.norm_ih, {"[G*H]", {gates}});
+    check("norm_hh", w.norm_hh, {"[G*H]", {gates}});
+    check("norm_c", w.norm_c, {"[H]", {g.hidden_size}});
+    check("norm_bias_c", w.norm_bias_c, {"[H]", {g.hidden_size}});
   }
 }
 

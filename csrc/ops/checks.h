@@ -43,6 +43,33 @@ struct Geometry {
   bool empty() const { return rows == 0 || hidden_size == 0; }
 };
 
+// One direction's weights in an operator's list, or what goes with them in a list of the same order: their gradients,
+// their tangents. The order is written here alone. Null: the layer has none.
+template <class T>
+struct WeightView {
+  T *w_ih, *w_hh;
+  T *b_ih = nullptr, *b_hh = nullptr;
+  T* w_hr = nullptr;
+  T *norm_ih = nullptr, *norm_hh = nullptr, *norm_c = nullptr, *norm_bias_c = nullptr;
+
+  WeightView(const Geometry& geometry, T* list, int64_t direction) {
+    T* next = list + direction * geometry.weights_per_direction();
+    w_ih = next++;
+    w_hh = next++;
+    if (geometry.biases) {
+      b_ih = next++;
+      b_hh = next++;
+    }
+    if (geometry.projection) w_hr = next++;
+    if (!geometry.layer_norm) return;
+    norm_ih = next++;
+    norm_hh = next++;
+    if (geometry.info.states == 1) return;
+    norm_c = next++;
+    norm_bias_c = next++;
+  }
+};
+
 // Throws ValueError for a dtype that the operator does not take, RuntimeError for a shape, a device, or a dtype other
 // than the input's, as torch.nn does. Reads no data, and so does not synchronise with a device.
 Geometry check_layer(CellKind cell, const LayerArguments& arguments);

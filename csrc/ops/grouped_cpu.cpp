@@ -81,14 +81,16 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
       const Tensor igates = in_order(host.sequence(), tensors.grad_igates);
       const Tensor hgates = g.info.split_gates ? in_order(host.sequence(), tensors.grad_hgates) : igates;
       const Tensor x = rows_within_lengths(g, lengths, layer.input);
+      grad_weights.resize(weights.size());
       for (int64_t d = 0; d < g.directions; ++d) {
+        const WeightView grads(g, grad_weights.data(), d);
         const Tensor h_prev = previous_states(g, host.sequence(), tensors.output, layer.h0, d);
-        grad_weights.push_back(grouped_product(igates[d], x, groups));
-        grad_weights.push_back(g.info.diagonal ? grouped_sum(diagonal_product(g, h_prev, hgates[d]), groups)
-                                               : grouped_product(hgates[d], h_prev, groups));
+        *grads.w_ih = grouped_product(igates[d], x, groups);
+        *grads.w_hh = g.info.diagonal ? grouped_sum(diagonal_product(g, h_prev, hgates[d]), groups)
+                                      : grouped_product(hgates[d], h_prev, groups);
         if (!g.biases) continue;
-        grad_weights.push_back(grouped_sum(igates[d], groups));
-        grad_weights.push_back(grouped_sum(hgates[d], groups));
+        *grads.b_ih = grouped_sum(igates[d], groups);
+        *grads.b_hh = grouped_sum(hgates[d], groups);
       }
     }
   }

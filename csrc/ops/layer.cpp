@@ -54,24 +54,18 @@ Tensor contiguous_features_or_undefined(const OptionalTensor& tensor) {
 Tensor no_elements(const Tensor& like) { return at::empty({0}, like.options()); }
 
 DirectionWeights direction_weights(const Geometry& g, const LayerTensors& layer, int64_t d) {
-  const Tensor* tensors = &layer.weights[d * g.weights_per_direction()];
+  const WeightView tensors(g, layer.weights.data(), d);
+  const auto data = [](const Tensor* weight) { return weight ? weight->const_data_ptr() : nullptr; };
   DirectionWeights weights;
-  weights.w_ih = tensors[0].const_data_ptr();
-  weights.w_hh = tensors[1].const_data_ptr();
-  if (g.biases) {
-    weights.b_ih = tensors[2].const_data_ptr();
-    weights.b_hh = tensors[3].const_data_ptr();
-  }
-  if (g.projection) weights.w_hr = tensors[g.biases ? 4 : 2].const_data_ptr();
-  if (g.layer_norm) {
-    const Tensor* norms = tensors + g.weights_per_direction() - g.norms_per_direction();
-    weights.norm_ih = norms[0].const_data_ptr();
-    weights.norm_hh = norms[1].const_data_ptr();
-    if (g.info.states == 2) {
-      weights.norm_c = norms[2].const_data_ptr();
-      weights.norm_bias_c = norms[3].const_data_ptr();
-    }
-  }
+  weights.w_ih = data(tensors.w_ih);
+  weights.w_hh = data(tensors.w_hh);
+  weights.b_ih = data(tensors.b_ih);
+  weights.b_hh = data(tensors.b_hh);
+  weights.w_hr = data(tensors.w_hr);
+  weights.norm_ih = data(tensors.norm_ih);
+  weights.norm_hh = data(tensors.norm_hh);
+  weights.norm_c = data(tensors.norm_c);
+  weights.norm_bias_c = data(tensors.norm_bias_c);
   return weights;
 }
 
@@ -192,6 +186,23 @@ LayerBackward backward_params(const Geometry& g, const LayerTensors& layer, cons
     direction.grad_hgates = block(tensors.grad_hgates, d);
   }
   return params;
+}
+
+void set_weight_gradients(const Geometry& g, BackwardTensors& tensors, LayerBackward& params) {
+  const auto data = [](const Tensor* gradient) { return gradient ? gradient->data_ptr() : nullptr; };
+  for (int64_t d = 0; d < g.directions; ++d) {
+    const WeightView grads(g, tensors.grad_weights.data(), d);
+    DirectionBackward& direction = params.direction[d];
+    direction.grad_w_ih = data(grads.w_ih);
+    direction.grad_w_hh = data(grads.w_hh);
+    direction.grad_b_ih = data(grads.b_ih);
+    direction.grad_b_hh = data(grads.b_hh);
+    direction.grad_w_hr = data(grads.w_hr);
+    direction.grad_norm_ih = data(grads.norm_ih);
+    direction.grad_norm_hh = data(grads.norm_hh);
+    direction.grad_norm_c = data(grads.norm_c);
+    direction.grad_norm_bias_c = data(grads.norm_bias_c);
+  }
 }
 
 void finish_empty_forward(const LayerTensors& layer, ForwardTensors& tensors) {

@@ -72,6 +72,8 @@ struct BackwardTensors {
 LayerForward forward_params(const Geometry& geometry, Save save, const LayerTensors& layer,
                             const ForwardTensors& tensors);
 LayerBackward backward_params(const Geometry& geometry, const LayerTensors& layer, const BackwardTensors& tensors);
+// Has the engine write the gradients of the weights, as far as it makes them, to those of the tensors, which are there.
+void set_weight_gradients(const Geometry& geometry, BackwardTensors& tensors, LayerBackward& params);
 
 // What remains of a call for which Geometry::empty() holds: the states pass through, every other gradient is zero.
 void finish_empty_forward(const LayerTensors& layer, ForwardTensors& tensors);

@@ -56,26 +56,7 @@ BackwardResult run_backward(const Geometry& geometry, const LayerArguments& argu
   params.noise = noise.params;
   params.sequence = host.sequence();
   if (output_mask[0]) params.grad_input = rows_of(geometry, tensors.grad_input, 0);
-  if (output_mask[3]) {
-    for (int64_t d = 0; d < geometry.directions; ++d) {
-      Tensor* grads = &tensors.grad_weights[d * geometry.weights_per_direction()];
-      DirectionBackward& direction = params.direction[d];
-      direction.grad_w_ih = grads[0].data_ptr();
-      direction.grad_w_hh = grads[1].data_ptr();
-      if (geometry.biases) {
-        direction.grad_b_ih = grads[2].data_ptr();
-        direction.grad_b_hh = grads[3].data_ptr();
-      }
-      if (geometry.projection) direction.grad_w_hr = grads[geometry.biases ? 4 : 2].data_ptr();
-      if (!geometry.layer_norm) continue;
-      Tensor* norms = grads + geometry.weights_per_direction() - geometry.norms_per_direction();
-      direction.grad_norm_ih = norms[0].data_ptr();
-      direction.grad_norm_hh = norms[1].data_ptr();
-      if (geometry.info.states == 1) continue;
-      direction.grad_norm_c = norms[2].data_ptr();
-      direction.grad_norm_bias_c = norms[3].data_ptr();
-    }
-  }
+  if (output_mask[3]) set_weight_gradients(geometry, tensors, params);
   const int threads = max_threads();
   const cpu::EngineTable& engine = cpu::engine(params.dtype);
   Workspace workspace(engine.backward_workspace_bytes(params, threads));

@@ -132,28 +132,12 @@ class PlannedEngine {
   plan::Plan plan_;
 };
 
-// The weights of one direction, or their gradients; those that are not there are undefined.
-struct Weights {
-  Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
-
-  Weights(const Geometry& g, const Tensor* tensors, int64_t direction) {
-    tensors += direction * g.weights_per_direction();
-    w_ih = tensors[0];
-    w_hh = tensors[1];
-    if (g.biases) {
-      b_ih = tensors[2];
-      b_hh = tensors[3];
-    }
-    if (g.projection) w_hr = tensors[g.biases ? 4 : 2];
-  }
-};
-
 // igates [N, G*H] = x W_ih^T + b_ih, all steps at once. Where they are normalised, the bias comes behind that.
-void project_input(const Geometry& g, const Tensor& x, const Weights& weights, Tensor igates) {
+void project_input(const Geometry& g, const Tensor& x, const WeightView<const Tensor>& weights, Tensor igates) {
   if (g.biases && !g.layer_norm) {
-    at::addmm_out(igates, weights.b_ih, x, weights.w_ih.t());
+    at::addmm_out(igates, *weights.b_ih, x, weights.w_ih->t());
   } else {
-    at::mm_out(igates, x, weights.w_ih.t());
+    at::mm_out(igates, x, weights.w_ih->t());
   }
 }
 
@@ -182,7 +166,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   params.tf32 = tf32_allowed();
   const PlannedEngine engine(g, params.tf32, /*backward=*/false, noise.any());
   for (int64_t d = 0; d < g.directions; ++d) {
-    project_input(g, x, Weights(g, layer.weights.data(), d), igates[d]);
+    project_input(g, x, WeightView(g, layer.weights.data(), d), igates[d]);
     params.direction[d].igates = igates[d].data_ptr();
   }
   engine.run(params, input);
@@ -218,40 +202,25 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Sequen
   for (int64_t d = 0; d < g.directions; ++d) {
     const Tensor grad_igates = tensors.grad_igates[d], grad_hgates = tensors.grad_hgates[d];
     if (grad_x.defined()) {
-      const Weights weights(g, layer.weights.data(), d);
-      d == 0 ? at::mm_out(grad_x, grad_igates, weights.w_ih) : grad_x.addmm_(grad_igates, weights.w_ih);
+      const Tensor& w_ih = *WeightView(g, layer.weights.data(), d).w_ih;
+      d == 0 ? at::mm_out(grad_x, grad_igates, w_ih) : grad_x.addmm_(grad_igates, w_ih);
     }
     if (!tensors.mask[3]) continue;
-    Weights grads(g, tensors.grad_weights.data(), d);
-    at::mm_out(grads.w_ih, grad_igates.t(), x);
+    const WeightView grads(g, tensors.grad_weights.data(), d);
+    at::mm_out(*grads.w_ih, grad_igates.t(), x);
     const int64_t first = g.info.first_gates * g.hidden_size, others = g.info.gates * g.hidden_size - first;
     const auto grad_w_hh = [&](int64_t start, int64_t length, const Tensor& operand) {
-      Tensor grad = grads.w_hh.narrow(0, start, length);
+      Tensor grad = grads.w_hh->narrow(0, start, length);
       at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
     };
-    g.info.diagonal ? sum_diagonal(grad_hgates, h_prev[d], grads.w_hh) : grad_w_hh(0, first, h_prev[d]);
+    g.info.diagonal ? sum_diagonal(grad_hgates, h_prev[d], *grads.w_hh) : grad_w_hh(0, first, h_prev[d]);
     if (g.info.two_products) grad_w_hh(first, others, gated[d]);
     if (g.biases && !g.layer_norm) {
-      at::sum_out(grads.b_ih, grad_igates, 0);
-      g.info.split_gates ? at::sum_out(grads.b_hh, grad_hgates, 0) : grads.b_hh.copy_(grads.b_ih);
+      at::sum_out(*grads.b_ih, grad_igates, 0);
+      g.info.split_gates ? at::sum_out(*grads.b_hh, grad_hgates, 0) : grads.b_hh->copy_(*grads.b_ih);
     }
-    if (g.projection) at::mm_out(grads.w_hr, grad_h[d].t(), hidden[d]);
+    if (g.projection) at::mm_out(*grads.w_hr, grad_h[d].t(), hidden[d]);
   }
-}
-
-// Where the engine leaves those gradients that are no products over all steps.
-void norm_gradients(const Geometry& g, BackwardTensors& tensors, int64_t d, DirectionBackward& direction) {
-  Tensor* grads = &tensors.grad_weights[d * g.weights_per_direction()];
-  if (g.biases) {
-    direction.grad_b_ih = grads[2].data_ptr();
-    direction.grad_b_hh = grads[3].data_ptr();
-  }
-  Tensor* norms = grads + g.weights_per_direction() - g.norms_per_direction();
-  direction.grad_norm_ih = norms[0].data_ptr();
-  direction.grad_norm_hh = norms[1].data_ptr();
-  if (g.info.states == 1) return;
-  direction.grad_norm_c = norms[2].data_ptr();
-  direction.grad_norm_bias_c = norms[3].data_ptr();
 }
 
 template <CellKind kind>
@@ -297,9 +266,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
       products[d].grad_h = grad_h[d].data_ptr();
       products[d].hidden = hidden[d].data_ptr();
     }
-    if (g.layer_norm && output_mask[3]) norm_gradients(g, tensors, d, params.direction[d]);
-    if (recompute) project_input(g, x, Weights(g, layer.weights.data(), d), tensors.grad_igates[d]);
+    if (recompute) project_input(g, x, WeightView(g, layer.weights.data(), d), tensors.grad_igates[d]);
   }
+  // Those of the norms, and with them of the biases, are no products over all steps: the engine makes them.
+  if (g.layer_norm && output_mask[3]) set_weight_gradients(g, tensors, params);
   engine.run(params, products, input);
   reduce_gradients(g, layer, sequence, h_prev, gated, grad_h, hidden, tensors);
   return tensors.result();

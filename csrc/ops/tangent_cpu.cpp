@@ -72,8 +72,8 @@ class TangentLayer {
     for (int64_t d = 0; d < g_.directions; ++d) {
       DirectionTangent& direction = params_.direction[d];
       direction.reverse = d == 1;
-      direction.w_ih = weight(d, 0).pointer();
-      direction.w_hh = weight(d, 1).pointer();
+      direction.w_ih = weights(d).w_ih->pointer();
+      direction.w_hh = weights(d).w_hh->pointer();
       direction.h0 = h0_.pointer(d);
       direction.output = output_.rows(g_, d * g_.output_size);
       direction.t_h_n = block(t_h_n_, d);
@@ -130,12 +130,12 @@ class TangentLayer {
           direction.t_grad_c0 = block(t_grad_c0, d);
         }
         if (!mask[3]) continue;
-        const Tensor* of_direction = &t_grad_weights[d * g_.weights_per_direction()];
-        direction.t_grad_w_ih = of_direction[0].data_ptr();
-        direction.t_grad_w_hh = of_direction[1].data_ptr();
+        const WeightView of_weights(g_, t_grad_weights.data(), d);
+        direction.t_grad_w_ih = of_weights.w_ih->data_ptr();
+        direction.t_grad_w_hh = of_weights.w_hh->data_ptr();
         if (!g_.biases) continue;
-        direction.t_grad_b_ih = of_direction[2].data_ptr();
-        direction.t_grad_b_hh = of_direction[3].data_ptr();
+        direction.t_grad_b_ih = of_weights.b_ih->data_ptr();
+        direction.t_grad_b_hh = of_weights.b_hh->data_ptr();
       }
       run();
     }
@@ -146,7 +146,7 @@ class TangentLayer {
  private:
   Tensor nothing() const { return at::empty({0}, layer_.input.options()); }
   bool empty() const { return g_.empty() || params_.sequence.rows == 0; }
-  const DualTensor& weight(int64_t d, int64_t i) const { return weights_[d * g_.weights_per_direction() + i]; }
+  WeightView<const DualTensor> weights(int64_t d) const { return {g_, weights_.data(), d}; }
   static void pass(Tensor& to, const Tensor& from) { from.defined() ? to.copy_(from) : to.zero_(); }
 
   void pass_states() {
@@ -182,13 +182,13 @@ class TangentLayer {
 
   // The parts of the gates' tangents that come from those of weights and biases, which are there all together.
   void add_weight_tangents(int64_t d) {
+    const auto w = weights(d);
     Tensor igates, hgates;
-    add_product(igates, input_rows(), weight(d, 0).tangent.t());
-    add_hidden_product(g_.info.split_gates ? hgates : igates, previous(output_.value, h0_.value, d),
-                       weight(d, 1).tangent);
+    add_product(igates, input_rows(), w.w_ih->tangent.t());
+    add_hidden_product(g_.info.split_gates ? hgates : igates, previous(output_.value, h0_.value, d), w.w_hh->tangent);
     if (g_.biases) {
-      igates.add_(weight(d, 2).tangent);
-      (g_.info.split_gates ? hgates : igates).add_(weight(d, 3).tangent);
+      igates.add_(w.b_ih->tangent);
+      (g_.info.split_gates ? hgates : igates).add_(w.b_hh->tangent);
     }
     params_.direction[d].t_igates = gate_rows(igates);
     params_.direction[d].t_hgates = gate_rows(hgates);
@@ -196,21 +196,22 @@ class TangentLayer {
 
   // The gates themselves, for a cell without a tangent of its own.
   void add_gates(int64_t d) {
+    const auto w = weights(d);
     for (const bool hidden : {false, true}) {
       Tensor values;
       if (hidden) {
-        add_hidden_product(values, previous(output_.value, h0_.value, d), weight(d, 1).value);
+        add_hidden_product(values, previous(output_.value, h0_.value, d), w.w_hh->value);
       } else {
-        add_product(values, input_rows(), weight(d, 0).value.t());
+        add_product(values, input_rows(), w.w_ih->value.t());
       }
-      if (g_.biases) values.add_(weight(d, hidden ? 3 : 2).value);
+      if (g_.biases) values.add_((hidden ? w.b_hh : w.b_ih)->value);
       (hidden ? params_.direction[d].hgates : params_.direction[d].igates) = gate_rows(values);
     }
   }
 
   void run() {
     for (int64_t d = 0; d < g_.directions; ++d) {
-      if (weight(d, 0).tangent.defined()) add_weight_tangents(d);
+      if (weights(d).w_ih->tangent.defined()) add_weight_tangents(d);
       if (!g_.info.tangent) add_gates(d);
     }
     const int threads = max_threads();

@@ -21,7 +21,11 @@ void multiply(void* handle, const cuda::GemmArguments& g, cudaDataType_t operand
               ", ", g.n, "]: ", cublasGetStatusString(status));
 }
 
-int run(void* handle, const cuda::GemmArguments& arguments) {
+}  // namespace
+
+int CublasGemm::run(void* self, const cuda::GemmArguments& arguments) {
+  void*& handle = static_cast<CublasGemm*>(self)->handle_;
+  if (handle == nullptr) handle = at::cuda::getCurrentCUDABlasHandle();
   switch (arguments.dtype) {
     case Dtype::f64:
       multiply<double>(handle, arguments, CUDA_R_64F, CUDA_R_64F, CUBLAS_COMPUTE_64F);
@@ -38,10 +42,5 @@ int run(void* handle, const cuda::GemmArguments& arguments) {
   }
   return 0;
 }
-
-}  // namespace
-
-// Torch's handle is got once a call and not once a product: that takes a lock and sets the handle up again.
-cuda::Gemm cublas_gemm() { return {&run, at::cuda::getCurrentCUDABlasHandle()}; }
 
 }  // namespace rnnfast::ops

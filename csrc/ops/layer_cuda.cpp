@@ -99,12 +99,14 @@ class PlannedEngine {
   void run(LayerForward layer, const Tensor& like) const {
     layer.spread = plan_.tile.spread;
     const Tensor workspace = allocate(launchers().forward_workspace_bytes(layer), like);
-    check(launchers().forward(layer, context(workspace)));
+    CublasGemm gemm;
+    check(launchers().forward(layer, context(workspace, gemm)));
   }
   void run(LayerBackward layer, const cuda::BackwardProducts (&products)[2], const Tensor& like) const {
     layer.spread = plan_.tile.spread;
     const Tensor workspace = allocate(launchers().backward_workspace_bytes(layer), like);
-    check(launchers().backward(layer, products, context(workspace)));
+    CublasGemm gemm;
+    check(launchers().backward(layer, products, context(workspace, gemm)));
   }
 
  private:
@@ -113,12 +115,8 @@ class PlannedEngine {
   static Tensor allocate(size_t bytes, const Tensor& like) {
     return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
   }
-  cuda::Context context(const Tensor& workspace) const {
-    cuda::Context context;
-    context.stream = c10::cuda::getCurrentCUDAStream().stream();
-    context.workspace = workspace.data_ptr();
-    context.gemm = cublas_gemm();
-    return context;
+  static cuda::Context context(const Tensor& workspace, CublasGemm& gemm) {
+    return {c10::cuda::getCurrentCUDAStream().stream(), workspace.data_ptr(), gemm.gemm()};
   }
   void check(int code) const {
     const auto error = static_cast<cudaError_t>(code);

@@ -5,9 +5,8 @@
 #include "gemm_cuda.h"
 
 namespace rnnfast::ops {
-namespace {
 
-int run(void*, const cuda::GemmArguments& g) {
+int CublasGemm::run(void*, const cuda::GemmArguments& g) {
   constexpr at::ScalarType kTypes[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};  // in the order of Dtype
   const at::ScalarType type = kTypes[static_cast<int>(g.dtype)];
   const at::ScalarType acc = type == at::kDouble ? at::kDouble : at::kFloat;
@@ -21,9 +20,5 @@ int run(void*, const cuda::GemmArguments& g) {
   g.accumulate ? c.add_(product) : c.copy_(product);
   return 0;
 }
-
-}  // namespace
-
-cuda::Gemm cublas_gemm() { return {&run, nullptr}; }
 
 }  // namespace rnnfast::ops

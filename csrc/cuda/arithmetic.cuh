@@ -1,5 +1,5 @@
-// Owns: the way from a layer's dtype to the storage type and the arithmetic of its persistent kernels.
-// Must not know: cells, kernels.
+// Owns: the way from a layer to the template arguments of its persistent kernels: the cell, and of the dtype the
+// storage type and the arithmetic. Must not know: what a cell computes, kernels.
 #pragma once
 
 #include "pointwise.cuh"
@@ -17,6 +17,20 @@ int choose_arithmetic(Dtype dtype, bool tf32, const Function& function) {
       return function(Type<__half>(), Type<TensorCore<__half>>());
     case Dtype::f32:
       return tf32 ? function(Type<float>(), Type<TensorCoreTf32>()) : function(Type<float>(), Type<ScalarFloat>());
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// Calls function(Type<Cell>), for a cell that has persistent kernels.
+template <class Function>
+int dispatch_persistent(CellKind cell, const Function& function) {
+  switch (cell) {
+#define RNNFAST_DISPATCH_CELL(name, Cell) \
+  case CellKind::name:                    \
+    return function(Type<Cell>());
+    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_DISPATCH_CELL)
+#undef RNNFAST_DISPATCH_CELL
     default:
       return cudaErrorInvalidValue;
   }

@@ -20,6 +20,7 @@
 //                operands: who writes one again has passed a barrier that all pass after they have read it.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "launch.cuh"
 #include "persistent_cta_kernels.cuh"
 #include "pointwise.cuh"
@@ -204,7 +205,7 @@ int launch_backward(const LayerBackward& layer, const BackwardProducts (&product
 // Calls function(Type<Cell>, wide) for the layer's cell and the shape that holds it.
 template <class Math, bool kBackward, class Function>
 int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) {
-  const auto choose = [&](auto type) -> int {
+  return dispatch_persistent(cell, [&](auto type) -> int {
     using Cell = typename decltype(type)::type;
     using Operand = typename Math::Operand;
     if (fits_cta_shape(hidden_size,
@@ -215,16 +216,7 @@ int choose_kernel(CellKind cell, int64_t hidden_size, const Function& function) 
       return function(type, std::true_type());
     }
     return cudaErrorInvalidValue;
-  };
-  switch (cell) {
-#define RNNFAST_CHOOSE_CELL(name, Cell) \
-  case CellKind::name:                  \
-    return choose(Type<Cell>());
-    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_CHOOSE_CELL)
-#undef RNNFAST_CHOOSE_CELL
-    default:
-      return cudaErrorInvalidValue;
-  }
+  });
 }
 
 template <class scalar_t, class Math>

@@ -248,20 +248,6 @@ __global__ void __launch_bounds__(kSpreadMostWarps* kWarpLanes, 1)
 }
 
 // ------------------------------------------------------------------------------------------------ host
-// Calls function(Type<Cell>).
-template <class Function>
-int choose_cell(CellKind kind, const Function& function) {
-  switch (kind) {
-#define RNNFAST_CHOOSE_CELL(name, Cell) \
-  case CellKind::name:                  \
-    return function(Type<Cell>());
-    RNNFAST_FOR_EACH_PERSISTENT_CELL(RNNFAST_CHOOSE_CELL)
-#undef RNNFAST_CHOOSE_CELL
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 template <class Exchange>
 bool is_possible(const Spread& spread, int64_t hidden_size) {
   return spread.unit_tiles > 0 && spread.row_tiles > 0 && spread.row_tiles <= spread.depth_splits &&
@@ -297,7 +283,7 @@ int spread_forward(const LayerForward& layer, const Context& context, Workspace&
   ForwardLayerOnDevice<scalar_t> args = forward_on_device<scalar_t>(layer);
   RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, workspace.take<int64_t>(offsets_count(layer.sequence)),
                                           static_cast<cudaStream_t>(context.stream), args.sequence));
-  return choose_cell(layer.cell, [&](auto cell) {
+  return dispatch_persistent(layer.cell, [&](auto cell) {
     using Cell = typename decltype(cell)::type;
     const SpreadShape shape =
         spread_shape<Math>(layer.spread, layer.hidden_size, layer.sequence.batch, Cell::kGates, /*backward=*/false);
@@ -331,7 +317,7 @@ int spread_backward(const LayerBackward& layer, const BackwardProducts (&product
   if (!is_possible<Exchange>(layer.spread, layer.hidden_size)) return cudaErrorInvalidValue;
   BackwardLayerOnDevice<scalar_t> args = backward_on_device<scalar_t>(layer, products);
   args.sequence = sequence;
-  return choose_cell(layer.cell, [&](auto cell) {
+  return dispatch_persistent(layer.cell, [&](auto cell) {
     return launch_backward<typename decltype(cell)::type, Math, Exchange>(layer, args, context, workspace);
   });
 }

@@ -1,5 +1,5 @@
 // Owns: what the kernels share that compute every element by itself: how threads map to features and rows, vector
-// loads, the way from (cell, dtype) to a template; and the workspace. Must not know: equations, tensors, time.
+// loads, the way from (cell, dtype) to a template. Must not know: equations, tensors, time.
 #pragma once
 
 #include <algorithm>

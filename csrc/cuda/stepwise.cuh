@@ -8,7 +8,7 @@
 namespace rnnfast::cuda::stepwise {
 
 // ------------------------------------------------------------------------------------------------ device
-// Rows of a step that have ended: those past their length. (The rows of a packed step all live.)
+// Whether a row of a step lives, which it does up to its length. (The rows of a packed step all live.)
 __device__ __forceinline__ bool lives(const int64_t* lengths, int64_t slot, int64_t step) {
   return lengths == nullptr || step < lengths[slot];
 }

@@ -187,10 +187,25 @@ void sum_diagonal(const Tensor& grad_hgates, const Tensor& h_prev, const Tensor&
   grad_w_hh.copy_(sum);
 }
 
+// The tensors behind BackwardProducts, [D, N, P or H]; undefined where the layer has no use for them.
+struct ProductTensors {
+  ProductTensors(const Geometry& g, const Tensor& like) {
+    const auto empty = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, like.options()); };
+    h_prev = empty(g.output_size);
+    if (g.projection) grad_h = empty(g.output_size);
+    if (g.projection) hidden = empty(g.hidden_size);
+    if (g.info.two_products) gated = empty(g.hidden_size);
+  }
+  cuda::BackwardProducts direction(int64_t d) const {
+    return {block(h_prev, d), block(grad_h, d), block(hidden, d), block(gated, d)};
+  }
+
+  Tensor h_prev, grad_h, hidden, gated;
+};
+
 // The gradients that are sums over all rows: of the input and of the weights.
 void reduce_gradients(const Geometry& g, const LayerTensors& layer, const SequenceTensors& sequence,
-                      const Tensor& h_prev, const Tensor& gated, const Tensor& grad_h, const Tensor& hidden,
-                      BackwardTensors& tensors) {
+                      const ProductTensors& products, BackwardTensors& tensors) {
   Tensor x = layer.input.reshape({g.rows, g.input_size});
   if (tensors.mask[3] && sequence.lengths().defined()) {  // past a length the input may be anything, NaN too
     const Tensor step = at::arange(g.steps, sequence.lengths().options()).unsqueeze(1);
@@ -211,13 +226,14 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Sequen
       Tensor grad = grads.w_hh->narrow(0, start, length);
       at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
     };
-    g.info.diagonal ? sum_diagonal(grad_hgates, h_prev[d], *grads.w_hh) : grad_w_hh(0, first, h_prev[d]);
-    if (g.info.two_products) grad_w_hh(first, others, gated[d]);
+    g.info.diagonal ? sum_diagonal(grad_hgates, products.h_prev[d], *grads.w_hh)
+                    : grad_w_hh(0, first, products.h_prev[d]);
+    if (g.info.two_products) grad_w_hh(first, others, products.gated[d]);
     if (g.biases && !g.layer_norm) {
       at::sum_out(*grads.b_ih, grad_igates, 0);
       g.info.split_gates ? at::sum_out(*grads.b_hh, grad_hgates, 0) : grads.b_hh->copy_(*grads.b_ih);
     }
-    if (g.projection) at::mm_out(*grads.w_hr, grad_h[d].t(), hidden[d]);
+    if (g.projection) at::mm_out(*grads.w_hr, products.grad_h[d].t(), products.hidden[d]);
   }
 }
 
@@ -249,27 +265,18 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   params.sequence = sequence.sequence();
   params.tf32 = tf32_allowed();
   const PlannedEngine engine(g, params.tf32, /*backward=*/true, noise.any());
-  const auto rows_of = [&](int64_t features) { return at::empty({g.directions, g.rows, features}, input.options()); };
-  const Tensor h_prev = rows_of(g.output_size);
-  const Tensor gated = g.info.two_products ? rows_of(g.hidden_size) : Tensor();
-  const Tensor grad_h = g.projection ? rows_of(g.output_size) : Tensor();
-  const Tensor hidden = g.projection ? rows_of(g.hidden_size) : Tensor();
+  const ProductTensors product_tensors(g, input);
   cuda::BackwardProducts products[2];
   const bool recompute = saved.numel() == 0 && g.saved_values() > 0;
   const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
   for (int64_t d = 0; d < g.directions; ++d) {
-    products[d].h_prev = h_prev[d].data_ptr();
-    if (g.info.two_products) products[d].gated = gated[d].data_ptr();
-    if (g.projection) {
-      products[d].grad_h = grad_h[d].data_ptr();
-      products[d].hidden = hidden[d].data_ptr();
-    }
+    products[d] = product_tensors.direction(d);
     if (recompute) project_input(g, x, WeightView(g, layer.weights.data(), d), tensors.grad_igates[d]);
   }
   // Those of the norms, and with them of the biases, are no products over all steps: the engine makes them.
   if (g.layer_norm && output_mask[3]) set_weight_gradients(g, tensors, params);
   engine.run(params, products, input);
-  reduce_gradients(g, layer, sequence, h_prev, gated, grad_h, hidden, tensors);
+  reduce_gradients(g, layer, sequence, product_tensors, tensors);
   return tensors.result();
 }
 

@@ -90,6 +90,10 @@ struct CellTraits {
   bool diagonal;    // w_hh is [G*H]
   bool tangent;     // has a tangent of its own
   bool layer_norm;  // its gates can be normalised
+
+  // S of params.h: what a layer keeps of a unit's step for backward. A normalised one keeps both products of every
+  // gate.
+  constexpr int saved_values(bool normalised) const { return normalised ? 2 * gates : saved; }
 };
 template <class Cell>
 inline constexpr CellTraits traits_of = {

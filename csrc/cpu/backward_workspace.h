@@ -71,7 +71,7 @@ class BackwardWorkspace : public GradientSizes<S, LayerBackward> {
   bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
   bool recomputes() const { return saved_width() > 0 && !layer.direction[0].saved; }
   int64_t first_gates() const { return cell.first_gates * layer.hidden_size; }
-  int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
+  int64_t saved_width() const { return cell.saved_values(layer.layer_norm) * layer.hidden_size; }
   int64_t ld_gates() const { return layer.direction[0].grad_igates ? gates() : padded_gates(); }
   int64_t ld_outputs() const { return round_up(layer.output_size, Product<S>::kPair); }
   int64_t window_rows(int64_t slots) const { return std::min(layer.sequence.rows, std::max(kWindowRows, slots)); }

@@ -70,7 +70,7 @@ class ForwardWorkspace {
                        layer.directions, layer.sequence, size_of(layer.dtype), layer.layer_norm, threads)) {}
 
   bool projects() const { return layer.direction[0].weights.w_hr != nullptr; }
-  int64_t saved_width() const { return (layer.layer_norm ? 2 * cell.gates : cell.saved) * layer.hidden_size; }
+  int64_t saved_width() const { return cell.saved_values(layer.layer_norm) * layer.hidden_size; }
   // The tile of the first product has the width that fits.
   UnitBlocks hidden_blocks(int gates) const {
     UnitBlocks blocks = unit_blocks<S>(cell.first_gates, cell.gates, layer.hidden_size, plan.divide);

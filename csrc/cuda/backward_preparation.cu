@@ -126,10 +126,7 @@ __global__ void __launch_bounds__(kThreads) keep_products_kernel(const __grid_co
 }
 
 // S
-int64_t saved_values(const LayerBackward& layer) {
-  const CellInfo info = cell_info(layer.cell);
-  return layer.layer_norm ? 2 * info.gates : info.saved;
-}
+int64_t saved_values(const LayerBackward& layer) { return cell_info(layer.cell).saved_values(layer.layer_norm); }
 
 bool recomputes(const LayerBackward& layer) { return layer.direction[0].saved == nullptr && saved_values(layer) > 0; }
 

@@ -385,7 +385,8 @@ class BackwardLoop {
   // What the cells of a step read and write; index counts the steps in each direction's own order.
   BackwardStep<scalar_t> step_at(int64_t index) const {
     const Sequence& sequence = layer_.sequence;
-    const int64_t H = layer_.hidden_size, GH = Cell::kGates * H, SH = layer_.layer_norm ? 2 * GH : Cell::kSaved * H;
+    const int64_t H = layer_.hidden_size, GH = Cell::kGates * H;
+    const int64_t SH = traits_of<Cell>.saved_values(layer_.layer_norm) * H;
     BackwardStep<scalar_t> step{H, sequence.lengths, noise_, {}};
     for (int k = 0; k < layer_.directions; ++k) {
       const DirectionBackward& d = layer_.direction[k];

@@ -31,7 +31,7 @@ struct Geometry {
   int64_t norms_per_direction() const { return layer_norm ? 2 * info.states : 0; }
   int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0) + norms_per_direction(); }
   // S
-  int64_t saved_values() const { return layer_norm ? 2 * info.gates : info.saved; }
+  int64_t saved_values() const { return info.saved_values(layer_norm); }
   // Elements of `saved` over N: with layer normalisation more than the S*H of a row.
   int64_t saved_elements_a_row() const {
     const int sums = size_of(dtype) < 4 ? 2 : 1;  // elements of a sum

@@ -211,8 +211,8 @@ struct DirectionTangent {
   DualRows output;              // rows of P; forward writes the tangent
   DualRows c;                   // rows of H; forward writes the tangent
 
-  // forward: rows of G*H, the part of the gates' tangents that comes from those of weights and biases. For a cell
-  // without split gates t_igates has both halves, and t_hgates is not used.
+  // forward: rows of G*H, the part of the gates' tangents that comes from those of weights and biases, for the CUDA
+  // engine also from the input's. For a cell without split gates t_igates has both halves, and t_hgates is not used.
   Rows t_igates, t_hgates;
   Rows igates, hgates;    // forward, for a cell without a tangent of its own: the gates themselves, rows of G*H
   void* t_h_n = nullptr;  // [B, P]
@@ -224,11 +224,16 @@ struct DirectionTangent {
   DualPointer grad_h_n, grad_c_n;  // [B, P], [B, H]
   void* t_grad_h0 = nullptr;       // [B, P]
   void* t_grad_c0 = nullptr;       // [B, H]
-  // Null: not wanted, all together; those of the biases also where there are none.
+  // CPU engine only. Null: not wanted, all together; those of the biases also where there are none.
   void* t_grad_w_ih = nullptr;  // [G*H, I]
   void* t_grad_w_hh = nullptr;  // as w_hh
   void* t_grad_b_ih = nullptr;  // [G*H]
   void* t_grad_b_hh = nullptr;  // [G*H]
+
+  // backward, CUDA engine, which leaves the products over all steps to the operator: compact [N, 2, G*H], of every row
+  // the gradient of the gates and then its tangent. For a cell without split gates grad_igates stands for both.
+  void* grad_igates = nullptr;
+  void* grad_hgates = nullptr;
 };
 
 struct LayerTangent {
@@ -238,8 +243,8 @@ struct LayerTangent {
   int directions = 1;
   bool backward = false;  // whether backward's tangent follows that of forward
   Sequence sequence;
-  DualRows input;     // rows of I
-  Rows t_grad_input;  // rows of I, the sum over directions; data null: not wanted
+  DualRows input;     // rows of I (CPU engine only)
+  Rows t_grad_input;  // rows of I, the sum over directions; data null: not wanted (CPU engine only)
   DirectionTangent direction[2];
 };
 
@@ -319,6 +324,23 @@ struct BackwardProducts {
   void* gated = nullptr;  // compact [N, H]: what the second product read
 };
 
+// Of rows over time the state that each step reads, over all steps at once: the neighbouring step's, the initial one
+// where a row starts, zero behind a reset and past the end.
+struct PreviousStates {
+  Dtype dtype{};
+  int64_t features = 0;  // F
+  int directions = 1;
+  Sequence sequence;
+  struct Direction {
+    bool reverse = false;
+    Rows states;                    // rows of F
+    const void* initial = nullptr;  // [B, F]; null: zero
+    void* previous = nullptr;       // compact [N, F]
+  } direction[2];
+};
+size_t previous_states_workspace_bytes(const Sequence& sequence);
+int previous_states(const PreviousStates& states, const Context& context);
+
 // One GEMM, but for a diagonal cell, and one pointwise kernel a step: any GPU, any size, any dtype. What the structs
 // above leave open:
 //   - igates is given; input and w_ih are not read, and b_ih with layer normalisation alone.
@@ -334,6 +356,10 @@ int forward(const LayerForward& layer, const Context& context);
 
 size_t backward_workspace_bytes(const LayerBackward& layer);
 int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
+
+// Along a tangent: cells with one product a step. What is never wanted of the input and of w_ih is not read.
+size_t tangent_workspace_bytes(const LayerTangent& layer);
+int tangent(const LayerTangent& layer, const Context& context);
 
 }  // namespace stepwise
 

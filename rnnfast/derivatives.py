@@ -274,7 +274,7 @@ def _can_group(call: _Call, tensors: OptionalTensors, in_dims: Sequence[int | No
     assert input is not None
     assert h0 is not None
     directions = h0.size(1 if in_dims[8] == 0 else 0)
-    if input.device.type != "cpu" or call.weights // directions % 2:  # a projection
+    if call.weights // directions % 2:  # a projection
         return False
     if reference.find_cell(call.cell).two_products:
         return False

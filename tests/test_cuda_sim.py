@@ -8,17 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cuda_sim import build, driver, instrument
-from sample_inputs import CELLS, KINKED_CELLS, PERSISTENT_CELLS, SAMPLES, TWO_STATES, Sample, tensors_of
+from sample_inputs import CELLS, KINKED_CELLS, PERSISTENT_CELLS, SAMPLES, TANGENT_CELLS, TWO_STATES, Sample, tensors_of
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.utils._pytree import tree_map_only
 
-from rnnfast import ops, reference
+from rnnfast import derivatives, ops, reference
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -134,7 +136,7 @@ class Problem:
     def gradients(self) -> list[Tensor]:
         """Of input, h0, c0 where there is one, and the weights."""
         grads = [grad.double() for grad in self.grads]
-        return list(torch.autograd.grad(self.results, self.leaves, grads, materialize_grads=True))
+        return list(torch.autograd.grad(self.results, self.leaves, grads, materialize_grads=True, retain_graph=True))
 
     def differentiable(self, output: Tensor) -> bool:
         """The derivative of relu jumps: where rounding moved a unit across zero, gradients may differ by any amount."""
@@ -177,6 +179,7 @@ def assert_close(got: Sequence[Tensor | None], expected: Sequence[Tensor], bound
 
 each_dtype = pytest.mark.parametrize("dtype", driver.DTYPES, ids=str)
 each_cell = pytest.mark.parametrize("cell", CELLS)
+each_tangent_cell = pytest.mark.parametrize("cell", TANGENT_CELLS)
 each_normed_cell = pytest.mark.parametrize("cell", NORMED_CELLS)
 each_persistent_cell = pytest.mark.parametrize("cell", PERSISTENT_CELLS)
 
@@ -237,6 +240,63 @@ def test_noise_has_no_races_and_reads_no_garbage(simulators: dict[str, driver.Si
             sim.seed(index)
             save = (driver.GATES, STATES)[index // 3 % 2]
             compare(sim, sample, driver.DTYPES[index % 4], save, noise=noises(cell)[index // 2 % 3])
+
+
+def along(problem: Problem) -> tuple[list[Tensor | None], list[Any]]:
+    """Tangents of a problem's four results, and of its arguments; what stands past a length is nan."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    _, input, h0, c0, weights = problem.arguments
+    of_results = [draw(grad.shape).to(problem.dtype) for grad in problem.grads]
+    t_input, t_h0, t_c0, *t_weights = (
+        None if t is None else draw(t.shape).to(problem.dtype) for t in (input, h0, c0, *weights)
+    )
+    return [*of_results, None, None][:4], [t_input.masked_fill(input.isnan(), float("nan")), t_h0, t_c0, t_weights]
+
+
+def wide(argument: Any) -> Any:
+    """float64, and zero where nan stands past a length."""
+    return tree_map_only(Tensor, lambda t: t.double().nan_to_num() if t.is_floating_point() else t, argument)
+
+
+def compare_along(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, *, all_tangents: bool = True) -> None:
+    """The derivative of a sample and of its backward on the simulator, against the reference."""
+    problem = Problem(sample, dtype)
+    layer = driver.Layer(*problem.arguments, **problem.options)
+    output, _, _, saved = sim.forward(layer)
+    if not problem.differentiable(output):
+        return
+    grads = [*problem.grads, None, None][:4]
+    t_grads, tangents = along(problem)
+    if not all_tangents:
+        grads, t_grads, tangents = [None, *grads[1:]], [*t_grads[:3], None], [None, tangents[1], None, []]
+    others = [problem.options[name] for name in ("batch_sizes", "lengths", "reset")]
+    *expected, weights = derivatives.reference_backward_jvp(
+        sample.cell, *wide((*t_grads, *tangents, *grads, *problem.arguments[1:])), *others, [True] * 4
+    )
+    expected = [tensor for tensor in expected if tensor.dim() > 1]  # those of c have no elements where there is none
+    got = sim.tangent(layer, output, saved, tangents, grads, t_grads)
+    assert_close(got, [*expected, *weights], 4 * Arithmetic(dtype).bound)
+
+
+def tangent_samples(cell: str) -> list[Sample]:
+    return [s for s in [*SAMPLES, *WIDE] if s.cell == cell and not s.proj_size and sum(s.lengths)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@each_tangent_cell
+def test_kernels_along_a_tangent(simulators: dict[str, driver.Simulator], cell: str, dtype: torch.dtype) -> None:
+    sim = simulator(simulators, "sim")
+    for index, sample in enumerate(tangent_samples(cell)):
+        sim.seed(index)
+        compare_along(sim, sample, dtype, all_tangents=index % 3 != 2)
+
+
+@each_tangent_cell
+def test_tangents_have_no_races_and_read_no_garbage(simulators: dict[str, driver.Simulator], cell: str) -> None:
+    sim = simulator(simulators, "check")
+    for index, sample in enumerate(tangent_samples(cell)):
+        sim.seed(index)
+        compare_along(sim, sample, torch.float32, all_tangents=index % 3 != 2)
 
 
 def normalised(cell: str) -> list[Sample]:
@@ -523,6 +583,66 @@ def test_operators_with_layer_normalisation_run_stepwise(
     arguments, _ = Sample(cell, layer_norm=True).arguments(torch.float32)
     with pytest.raises(RuntimeError, match=f"cannot run this {cell}: it has no layer normalisation"):
         forward.redispatch(operators, *arguments[1:], None, None, None, driver.GATES, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@each_tangent_cell
+def test_operators_along_a_tangent(operators: DispatchKeySet, cell: str, dtype: torch.dtype) -> None:
+    """The derivative of a layer and that of its backward, with all tangents and with some of them alone."""
+    forward, jvp, backward_jvp = (
+        getattr(torch.ops.rnnfast, f"{cell}{suffix}").default for suffix in ("", "_jvp", "_backward_jvp")
+    )
+    for sample in (s for s in [*SAMPLES, *WIDE] if s.cell == cell and not s.proj_size):
+        problem = Problem(sample, dtype)
+        layer = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
+        output, _, _, c, saved = forward.redispatch(operators, *layer, driver.GATES)
+        if not problem.differentiable(output):
+            continue
+        bound, states = 4 * Arithmetic(dtype).bound, problem.states
+        grads = [*problem.grads, None, None][:4]
+        t_grads, tangents = along(problem)
+        for t_arguments, mask in ((tangents, [True] * 4), ([None, tangents[1], None, []], [True, False, False, True])):
+            got = jvp.redispatch(operators, *t_arguments, *layer, output, c, saved)
+            expected = derivatives.reference_jvp(cell, *wide(t_arguments), *wide(layer))
+            assert_close(got[: 2 * states], expected[: 2 * states], bound)
+            *got, weights = backward_jvp.redispatch(
+                operators, *t_grads, *t_arguments, *grads, *layer, output, c, saved, mask, None
+            )
+            *expected, expected_weights = derivatives.reference_backward_jvp(
+                cell, *wide(t_grads), *wide(t_arguments), *wide(grads), *wide(layer), mask
+            )
+            assert_close([*got, *weights], [*expected, *expected_weights], bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@each_tangent_cell
+def test_operators_with_gradients_of_groups(operators: DispatchKeySet, cell: str, dtype: torch.dtype) -> None:
+    """With a group for each row, and with one for all where packed steps have rows that nothing divides."""
+    forward = getattr(torch.ops.rnnfast, cell).default
+    backward = getattr(torch.ops.rnnfast, f"{cell}_grouped_backward").default
+    for index, sample in enumerate(s for s in [*SAMPLES, *WIDE] if s.cell == cell and not s.proj_size and s.batch < 20):
+        problem = Problem(sample, dtype)
+        layer = [*problem.arguments[1:], *(problem.options[k] for k in ("batch_sizes", "lengths", "reset"))]
+        output, _, _, c, saved = forward.redispatch(operators, *layer, (driver.GATES, STATES)[index % 2])
+        if not problem.differentiable(output) or not sample.batch:
+            continue
+        groups = 1 if sample.form == "packed" else sample.batch
+        grads = [*problem.grads, None, None][:4]
+        got = backward.redispatch(operators, *grads, *layer, output, c, saved, [True] * 4, groups)
+        states, bound = problem.states, Arithmetic(dtype).bound
+        expected = problem.gradients()
+        assert_close(got[: 1 + states], expected[: 1 + states], bound)
+        for group in range(groups):
+            of_row = [g.double() if groups == 1 else only_row(g.double(), group) for g in problem.grads]
+            weights = torch.autograd.grad(
+                problem.results, problem.leaves[1 + states :], of_row, materialize_grads=True, retain_graph=True
+            )
+            assert_close([weight[group] for weight in got[3]], weights, bound)
+
+
+def only_row(grad: Tensor, row: int) -> Tensor:
+    """A gradient that is zero for the other rows of the batch."""
+    return torch.zeros_like(grad).index_copy_(1, torch.tensor([row]), grad[:, row : row + 1])
 
 
 def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> None:

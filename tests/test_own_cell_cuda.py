@@ -15,7 +15,7 @@ import torch
 from cuda_sim import build, driver
 from examples_as_run import EXAMPLES
 from sample_inputs import Sample
-from test_cuda_sim import STATES, compare
+from test_cuda_sim import STATES, compare, compare_along
 from test_nvcc import NVCC, STUBS, compile_kernels, run
 from torch.utils import cpp_extension
 
@@ -59,6 +59,8 @@ def test_kernels_on_the_simulator(name: str, tmp_path: Path, monkeypatch: pytest
             for save in (STATES, driver.GATES):
                 sim.seed(index)
                 compare(sim, sample, dtype, save, noise=[(), (0.3, 0.4, 0.0)][(index + save) % 2])
+        for dtype in (torch.float64, torch.float32):  # by dual numbers, for the cells say nothing of tangents
+            compare_along(sim, sample, dtype)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
@@ -111,7 +113,8 @@ def test_what_is_compiled_where_torch_has_cuda(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cpp_extension, "load", load)
     header = tmp_path / "a_unit_of_this_test.h"  # that no other test has compiled
     header.write_text(FULL + f"// {header.name}\n")
-    engine = {"stepwise_forward.cu", "stepwise_backward.cu", "backward_preparation.cu", "device_sequence.cu"}
+    engine = {f"stepwise_{loop}.cu" for loop in ("forward", "backward", "tangent")}
+    engine |= {"previous_states.cu", "backward_preparation.cu", "device_sequence.cu"}
     with pytest.raises(Compiles):
         rnnfast.compile_cell(header, directory=tmp_path / "a folder")
     assert engine < given["sources"]

@@ -1,61 +1,10 @@
 #include "backward_preparation.cuh"
 
-#include "device_noise.cuh"
+#include "previous_states.cuh"
 #include "two_products.cuh"
 
 namespace rnnfast::cuda {
 namespace {
-
-// The state before a step, of one feature: the neighbouring step's, the initial one where the row starts, zero behind a
-// reset. The row lives at the step.
-template <class scalar_t>
-__device__ __forceinline__ scalar_t previous_state(const DeviceSequence& sequence, bool reverse, int step, int slot,
-                                                   const DeviceRows<scalar_t>& rows, const scalar_t* initial,
-                                                   int64_t feature) {
-  const int neighbour = reverse ? step + 1 : step - 1, border = reverse ? step + 1 : step;
-  if (sequence.reset != nullptr && sequence.lives(border, slot) && sequence.reset[sequence.row(border, slot)]) {
-    scalar_t zero;
-    from_acc(acc_type<scalar_t>(0), zero);
-    return zero;
-  }
-  return sequence.lives(neighbour, slot) ? rows.at(sequence, neighbour, slot)[feature] : initial[feature];
-}
-
-template <class scalar_t>
-struct PreviousDirection {
-  DeviceRows<scalar_t> output;   // rows of P
-  const scalar_t* h0 = nullptr;  // [B, P]
-  scalar_t* h_prev = nullptr;    // compact [N, P]
-  bool reverse = false;
-};
-
-template <class scalar_t>
-struct PreviousStates {
-  int64_t rows = 0, output_size = 0;  // N, P
-  DeviceSequence sequence;
-  DeviceNoise<acc_type<scalar_t>> noise;
-  PreviousDirection<scalar_t> direction[2];
-};
-
-// h_prev, behind recurrent dropout if there is any, and zero past the end. Mapping: a thread an element, rows counting
-// through all steps. Nothing to synchronise.
-template <class scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    previous_states_kernel(const __grid_constant__ PreviousStates<scalar_t> args) {
-  const PreviousDirection<scalar_t>& d = args.direction[blockIdx.z];
-  const int64_t P = args.output_size, p = first_feature<1>();
-  if (p >= P) return;
-  for (int64_t row = first_row(); row < args.rows; row += row_stride()) {
-    const int step = args.sequence.step_of(row), slot = static_cast<int>(row - args.sequence.row(step, 0));
-    if (args.sequence.lives(step, slot)) {
-      scalar_t h = previous_state(args.sequence, d.reverse, step, slot, d.output, d.h0 + slot * P, p);
-      if (args.noise.dropout) from_acc(args.noise.mask(d.reverse, slot, p) * to_acc(h), h);
-      d.h_prev[row * P + p] = h;
-    } else {
-      store_zero<1>(d.h_prev + row * P + p);
-    }
-  }
-}
 
 template <class scalar_t>
 struct Recomputed {
@@ -192,20 +141,6 @@ int recompute(const LayerBackward& layer, int k, const BackwardProducts& product
   return 0;
 }
 
-template <class scalar_t>
-int gather_previous_states(const LayerBackward& layer, const BackwardProducts (&products)[2], cudaStream_t stream,
-                           const DeviceSequence& sequence) {
-  const DeviceNoise<acc_type<scalar_t>> noise(layer.noise);
-  PreviousStates<scalar_t> args{layer.sequence.rows, layer.output_size, sequence, noise, {}};
-  for (int k = 0; k < layer.directions; ++k) {
-    const DirectionBackward& d = layer.direction[k];
-    args.direction[k] = {DeviceRows<scalar_t>(d.output, layer.sequence), static_cast<const scalar_t*>(d.h0),
-                         static_cast<scalar_t*>(products[k].h_prev), d.reverse};
-  }
-  return launch(previous_states_kernel<scalar_t>, rows_shape(args.output_size, args.rows, 1, layer.directions), stream,
-                args);
-}
-
 }  // namespace
 
 BackwardPreparation::BackwardPreparation(const LayerBackward& layer, Workspace& workspace) {
@@ -227,9 +162,12 @@ int BackwardPreparation::run(LayerBackward& layer, const BackwardProducts (&prod
   const auto stream = static_cast<cudaStream_t>(context.stream);
   RNNFAST_RETURN_IF_ERROR(device_sequence(layer.sequence, offsets_, stream, sequence));
   if (layer.sequence.rows == 0) return 0;
-  RNNFAST_RETURN_IF_ERROR(dispatch_dtype<void>(layer.dtype, [&](auto, auto scalar) {
-    return gather_previous_states<typename decltype(scalar)::type>(layer, products, stream, sequence);
-  }));
+  PreviousStates states{layer.dtype, layer.output_size, layer.directions, layer.sequence, {}};
+  for (int k = 0; k < layer.directions; ++k) {
+    const DirectionBackward& d = layer.direction[k];
+    states.direction[k] = {d.reverse, d.output, d.h0, products[k].h_prev};
+  }
+  RNNFAST_RETURN_IF_ERROR(enqueue_previous_states(states, layer.noise, sequence, stream));
   if (!recomputes(layer)) return 0;
   for (int k = 0; k < layer.directions; ++k) {
     DirectionBackward& d = layer.direction[k];

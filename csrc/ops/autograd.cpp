@@ -75,11 +75,11 @@ Tensor undefined_unless(const OptionalTensor& tensor) { return tensor.value_or(T
 
 // Whether the kernels of tangents take this layer; an even number of weights a direction is one without a projection.
 // What is no layer at all goes to the kernels too, whose checks say what is wrong with it.
-bool has_tangent_kernel(CellKind kind, const Tensor& input, const Tensor& h0, at::TensorList weights) {
+bool has_tangent_kernel(CellKind kind, const Tensor& h0, at::TensorList weights) {
   if (!h0.defined() || h0.dim() == 0) return true;
   const int64_t directions = h0.sym_size(0).guard_int(__FILE__, __LINE__);
   if (directions < 1 || directions > 2) return true;
-  return !cell_info(kind).two_products && input.device().is_cpu() && (weights.size() / directions) % 2 == 0;
+  return !cell_info(kind).two_products && (weights.size() / directions) % 2 == 0;
 }
 
 // Whether there is recurrent dropout or zoneout. Tangents have no kernel for them, nor for layer normalisation.
@@ -234,7 +234,7 @@ ForwardResult forward(CellKind kind, const Tensor& input, const Tensor& h0, cons
                       const OptionalTensor& reset, int64_t save, const OptionalTensor& seed, at::ArrayRef<double> noise,
                       bool layer_norm) {
   if (any_tangent(input, h0, c0, weights)) {
-    if (!has_tangent_kernel(kind, input, h0, weights) || any_noise(noise) || layer_norm) {
+    if (!has_tangent_kernel(kind, h0, weights) || any_noise(noise) || layer_norm) {
       static const auto reference = find_operator<ReferenceSignature>("reference");
       auto [output, h_n, c_n, c] = reference.call(cell_info(kind).name, input, h0, c0, weights, batch_sizes, lengths,
                                                   reset, seed, noise, layer_norm);
@@ -268,8 +268,8 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
                                const Duals* duals, Tensor* every_grad_state) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     // The gradients of all states spare the second backward one of its products a step. In 16 bits they are rounded,
-    // and those that it makes itself are not.
-    const bool keeps_states = !at::isReducedFloatingType(input.scalar_type());
+    // and those that it makes itself are not. Engines of CUDA have no place for them.
+    const bool keeps_states = input.device().is_cpu() && !at::isReducedFloatingType(input.scalar_type());
     auto [grad_input, grad_h0, grad_c0, grad_weights, grad_states] =
         every_grad_state || keeps_states
             ? backward_with_states_operator(kind).call(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights,
@@ -369,8 +369,7 @@ BackwardResult backward(CellKind kind, const OptionalTensor& grad_output, const 
   const bool requires_grad = any_requires_grad(grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0, weights);
   const bool noisy = any_noise(noise), varied = noisy || layer_norm;
   // Zoneout without a seed is its expectation, whose gradient has no kernel.
-  if (((has_tangent || requires_grad) && (!has_tangent_kernel(kind, input, h0, weights) || varied)) ||
-      (noisy && !seed)) {
+  if (((has_tangent || requires_grad) && (!has_tangent_kernel(kind, h0, weights) || varied)) || (noisy && !seed)) {
     return reference_backward().call(cell_info(kind).name, grad_output, grad_h_n, grad_c_n, grad_c, input, h0, c0,
                                      weights, batch_sizes, lengths, reset, output_mask, seed, noise, layer_norm);
   }
@@ -541,8 +540,7 @@ JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_i
               const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& batch_sizes,
               const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& output, const Tensor& c,
               const Tensor& saved) {
-  if (!has_tangent_kernel(kind, input, h0, weights) ||
-      any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
+  if (!has_tangent_kernel(kind, h0, weights) || any_tangent(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights)) {
     static const auto reference = find_operator<ReferenceJvpSignature>("reference_jvp");
     return reference.call(cell_info(kind).name, t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes,
                           lengths, reset);
@@ -577,7 +575,7 @@ BackwardJvpResult backward_jvp(CellKind kind, c10::DispatchKeySet keys, const Op
     return any(t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0, t_weights, grad_output, grad_h_n,
                grad_c_n, grad_c, input, h0, c0, weights);
   };
-  if (!has_tangent_kernel(kind, input, h0, weights) ||
+  if (!has_tangent_kernel(kind, h0, weights) ||
       holds([](const auto&... tensors) { return any_requires_grad(tensors...) || any_tangent(tensors...); })) {
     static const auto reference = find_operator<ReferenceBackwardJvpSignature>("reference_backward_jvp");
     return reference.call(cell_info(kind).name, t_grad_output, t_grad_h_n, t_grad_c_n, t_grad_c, t_input, t_h0, t_c0,

@@ -3,62 +3,17 @@
 // Must not know: equations, loops over time, kernels.
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <numeric>
-#include <vector>
 
+#include "call_cuda.h"
 #include "cuda_engine.h"
 #include "device_cuda.h"
-#include "gemm_cuda.h"
-#include "layer.h"
+#include "products.h"
 
 namespace rnnfast::ops {
 namespace {
-
-// The tensors and the array behind a Sequence. Lengths on the device are not looked at: the kernels take one below 0 as
-// 0 and one above T as T, which costs no synchronisation. Lengths on the CPU are checked, and those that were checked
-// are copied.
-class SequenceTensors {
- public:
-  SequenceTensors(const Geometry& g, const LayerArguments& a, const LayerTensors& tensors) {
-    sequence_.steps = g.steps;
-    sequence_.batch = g.batch;
-    sequence_.rows = g.rows;
-    sequence_.packed = g.packed;
-    sequence_.reset = tensors.reset.defined() ? tensors.reset.const_data_ptr<bool>() : nullptr;
-    if (g.packed) {
-      check_batch_sizes(g, *a.batch_sizes);
-      batch_sizes_ = a.batch_sizes->contiguous();
-      const int64_t* sizes = batch_sizes_.const_data_ptr<int64_t>();
-      offsets_.resize(g.steps);
-      std::exclusive_scan(sizes, sizes + g.steps, offsets_.begin(), int64_t{0});
-      sequence_.batch_sizes = sizes;
-      sequence_.offsets = offsets_.data();
-    }
-    if (a.lengths) {
-      Tensor lengths = *a.lengths;
-      if (lengths.device().is_cpu()) {
-        // Pinned memory would be read when the stream comes to it, and again at each replay of a graph, with what the
-        // caller has written there by then. The clone is pageable: it has been read when the call returns, and torch
-        // refuses to capture its copy.
-        lengths = lengths.clone(at::MemoryFormat::Contiguous);
-        check_lengths(g, lengths);
-      }
-      lengths_ = lengths.to(tensors.input.device(), /*non_blocking=*/true).contiguous();
-      sequence_.lengths = lengths_.const_data_ptr<int64_t>();
-    }
-  }
-  const Sequence& sequence() const { return sequence_; }
-  const Tensor& lengths() const { return lengths_; }  // undefined if every row has T steps
-
- private:
-  Sequence sequence_;
-  Tensor batch_sizes_, lengths_;
-  std::vector<int64_t> offsets_;
-};
 
 struct Launchers {
   size_t (*forward_workspace_bytes)(const LayerForward& layer);
@@ -98,33 +53,22 @@ class PlannedEngine {
 
   void run(LayerForward layer, const Tensor& like) const {
     layer.spread = plan_.tile.spread;
-    const Tensor workspace = allocate(launchers().forward_workspace_bytes(layer), like);
-    CublasGemm gemm;
-    check(launchers().forward(layer, context(workspace, gemm)));
+    EngineCall call(launchers().forward_workspace_bytes(layer), like);
+    check(launchers().forward(layer, call.context()));
   }
   void run(LayerBackward layer, const cuda::BackwardProducts (&products)[2], const Tensor& like) const {
     layer.spread = plan_.tile.spread;
-    const Tensor workspace = allocate(launchers().backward_workspace_bytes(layer), like);
-    CublasGemm gemm;
-    check(launchers().backward(layer, products, context(workspace, gemm)));
+    EngineCall call(launchers().backward_workspace_bytes(layer), like);
+    check(launchers().backward(layer, products, call.context()));
   }
 
  private:
   const Launchers& launchers() const { return kLaunchers[static_cast<int>(plan_.engine)]; }
-  // The allocator aligns to 512 bytes, and hands memory out again only behind this stream's work.
-  static Tensor allocate(size_t bytes, const Tensor& like) {
-    return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
-  }
-  static cuda::Context context(const Tensor& workspace, CublasGemm& gemm) {
-    return {c10::cuda::getCurrentCUDAStream().stream(), workspace.data_ptr(), gemm.gemm()};
-  }
   void check(int code) const {
-    const auto error = static_cast<cudaError_t>(code);
-    if (error == cudaSuccess) return;
-    (void)cudaGetLastError();  // or the next call would report it again
-    TORCH_CHECK(false, "rnnfast: the engine ", plan::kEngineNames[static_cast<int>(plan_.engine)],
-                " failed to launch: ", cudaGetErrorString(error), " (", plan_.tile.blocks, " blocks of ",
-                plan_.tile.threads, " threads and ", plan_.tile.shared_bytes, " bytes of shared memory)");
+    const std::string error = take_launch_error(code);
+    TORCH_CHECK(error.empty(), "rnnfast: the engine ", plan::kEngineNames[static_cast<int>(plan_.engine)],
+                " failed to launch: ", error, " (", plan_.tile.blocks, " blocks of ", plan_.tile.threads,
+                " threads and ", plan_.tile.shared_bytes, " bytes of shared memory)");
   }
 
   plan::Plan plan_;
@@ -149,7 +93,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   const NoiseTensors noise(g, input, seed, noise_);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
-  const SequenceTensors sequence(g, arguments, layer);
+  const DeviceSequenceTensors sequence(g, arguments, layer);
   ForwardTensors tensors(g, input, save, /*gaps=*/false);  // the engine writes the zeros past a length
   if (g.empty()) {
     finish_empty_forward(layer, tensors);
@@ -204,13 +148,9 @@ struct ProductTensors {
 };
 
 // The gradients that are sums over all rows: of the input and of the weights.
-void reduce_gradients(const Geometry& g, const LayerTensors& layer, const SequenceTensors& sequence,
+void reduce_gradients(const Geometry& g, const LayerTensors& layer, const DeviceSequenceTensors& sequence,
                       const ProductTensors& products, BackwardTensors& tensors) {
-  Tensor x = layer.input.reshape({g.rows, g.input_size});
-  if (tensors.mask[3] && sequence.lengths().defined()) {  // past a length the input may be anything, NaN too
-    const Tensor step = at::arange(g.steps, sequence.lengths().options()).unsqueeze(1);
-    x = x.masked_fill(step.ge(sequence.lengths()).view({g.rows, 1}), 0);
-  }
+  const Tensor x = tensors.mask[3] ? rows_within_lengths(g, sequence.lengths(), layer.input) : Tensor();
   Tensor grad_x = tensors.mask[0] ? tensors.grad_input.view({g.rows, g.input_size}) : Tensor();
   for (int64_t d = 0; d < g.directions; ++d) {
     const Tensor grad_igates = tensors.grad_igates[d], grad_hgates = tensors.grad_hgates[d];
@@ -237,6 +177,29 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Sequen
   }
 }
 
+// Backward up to the sums over all rows: the gradients of the initial states and of the gates, and what goes with
+// these.
+ProductTensors run_backward(const Geometry& g, const LayerTensors& layer, const DeviceSequenceTensors& sequence,
+                            const NoiseTensors& noise, bool norm_gradients, BackwardTensors& tensors) {
+  tensors.allocate_gate_gradients(g);
+  LayerBackward params = backward_params(g, layer, tensors);
+  params.noise = noise.params;
+  params.sequence = sequence.sequence();
+  params.tf32 = tf32_allowed();
+  const PlannedEngine engine(g, params.tf32, /*backward=*/true, noise.any());
+  const ProductTensors product_tensors(g, layer.input);
+  cuda::BackwardProducts products[2];
+  const bool recompute = tensors.saved.numel() == 0 && g.saved_values() > 0;
+  const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
+  for (int64_t d = 0; d < g.directions; ++d) {
+    products[d] = product_tensors.direction(d);
+    if (recompute) project_input(g, x, WeightView(g, layer.weights.data(), d), tensors.grad_igates[d]);
+  }
+  if (norm_gradients) set_weight_gradients(g, tensors, params);
+  engine.run(params, products, layer.input);
+  return product_tensors;
+}
+
 template <CellKind kind>
 BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                         const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
@@ -251,7 +214,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   noise.check_backward(g);
   const c10::cuda::CUDAGuard guard(input.device());
   const LayerTensors layer(arguments);
-  const SequenceTensors sequence(g, arguments, layer);
+  const DeviceSequenceTensors sequence(g, arguments, layer);
   BackwardTensors tensors(g, layer, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved, output_mask,
                           /*gaps=*/false);  // past a length the gradients of the gates are zero, and so all others
   if (g.empty()) {
@@ -259,33 +222,54 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     return tensors.result();
   }
 
-  tensors.allocate_gate_gradients(g);
-  LayerBackward params = backward_params(g, layer, tensors);
-  params.noise = noise.params;
-  params.sequence = sequence.sequence();
-  params.tf32 = tf32_allowed();
-  const PlannedEngine engine(g, params.tf32, /*backward=*/true, noise.any());
-  const ProductTensors product_tensors(g, input);
-  cuda::BackwardProducts products[2];
-  const bool recompute = saved.numel() == 0 && g.saved_values() > 0;
-  const Tensor x = recompute ? layer.input.reshape({g.rows, g.input_size}) : Tensor();
-  for (int64_t d = 0; d < g.directions; ++d) {
-    products[d] = product_tensors.direction(d);
-    if (recompute) project_input(g, x, WeightView(g, layer.weights.data(), d), tensors.grad_igates[d]);
-  }
   // Those of the norms, and with them of the biases, are no products over all steps: the engine makes them.
-  if (g.layer_norm && output_mask[3]) set_weight_gradients(g, tensors, params);
-  engine.run(params, products, input);
-  reduce_gradients(g, layer, sequence, product_tensors, tensors);
+  const ProductTensors products =
+      run_backward(g, layer, sequence, noise, /*norm_gradients=*/g.layer_norm && output_mask[3], tensors);
+  reduce_gradients(g, layer, sequence, products, tensors);
   return tensors.result();
+}
+
+// The weight gradients of each group of rows apart.
+template <CellKind kind>
+BackwardResult grouped_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                                const OptionalTensor& grad_c_n, const OptionalTensor& grad_c, const Tensor& input,
+                                const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                const OptionalTensor& reset, const Tensor& output, const Tensor& c, const Tensor& saved,
+                                OutputMask output_mask, int64_t groups) {
+  const LayerArguments arguments{input, h0, c0, weights, batch_sizes, lengths, reset};
+  const Geometry g = check_layer(kind, arguments);
+  check_gradients(g, arguments, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const LayerTensors layer(arguments);
+  const DeviceSequenceTensors sequence(g, arguments, layer);
+  check_groups(g, sequence.sequence(), groups);
+  OutputMask mask = output_mask;
+  mask[3] = false;
+  BackwardTensors tensors(g, layer, grad_output, grad_h_n, grad_c_n, grad_c, output, c, saved, mask, /*gaps=*/false);
+  std::vector<Tensor> grad_weights;
+  if (g.empty()) {
+    finish_empty_backward(tensors);
+    if (output_mask[3]) grad_weights = empty_grouped_gradients(weights, groups);
+  } else {
+    const NoiseTensors no_noise(g, input, std::nullopt, {});
+    const ProductTensors products = run_backward(g, layer, sequence, no_noise, /*norm_gradients=*/false, tensors);
+    reduce_gradients(g, layer, sequence, products, tensors);
+    if (output_mask[3])
+      grad_weights = grouped_gradients(g, rows_within_lengths(g, sequence.lengths(), layer.input),
+                                       products.h_prev.unbind(), tensors.grad_igates, tensors.grad_hgates, groups);
+  }
+  auto [grad_input, grad_h0, grad_c0, none] = tensors.result();
+  return {grad_input, grad_h0, grad_c0, grad_weights};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CUDA, m) {
-#define RNNFAST_CUDA(name, Type)           \
-  m.impl(#name, &forward<CellKind::name>); \
-  m.impl(#name "_backward", &backward<CellKind::name>);
+#define RNNFAST_CUDA(name, Type)                        \
+  m.impl(#name, &forward<CellKind::name>);              \
+  m.impl(#name "_backward", &backward<CellKind::name>); \
+  m.impl(#name "_grouped_backward", &grouped_backward<CellKind::name>);
   RNNFAST_FOR_EACH_CELL(RNNFAST_CUDA)
 #undef RNNFAST_CUDA
 }

@@ -8,14 +8,17 @@
 #include "../ops/grouped_cpu.cpp"
 #include "../ops/layer.cpp"
 #include "../ops/layer_cpu.cpp"
-#include "../ops/products_cpu.cpp"
+#include "../ops/products.cpp"
 #include "../ops/schemas.cpp"
+#include "../ops/states_cpu.cpp"
 #include "../ops/tangent_cpu.cpp"
 #ifdef RNNFAST_WITH_CUDA
+#include "../ops/call_cuda.cpp"
 #include "../ops/cuda_engine.cpp"
 #include "../ops/device_cuda.cpp"
 #include "../ops/gemm_cuda.cpp"
 #include "../ops/layer_cuda.cpp"
+#include "../ops/tangent_cuda.cpp"
 #include "../plan.cpp"
 #endif
 //

@@ -149,16 +149,18 @@ struct Sizes {
   }
 };
 
-template <class Layer>
-void move_sequence(DeviceTensors& tensors, Layer& layer) {
-  Sequence& s = layer.sequence;
+void move_sequence(DeviceTensors& tensors, Sequence& s) {
   const void *lengths = s.lengths, *reset = s.reset;
   tensors.in(lengths, s.batch * sizeof(int64_t));
   tensors.in(reset, s.rows * sizeof(bool));
   s.lengths = static_cast<const int64_t*>(lengths);
   s.reset = static_cast<const bool*>(reset);
+}
+
+template <class Layer>
+void move_seeds(DeviceTensors& tensors, Layer& layer) {
   const void* seeds = layer.noise.seeds;
-  tensors.in(seeds, s.batch * sizeof(int64_t));
+  tensors.in(seeds, layer.sequence.batch * sizeof(int64_t));
   layer.noise.seeds = static_cast<const int64_t*>(seeds);
 }
 
@@ -216,7 +218,8 @@ EXPORT int sim_forward(const LayerForward* host) {
   LayerForward layer = *host;
   DeviceTensors tensors;
   const Sizes z(layer);
-  move_sequence(tensors, layer);
+  move_sequence(tensors, layer.sequence);
+  move_seeds(tensors, layer);
   tensors.shift(shift_in_elements * z.element);
   Rows output = layer.direction[0].output, c = layer.direction[0].c;
   tensors.out(output.data, z.N * layer.directions * z.P * z.element);
@@ -243,7 +246,8 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
   DeviceTensors tensors;
   const Sizes z(layer);
   const bool recomputes = layer.direction[0].saved == nullptr;
-  move_sequence(tensors, layer);
+  move_sequence(tensors, layer.sequence);
+  move_seeds(tensors, layer);
   tensors.shift(shift_in_elements * z.element);
   Rows rows[] = {layer.direction[0].output, layer.direction[0].c, layer.direction[0].grad_output,
                  layer.direction[0].grad_c};
@@ -278,6 +282,68 @@ EXPORT int sim_backward(const LayerBackward* host, const cuda::BackwardProducts*
   return tensors.fetch() ? 0 : cudaErrorUnknown;
 }
 
+// Of `directions` directions side by side, as sim_forward has its rows.
+EXPORT int sim_previous_states(const cuda::PreviousStates* host) {
+  cuda::PreviousStates states = *host;
+  DeviceTensors tensors;
+  const size_t element = size_of(states.dtype), row = states.features * element, N = states.sequence.rows;
+  move_sequence(tensors, states.sequence);
+  tensors.shift(shift_in_elements * element);
+  void* data = states.direction[0].states.data;
+  tensors.in(data, N * states.directions * row);
+  for (int k = 0; k < states.directions; ++k) {
+    states.direction[k].states.data = static_cast<char*>(data) + k * row;
+    tensors.in(states.direction[k].initial, states.sequence.batch * row);
+    tensors.out(states.direction[k].previous, N * row);
+  }
+  const int error = with_workspace(cuda::previous_states_workspace_bytes(states.sequence),
+                                   [&](const cuda::Context& c) { return cuda::previous_states(states, c); });
+  if (error) return error;
+  return tensors.fetch() ? 0 : cudaErrorUnknown;
+}
+
+// Along a tangent, by the stepwise engine.
+EXPORT int sim_tangent(const LayerTangent* host) {
+  LayerTangent layer = *host;
+  DeviceTensors tensors;
+  const CellInfo info = cell_info(layer.cell);
+  const size_t element = size_of(layer.dtype), N = layer.sequence.rows, state = layer.hidden_size * element;
+  const size_t states = layer.sequence.batch * state, gates = info.gates * state;
+  const size_t w_hh = info.diagonal ? gates : gates * layer.hidden_size;
+  move_sequence(tensors, layer.sequence);
+  tensors.shift(shift_in_elements * element);
+  const auto in = [&](DualPointer& pair, size_t bytes) {
+    tensors.in(pair.value, bytes);
+    tensors.in(pair.tangent, bytes);
+  };
+  DirectionTangent &first = layer.direction[0], &second = layer.direction[1];
+  const size_t both = N * layer.directions * state;
+  for (Rows* rows : {&first.output.value, &first.c.value, &first.grad_output.value, &first.grad_output.tangent,
+                     &first.grad_c.value, &first.grad_c.tangent})
+    tensors.in(rows->data, both);
+  for (Rows* rows : {&first.output.tangent, &first.c.tangent}) tensors.out(rows->data, both);
+  for (DualRows DirectionTangent::* pair :
+       {&DirectionTangent::output, &DirectionTangent::c, &DirectionTangent::grad_output, &DirectionTangent::grad_c}) {
+    for (Rows DualRows::* part : {&DualRows::value, &DualRows::tangent}) {
+      void* const data = (first.*pair.*part).data;
+      (second.*pair.*part).data = data ? static_cast<char*>(data) + state : nullptr;
+    }
+  }
+  for (int k = 0; k < layer.directions; ++k) {
+    DirectionTangent& d = layer.direction[k];
+    in(d.w_hh, w_hh);
+    for (DualPointer* pair : {&d.h0, &d.c0, &d.grad_h_n, &d.grad_c_n}) in(*pair, states);
+    tensors.in(d.saved, N * info.saved * state);
+    for (Rows* rows : {&d.t_igates, &d.t_hgates, &d.igates, &d.hgates}) tensors.in(rows->data, N * gates);
+    for (void** result : {&d.t_h_n, &d.t_c_n, &d.t_grad_h0, &d.t_grad_c0}) tensors.out(*result, states);
+    for (void** result : {&d.grad_igates, &d.grad_hgates}) tensors.out(*result, N * 2 * gates);
+  }
+  const int error = with_workspace(cuda::stepwise::tangent_workspace_bytes(layer),
+                                   [&](const cuda::Context& c) { return cuda::stepwise::tangent(layer, c); });
+  if (error) return error;
+  return tensors.fetch() ? 0 : cudaErrorUnknown;
+}
+
 // The fast nonlinearities of csrc/cuda/lane_number.cuh, but for the hardware's approximations.
 EXPORT void sim_fast_functions(const float* x, float* tanh_of_x, float* sigmoid_of_x, size_t count) {
   for (size_t i = 0; i < count; ++i) {
@@ -290,6 +356,8 @@ EXPORT void sim_fast_functions(const float* x, float* tanh_of_x, float* sigmoid_
 EXPORT size_t sim_size_of_forward() { return sizeof(LayerForward); }
 EXPORT size_t sim_size_of_backward() { return sizeof(LayerBackward); }
 EXPORT size_t sim_size_of_products() { return sizeof(cuda::BackwardProducts); }
+EXPORT size_t sim_size_of_previous() { return sizeof(cuda::PreviousStates); }
+EXPORT size_t sim_size_of_tangent() { return sizeof(LayerTangent); }
 EXPORT int sim_cell(const char* name) {
 #define RNNFAST_CELL_NUMBER(cell, Type) \
   if (!strcmp(name, #cell)) return static_cast<int>(CellKind::cell);
@@ -298,4 +366,5 @@ EXPORT int sim_cell(const char* name) {
 }
 EXPORT int sim_saved_values(int cell) { return cell_info(static_cast<CellKind>(cell)).saved; }
 EXPORT int sim_first_gates(int cell) { return cell_info(static_cast<CellKind>(cell)).first_gates; }
+EXPORT bool sim_has_tangent(int cell) { return cell_info(static_cast<CellKind>(cell)).tangent; }
 EXPORT int sim_splits_gates(int cell) { return cell_info(static_cast<CellKind>(cell)).split_gates; }

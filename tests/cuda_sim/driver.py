@@ -129,6 +129,60 @@ class LayerBackward(Structure):
     ]
 
 
+class DualRows(Structure):
+    _fields_ = [("value", Rows), ("tangent", Rows)]
+
+
+class DualPointer(Structure):
+    _fields_ = [("value", c_void_p), ("tangent", c_void_p)]
+
+
+class DirectionTangent(Structure):
+    _fields_ = [
+        *[(name, DualPointer) for name in ("w_ih", "w_hh", "h0", "c0")],
+        ("reverse", c_bool),
+        ("saved", c_void_p),
+        *[(name, DualRows) for name in ("output", "c")],
+        *[(name, Rows) for name in ("t_igates", "t_hgates", "igates", "hgates")],
+        *[(name, c_void_p) for name in ("t_h_n", "t_c_n")],
+        ("grad_states", Rows),
+        *[(name, DualRows) for name in ("grad_output", "grad_c")],
+        *[(name, DualPointer) for name in ("grad_h_n", "grad_c_n")],
+        *[(name, c_void_p) for name in ("t_grad_h0", "t_grad_c0")],
+        *[(name, c_void_p) for name in ("t_grad_w_ih", "t_grad_w_hh", "t_grad_b_ih", "t_grad_b_hh")],
+        *[(name, c_void_p) for name in ("grad_igates", "grad_hgates")],
+    ]
+
+
+class LayerTangent(Structure):
+    _fields_ = [
+        ("cell", c_int),
+        ("dtype", c_int),
+        ("input_size", c_int64),
+        ("hidden_size", c_int64),
+        ("directions", c_int),
+        ("backward", c_bool),
+        ("sequence", SequenceStruct),
+        ("input", DualRows),
+        ("t_grad_input", Rows),
+        ("direction", DirectionTangent * 2),
+    ]
+
+
+class DirectionPrevious(Structure):
+    _fields_ = [("reverse", c_bool), ("states", Rows), ("initial", c_void_p), ("previous", c_void_p)]
+
+
+class PreviousStates(Structure):
+    _fields_ = [
+        ("dtype", c_int),
+        ("features", c_int64),
+        ("directions", c_int),
+        ("sequence", SequenceStruct),
+        ("direction", DirectionPrevious * 2),
+    ]
+
+
 class Products(Structure):
     _fields_ = [(name, c_void_p) for name in ("h_prev", "grad_h", "hidden", "gated")]
 
@@ -168,7 +222,15 @@ class Simulator:
         self.library.sim_last_message.restype = ctypes.c_char_p
         self.library.sim_forward.argtypes = [POINTER(LayerForward)]
         self.library.sim_backward.argtypes = [POINTER(LayerBackward), POINTER(Products)]
-        for name, struct in (("forward", LayerForward), ("backward", LayerBackward), ("products", Products)):
+        self.library.sim_previous_states.argtypes = [POINTER(PreviousStates)]
+        self.library.sim_tangent.argtypes = [POINTER(LayerTangent)]
+        for name, struct in (
+            ("forward", LayerForward),
+            ("backward", LayerBackward),
+            ("products", Products),
+            ("previous", PreviousStates),
+            ("tangent", LayerTangent),
+        ):
             size = getattr(self.library, f"sim_size_of_{name}")
             size.restype = c_size_t
             assert size() == ctypes.sizeof(struct), f"{struct.__name__} is not as params.h declares it"
@@ -301,6 +363,104 @@ class Simulator:
             grad_weights += norm_grads[d]
         return [grad_input, grad_h0, *([] if grad_c0 is None else [grad_c0]), *grad_weights]
 
+    def previous_states(self, layer: Layer, states: Tensor, initial: Tensor | None) -> list[Tensor]:
+        """Of each direction ``[N, H]``, the state that each step reads; ``initial`` None is zero."""
+        previous = [layer.empty(layer.rows, layer.output_size) for _ in layer.directions]
+        struct = PreviousStates(DTYPES.index(layer.input.dtype), layer.output_size, len(layer.directions))
+        layer.fill_sequence(struct.sequence)
+        for d, result in enumerate(previous):
+            first = None if initial is None else _pointer(initial[d])
+            struct.direction[d] = DirectionPrevious(d == 1, _rows(states), first, _pointer(result))
+        self._check(self.library.sim_previous_states(struct))
+        return previous
+
+    def tangent(
+        self,
+        layer: Layer,
+        output: Tensor,
+        saved: Saved,
+        tangents: Sequence[Any],
+        grads: Sequence[Tensor | None],
+        t_grads: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """Return the tangents of output, h_n, c_n and c, and of the gradients of input, h0, c0 and the weights, without
+        those of c where there is none. ``tangents`` are those of input, h0, c0 and the list of weights; None: zero.
+        """
+        t_input, t_h0, t_c0, t_weights = tangents
+        number = layer.cell_number(self)
+        splits = bool(self.library.sim_splits_gates(number))
+        x, t_x = (None if t is None else t.flatten(0, -2).nan_to_num() for t in (layer.input, t_input))
+        previous = self.previous_states(layer, output, layer.h0)
+        gates: list[Tensor] = []  # which live until the call is over
+
+        def rows_of_gates(values: Tensor | None) -> Rows:
+            if values is None:
+                return Rows()
+            gates.append(values.contiguous())
+            return Rows(_pointer(gates[-1]), layer.batch * layer.gates_size, layer.gates_size)
+
+        t_output, t_h_n = layer.empty_rows(layer.output_size), torch.empty_like(layer.h0)
+        t_c = None if layer.c0 is None else layer.empty_rows(layer.hidden_size)
+        t_c_n, t_grad_c0 = (None if layer.c0 is None else torch.empty_like(layer.c0) for _ in range(2))
+        t_grad_h0 = torch.empty_like(layer.h0)
+        grad_igates = [layer.empty(layer.rows, 2, layer.gates_size) for _ in layer.directions]
+        grad_hgates = [torch.empty_like(g) if splits else g for g in grad_igates]
+
+        def pair(value: Tensor | None, tangent: Tensor | None, d: int) -> DualPointer:
+            return DualPointer(*(None if t is None else _pointer(t[d]) for t in (value, tangent)))
+
+        struct = LayerTangent(number, DTYPES.index(layer.input.dtype), hidden_size=layer.hidden_size, backward=True)
+        struct.directions = len(layer.directions)
+        layer.fill_sequence(struct.sequence)
+        for d, direction in zip(layer.directions, struct.direction, strict=False):
+            w_ih, w_hh, *biases = layer.weights_of(d)
+            t_w_ih, t_w_hh, *t_biases = layer.of_direction(t_weights, d) if t_weights else (None, None)
+            direction.reverse = d == 1
+            direction.w_hh = DualPointer(_pointer(w_hh), _pointer(t_w_hh))
+            direction.h0, direction.c0 = pair(layer.h0, t_h0, d), pair(layer.c0, t_c0, d)
+            direction.saved = _pointer(saved.values[d]) if saved.values else None
+            direction.output = DualRows(_rows(output), _rows(t_output))
+            direction.c = DualRows(_rows(saved.c), _rows(t_c))
+            t_igates = None if t_x is None else linear(t_x, w_ih)
+            t_hgates = None
+            if t_w_hh is not None:
+                of_input = linear(x, t_w_ih, t_biases[0] if t_biases else None)
+                t_igates = of_input if t_igates is None else t_igates + of_input
+                t_hgates = layer.hgates(previous[d], t_w_hh, t_biases[1] if t_biases else None)
+                if not splits:
+                    t_igates, t_hgates = t_igates + t_hgates, None
+            direction.t_igates, direction.t_hgates = rows_of_gates(t_igates), rows_of_gates(t_hgates)
+            if not self.library.sim_has_tangent(number):
+                direction.igates = rows_of_gates(linear(x, w_ih, biases[0] if biases else None))
+                direction.hgates = rows_of_gates(layer.hgates(previous[d], w_hh, biases[1] if biases else None))
+            direction.t_h_n, direction.t_c_n = _pointer(t_h_n[d]), None if t_c_n is None else _pointer(t_c_n[d])
+            direction.grad_output = DualRows(_rows(grads[0]), _rows(t_grads[0]))
+            direction.grad_c = DualRows(_rows(grads[3]), _rows(t_grads[3]))
+            direction.grad_h_n, direction.grad_c_n = pair(grads[1], t_grads[1], d), pair(grads[2], t_grads[2], d)
+            direction.t_grad_h0 = _pointer(t_grad_h0[d])
+            direction.t_grad_c0 = None if t_grad_c0 is None else _pointer(t_grad_c0[d])
+            direction.grad_igates = _pointer(grad_igates[d])
+            direction.grad_hgates = _pointer(grad_hgates[d]) if splits else None
+        self._check(self.library.sim_tangent(struct))
+
+        t_grad_input, t_grad_weights = torch.zeros_like(layer.input), []
+        t_previous = self.previous_states(layer, t_output, t_h0)
+        for d in layer.directions:
+            (values, along), (hidden_values, hidden_along) = (g[d].unbind(1) for g in (grad_igates, grad_hgates))
+            w_ih = layer.weights_of(d)[0]
+            products = along @ w_ih
+            grad_w_ih, grad_w_hh = along.T @ x, layer.grad_w_hh(hidden_along, previous[d], None, layer.gates_size)
+            if t_x is not None:
+                grad_w_ih = grad_w_ih + values.T @ t_x
+            grad_w_hh = grad_w_hh + layer.grad_w_hh(hidden_values, t_previous[d], None, layer.gates_size)
+            if t_weights:
+                products = products + values @ layer.of_direction(t_weights, d)[0]
+            t_grad_input += products.view_as(layer.input)
+            t_grad_weights += [grad_w_ih, grad_w_hh]
+            t_grad_weights += [along.sum(0), hidden_along.sum(0)] if layer.has_bias else []
+        of_c = [] if t_c is None else [t_c_n, t_c]
+        return [t_output, t_h_n, *of_c, t_grad_input, t_grad_h0, *([] if t_c is None else [t_grad_c0]), *t_grad_weights]
+
 
 class Layer:
     """The arguments of one layer, as rnnfast.reference.layer takes them, in the form that engines read."""
@@ -359,7 +519,17 @@ class Layer:
         return self.weights_of(direction)[self.per_direction - self.norms :]
 
     def weights_of(self, direction: int) -> list[Tensor]:
-        return self.weights[direction * self.per_direction : (direction + 1) * self.per_direction]
+        return self.of_direction(self.weights, direction)
+
+    def of_direction(self, weights: Sequence[Tensor], direction: int) -> list[Tensor]:
+        return list(weights[direction * self.per_direction : (direction + 1) * self.per_direction])
+
+    def hgates(self, h_prev: Tensor, w_hh: Tensor, bias: Tensor | None) -> Tensor:
+        """What the gates take of states ``[N, H]``, ``[N, G*H]``."""
+        if w_hh.dim() == 2:
+            return linear(h_prev, w_hh, bias)
+        product = h_prev.repeat(1, self.gates_size // self.hidden_size) * w_hh
+        return product if bias is None else product + bias
 
     def grad_w_hh(self, grad_hgates: Tensor, h_prev: Tensor, gated: Tensor, first: int) -> Tensor:
         """gated: what the gates from ``first`` on read in place of h_prev."""
@@ -391,12 +561,7 @@ class Layer:
         struct.tf32 = self.tf32
         struct.layer_norm = self.norms > 0
         struct.noise = Noise(_pointer(self.seed), *self.noise)
-        sequence = struct.sequence
-        sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
-        sequence.packed = self.batch_sizes is not None
-        if self.batch_sizes is not None:
-            sequence.batch_sizes, sequence.offsets = _pointer(self.batch_sizes), _pointer(self.offsets)
-        sequence.lengths, sequence.reset = _pointer(self.lengths), _pointer(self.reset)
+        self.fill_sequence(struct.sequence)
         for d in self.directions:
             direction, weights = struct.direction[d], self.weights_of(d)
             direction.reverse = d == 1
@@ -408,3 +573,10 @@ class Layer:
                 setattr(direction.weights, f"norm_{name}", _pointer(norm))
             direction.h0 = _pointer(self.h0[d])
             direction.c0 = None if self.c0 is None else _pointer(self.c0[d])
+
+    def fill_sequence(self, sequence: SequenceStruct) -> None:
+        sequence.steps, sequence.batch, sequence.rows = self.steps, self.batch, self.rows
+        sequence.packed = self.batch_sizes is not None
+        if self.batch_sizes is not None:
+            sequence.batch_sizes, sequence.offsets = _pointer(self.batch_sizes), _pointer(self.offsets)
+        sequence.lengths, sequence.reset = _pointer(self.lengths), _pointer(self.reset)

@@ -4,12 +4,15 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include "call_cuda.cpp"
 #include "checks.cpp"
 #include "cuda_engine.cpp"
 #include "device_host.cpp"
 #include "gemm_host.cpp"
 #include "layer.cpp"
 #include "plan.cpp"
+#include "products.cpp"
 
 #define CUDA PrivateUse1
 #include "layer_cuda.cpp"
+#include "tangent_cuda.cpp"

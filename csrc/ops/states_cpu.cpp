@@ -1,4 +1,4 @@
-#include "products_cpu.h"
+#include "states_cpu.h"
 
 #include <ATen/Functions.h>
 
@@ -32,26 +32,6 @@ void copy_previous_states(const Geometry& g, const Sequence& s, const Tensor& ou
 
 }  // namespace
 
-Tensor widen(const Tensor& tensor) {
-  const bool narrow = tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
-  return narrow ? tensor.to(at::kFloat) : tensor;
-}
-OptionalTensor widen(const OptionalTensor& tensor) { return tensor ? OptionalTensor(widen(*tensor)) : std::nullopt; }
-std::vector<Tensor> widen(at::TensorList tensors) {
-  std::vector<Tensor> wide;
-  for (const Tensor& tensor : tensors) wide.push_back(widen(tensor));
-  return wide;
-}
-
-Tensor rows_within_lengths(const Geometry& g, const OptionalTensor& lengths, const Tensor& steps) {
-  Tensor rows = steps;
-  if (lengths) {
-    const Tensor step = at::arange(g.steps, lengths->options()).unsqueeze(1);
-    rows = rows.masked_fill(step.ge(*lengths).unsqueeze(-1), 0);
-  }
-  return rows.reshape({g.rows, steps.size(-1)});
-}
-
 Tensor previous_states(const Geometry& g, const Sequence& s, const Tensor& output, const Tensor& h0, int64_t d) {
   const Tensor result = at::zeros({g.rows, g.output_size}, output.options());
   if (g.dtype == Dtype::f64) {
@@ -60,10 +40,6 @@ Tensor previous_states(const Geometry& g, const Sequence& s, const Tensor& outpu
     copy_previous_states(g, s, output, h0, d, result.data_ptr<float>());
   }
   return result;
-}
-
-Tensor diagonal_product(const Geometry& g, const Tensor& states, const Tensor& by) {
-  return states.repeat({1, g.info.gates}).mul_(by);
 }
 
 }  // namespace rnnfast::ops

@@ -3,11 +3,12 @@ spare.
 
     python benchmarks/derivatives.py                    every derivative and cell, on one thread and on all
     python benchmarks/derivatives.py --only "gradient penalty" --cell lstm --json FILE
+    python benchmarks/derivatives.py --device cuda
 
 A ratio is the baseline's time by rnnfast's, both measured in turns in one process: 2.00 means half the time. The
 results of both are compared before anything is timed. One layer of H = 128 units, float32. Baselines:
 
-    torch.nn    the same call of torch.nn's layer
+    torch.nn    the same call of torch.nn's layer; on CUDA without cuDNN, which has no second derivatives
     the loop    the same thing with rnnfast, one sample or model at a time
     formula     the same call of rnnfast's reference formula, small operators step by step
 
@@ -22,6 +23,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,20 @@ class Case:
     cell: str
     size: Size
     threads: int
+    device: str = "cpu"
 
 
 def layer(library: Any, case: Case, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    module: nn.Module = getattr(library, CELLS[case.cell])(case.size.inputs, HIDDEN, **options)
+    module: nn.Module = getattr(library, CELLS[case.cell])(case.size.inputs, HIDDEN, device=case.device, **options)
     return module
 
 
 def data(case: Case, *leading: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(*leading, case.size.steps, case.size.batch, case.size.inputs, generator=generator)
+    return torch.randn(*leading, case.size.steps, case.size.batch, case.size.inputs, generator=generator).to(
+        case.device
+    )
 
 
 def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor]) -> Call:
@@ -78,7 +83,9 @@ def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor]) -
     parameters = list(module.parameters())
 
     def call() -> Any:
-        (by_input,) = torch.autograd.grad(of(module(input)[0]), input, create_graph=True)
+        with torch.backends.cudnn.flags(enabled=False):
+            output, _ = module(input)
+        (by_input,) = torch.autograd.grad(of(output), input, create_graph=True)
         penalty = (by_input.norm(dim=(0, 2)) - 1).square().mean()
         return torch.autograd.grad(penalty, parameters, materialize_grads=True)
 
@@ -92,8 +99,9 @@ def products(case: Case, through_output: bool) -> Call:
         through_output: whether the penalty also reaches the parameters through the gradient of the output.
     """
     rows, gates, inputs = case.size.steps * case.size.batch, GATES[case.cell] * HIDDEN, case.size.inputs
-    x, h, g = torch.randn(rows, inputs), torch.randn(rows, HIDDEN), torch.randn(rows, gates)
-    w_ih, w_hh = torch.randn(gates, inputs), torch.randn(gates, HIDDEN)
+    draw = partial(torch.randn, device=case.device)
+    x, h, g = draw(rows, inputs), draw(rows, HIDDEN), draw(rows, gates)
+    w_ih, w_hh = draw(gates, inputs), draw(gates, HIDDEN)
     forward = [(x, w_ih.t()), (h, w_hh.t())]
     by_weights = [(g.t(), x), (g.t(), h)]
     # Forward and backward; the same along the tangent, with two terms of each gradient of a weight.
@@ -218,12 +226,13 @@ def measure(case: Case, budget: float) -> dict[str, Any]:
     baseline, _, calls = DERIVATIVES[case.derivative]
     sides = dict(zip(("baseline", "rnnfast", "products"), calls(case), strict=False))
     difference = compare(*(tree_leaves(sides[side]()) for side in ("baseline", "rnnfast")), TOLERANCE)
-    samples, seconds = in_turns(sides, "cpu", budget)
+    samples, seconds = in_turns(sides, case.device, budget)
     return {
         "derivative": case.derivative,
         "cell": case.cell,
         "size": str(case.size),
         "threads": case.threads,
+        "device": case.device,
         "baseline": baseline,
         "difference": difference,
         "samples": samples,
@@ -237,17 +246,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=DERIVATIVES, default=list(DERIVATIVES), metavar="NAME")
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", nargs="+", type=int, help="default: 1 and all cores; on CUDA 1")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for the samples of one case (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
 
     cases = [
-        Case(name, cell, size, threads)
+        Case(name, cell, size, threads, args.device)
         for name in args.only
         for size in DERIVATIVES[name][1]
         for cell in args.cell
-        for threads in args.threads
+        for threads in args.threads or (sorted({1, cores}) if args.device == "cpu" else [1])
     ]
     rows, lines = [], []
     for case in tqdm(cases, unit="case", dynamic_ncols=True):
@@ -266,7 +278,7 @@ def main() -> None:
     if args.json:
         results = {
             "commit": commit(),
-            "machine": machine("cpu"),
+            "machine": machine(args.device),
             "versions": {"torch": torch.__version__, "rnnfast": rnnfast.__version__},
             "rows": rows,
         }

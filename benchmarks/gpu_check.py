@@ -7,8 +7,8 @@
 Each step is a process of its own. One that fails or passes its time limit (a kernel that waits for ever has no other
 end) does not keep the others from running, but for those that need what it makes. --minutes is the time for all: a step
 that no longer fits is left out. Everything is written as it comes, to the folder of --out: gpu_check.log has what the
-steps print, gpu_check.json how each of them ended, cuda.json the measurements. The exit status is 0 if every step
-passed.
+steps print, gpu_check.json how each of them ended, cuda.json and derivatives_cuda.json the measurements. The exit
+status is 0 if every step passed.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
     # A test that hangs says where, before its process is ended.
     pytest = (python, "-m", "pytest", "-q", "--tb=short", "-o", "faulthandler_timeout=40")
     benchmark = (python, "benchmarks/run.py", "--device", "cuda", "--limit", "0.1", "--json", str(folder / "cuda.json"))
+    derivatives = folder / "derivatives_cuda.json"
     parallel = ("--numprocesses", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     # The interpreter's own ninja: without one, a build takes one file after the other.
     path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
@@ -213,6 +214,13 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
             (*pytest, *parallel, "tests", "-k", on_cuda, *(f"--ignore=tests/{name}" for name in NOT_IN_SUITE)),
             60,
             300,
+            ("build",),
+        ),
+        Step(
+            "derivatives",
+            (python, "benchmarks/derivatives.py", "--device", "cuda", "--budget", "0.2", "--json", str(derivatives)),
+            30,
+            90,
             ("build",),
         ),
     ]

@@ -61,9 +61,9 @@ def layer(
         backend: ``"auto"``, ``"reference"``, or None for what :func:`backend` chose around the call.
 
     The operators run in first and second derivatives, forward-mode ones, and the transforms of ``torch.func``. What has
-    no kernel takes the reference formula: third derivatives; with a projection, of a cell with two products a step, with
-    noise or layer_norm second and forward-mode ones; with noise or layer_norm all of ``torch.func``, and the gradient of
-    zoneout's expectation.
+    no kernel takes the reference formula: third derivatives; second and forward-mode ones with a projection, of a cell
+    with two products a step, with noise or layer_norm; with noise or layer_norm all of ``torch.func``, and the gradient
+    of zoneout's expectation.
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not

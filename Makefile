@@ -27,7 +27,7 @@ help:
 
 build: .venv/built ## the virtual environment, with the package built in place
 
-demo: .venv/built ## train a character model on text, beside torch.nn
+demo: .venv/built ## train a character model, a GRU, on text beside torch.nn
 	$(BIN)/python examples/char_lm.py --demo
 
 examples: .venv/built ## every application for under a minute each, on data that needs no download

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rnnfast
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
-DEMO = {"hidden": 128, "embedding": 64, "epochs": 5, "compare": True, "out": Path("runs/demo")}
+DEMO = {"cell": "gru", "hidden": 128, "embedding": 64, "epochs": 5, "compare": True, "out": Path("runs/demo")}
 
 ONLINE = {
     "cell": "rnn_sigmoid",
@@ -368,7 +368,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; default: the topics of Python's help()")
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--demo", action="store_true", help="a small LSTM with --compare: under a minute on 2 cores")
+    preset.add_argument("--demo", action="store_true", help="a small GRU with --compare: under a minute on 2 cores")
     preset.add_argument("--online", action="store_true", help="the published experiment: one update a character")
 
     model = parser.add_argument_group("model")

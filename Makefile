@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml rnnfast/_build.py rnnfast/
 CPP = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples test mutate build lint format nvcc-check bench gpu-check clean
+.PHONY: help demo examples test mutate build docs lint format nvcc-check bench gpu-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,9 @@ test: .venv/built ## all tests
 
 mutate: .venv/built ## remove every barrier, wait and fence of the CUDA kernels in turn; the simulator must notice
 	cd tests && ../$(BIN)/python -m cuda_sim.mutate
+
+docs: .venv/built ## the reference of all functions and classes as pages, build/docs/index.html
+	$(BIN)/sphinx-build -q -W -b html docs/api build/docs
 
 lint: .venv/deps ## style of Python, C++ and CUDA; types of the package
 	$(BIN)/ruff check

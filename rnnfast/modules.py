@@ -475,9 +475,9 @@ class LSTM(_Layers[tuple[Tensor, Tensor]]):
     G = 4; with a projection to P features there is ``weight_hr_lk [P, H]``, ``weight_hh_lk`` is ``[4*H, P]``, and I in
     the layers above the first is D * P.
 
+    What is not among these arguments is as for :class:`RNN`.
+
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, num_heads, layer_norm, backend: as for :class:`RNN`.
         zoneout: as for :class:`RNN`, of h and of c; or two probabilities, of h and of c.
         proj_size: if not 0, h is projected to so many features, fewer than hidden_size, by ``weight_hr_l0`` and so on.
             Not with num_heads.
@@ -590,14 +590,13 @@ class GRU(_Layers[Tensor]):
     .. math::
         n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r h_{t-1}) + b_{hn})
 
+    What is not among these arguments is as for :class:`RNN`.
+
     Args:
         reset_after: whether r multiplies what W_hn makes of h, as in torch.nn and cuDNN, or h itself (Cho et al.,
             "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation", EMNLP
             2014). The parameters are the same, but their values mean another layer. Recurrent dropout is where h meets
             W_hh, in both products with one mask.
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, recompute,
-            batch_invariant, weight_dropout, recurrent_dropout, zoneout, num_heads, layer_norm, backend: as for
-            :class:`RNN`.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a
@@ -673,13 +672,12 @@ class IndRNN(_Layers[Tensor]):
     steps the gradient grows as w_hh^T, so in training the paper keeps the weights within 2^(1/T) where f is relu:
     ``layer.weight_hh_l0.data.clamp_(-bound, bound)`` behind every update.
 
+    What is not among these arguments is as for :class:`RNN`. There is no ``num_heads``, for each unit is a head, and no
+    ``layer_norm``. A layer is called as the others are, see :meth:`forward`.
+
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype, batch_invariant,
-            weight_dropout, recurrent_dropout, zoneout, backend: as for :class:`RNN`.
         nonlinearity: f: ``"relu"`` or ``"tanh"``.
         recompute: as for :class:`RNN`; the cell keeps nothing but its states anyway.
-
-    It is called as the other layers are, see :meth:`forward`. There is no ``num_heads``: each unit is a head.
 
     Raises:
         ValueError: a size below 1, a probability outside [0, 1], or for recurrent_dropout and zoneout [0, 1), a

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+import rnnfast
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
@@ -35,6 +39,15 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shutil.copy(header, tmp_path)
     count = run_examples(str(page), page.read_text())
     assert count or page != ROOT / "README.md"
+
+
+def test_the_reference_of_the_api_has_no_warnings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(ROOT / "docs" / "api")]
+    done = subprocess.run([*command, str(tmp_path / "pages")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "pages" / "index.html").read_text()
+    public = set(rnnfast.__all__) - {"__version__"}
+    assert {name for name in public if re.search(rf'id="rnnfast\.{name}[".]', page)} == public
 
 
 def test_from_scratch_prints_and_draws_what_it_shows(

@@ -133,6 +133,35 @@ struct Duals {
   at::TensorList weights;
 };
 
+// The tensors that every node keeps of its layer, behind those that are its own.
+void keep_layer(variable_list& kept, const Tensor& input, const Tensor& h0, const Tensor& c0, at::TensorList weights,
+                const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& reset,
+                const Tensor& output, const Tensor& c, const Tensor& saved) {
+  kept.insert(kept.end(), {input, h0, c0, undefined_unless(batch_sizes), undefined_unless(lengths),
+                           undefined_unless(reset), output, c, saved});
+  kept.insert(kept.end(), weights.begin(), weights.end());
+}
+// The same, found again.
+struct KeptLayer {
+  // own: how many tensors stand before these; others: how many behind them.
+  KeptLayer(const variable_list& kept, size_t own, size_t others = 0)
+      : input(kept[own]),
+        h0(kept[own + 1]),
+        c0(optional(kept[own + 2])),
+        batch_sizes(optional(kept[own + 3])),
+        lengths(optional(kept[own + 4])),
+        reset(optional(kept[own + 5])),
+        output(kept[own + 6]),
+        c(kept[own + 7]),
+        saved(kept[own + 8]),
+        weights(at::TensorList(kept).slice(own + 9, kept.size() - own - 9 - others)) {}
+
+  const Tensor &input, &h0;
+  const OptionalTensor c0, batch_sizes, lengths, reset;
+  const Tensor &output, &c, &saved;
+  const at::TensorList weights;
+};
+
 constexpr const char* kKind = "kind";
 void keep_kind(AutogradContext& context, CellKind kind) { context.saved_data[kKind] = static_cast<int64_t>(kind); }
 CellKind kept_kind(const AutogradContext& context) {
@@ -153,18 +182,9 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     *result =
         forward_operator(kind).call(input, h0, c0, weights, batch_sizes, lengths, reset, save, seed, noise, layer_norm);
     const auto& [output, h_n, c_n, c, saved] = *result;
-    variable_list kept = {duals ? duals->input : input,
-                          duals ? duals->h0 : h0,
-                          duals ? duals->c0 : c0.value_or(Tensor()),
-                          batch_sizes.value_or(Tensor()),
-                          lengths.value_or(Tensor()),
-                          reset.value_or(Tensor()),
-                          output,
-                          c,
-                          saved,
-                          seed.value_or(Tensor())};
-    const at::TensorList kept_weights = duals ? duals->weights : weights;
-    kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
+    variable_list kept = {undefined_unless(seed)};
+    keep_layer(kept, duals ? duals->input : input, duals ? duals->h0 : h0, duals ? duals->c0 : undefined_unless(c0),
+               duals ? duals->weights : weights, batch_sizes, lengths, reset, output, c, saved);
     context->save_for_backward(std::move(kept));
     context->set_materialize_grads(false);
     keep_kind(*context, kind);
@@ -177,26 +197,25 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     grads.resize(4);
     const CellKind kind = kept_kind(*context);
     const variable_list kept = context->get_saved_variables();
-    const Tensor &input = kept[0], &h0 = kept[1], &output = kept[6], &c = kept[7], &saved = kept[8];
-    const auto c0 = optional(kept[2]), batch_sizes = optional(kept[3]), lengths = optional(kept[4]),
-               reset = optional(kept[5]), seed = optional(kept[9]);
-    const at::TensorList weights = at::TensorList(kept).slice(10);
+    const auto seed = optional(kept[0]);
+    const KeptLayer layer(kept, 1);
     const auto found = context->saved_data.find(kNoise);
     const auto noise = found == context->saved_data.end() ? std::vector<double>() : found->second.toDoubleVector();
     const bool layer_norm = context->saved_data.count(kLayerNorm) > 0;
 
     // Tensors count here, arguments without one do not.
-    const size_t first_weight = c0 ? 3 : 2;
+    const size_t first_weight = layer.c0 ? 3 : 2;
     const OutputMask mask = {context->needs_input_grad(0), context->needs_input_grad(1),
-                             c0 && context->needs_input_grad(2),
-                             context->needs_input_grad({{first_weight, first_weight + weights.size()}})};
-    auto [grad_input, grad_h0, grad_c0, grad_weights] = backward_operator(kind).call(
-        optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), input, h0, c0, weights,
-        batch_sizes, lengths, reset, output, c, saved, mask, seed, noise, layer_norm);
+                             layer.c0 && context->needs_input_grad(2),
+                             context->needs_input_grad({{first_weight, first_weight + layer.weights.size()}})};
+    auto [grad_input, grad_h0, grad_c0, grad_weights] =
+        backward_operator(kind).call(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]),
+                                     layer.input, layer.h0, layer.c0, layer.weights, layer.batch_sizes, layer.lengths,
+                                     layer.reset, layer.output, layer.c, layer.saved, mask, seed, noise, layer_norm);
 
     const auto wanted = [](bool is_wanted, Tensor& grad) { return is_wanted ? grad : Tensor(); };
     variable_list result = {wanted(mask[0], grad_input), wanted(mask[1], grad_h0), wanted(mask[2], grad_c0)};
-    grad_weights.resize(weights.size());
+    grad_weights.resize(layer.weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     // batch_sizes, lengths, reset, save, seed, noise, layer_norm, kind, duals, result
     result.resize(result.size() + 10);
@@ -278,23 +297,11 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
                                                           weights, batch_sizes, lengths, reset, output, c, saved,
                                                           output_mask, std::nullopt, {}, false),
                              std::tuple(Tensor()));
-    variable_list kept = {undefined_unless(grad_output),
-                          undefined_unless(grad_h_n),
-                          undefined_unless(grad_c_n),
-                          undefined_unless(grad_c),
-                          input,
-                          h0,
-                          undefined_unless(c0)};
-    if (duals) {
-      std::copy(std::begin(duals->grads), std::end(duals->grads), kept.begin());
-      kept[4] = duals->input;
-      kept[5] = duals->h0;
-      kept[6] = duals->c0;
-    }
-    kept.insert(kept.end(), {undefined_unless(batch_sizes), undefined_unless(lengths), undefined_unless(reset), output,
-                             c, saved, keeps_states ? grad_states : Tensor()});
-    const at::TensorList kept_weights = duals ? duals->weights : weights;
-    kept.insert(kept.end(), kept_weights.begin(), kept_weights.end());
+    variable_list kept = {undefined_unless(grad_output), undefined_unless(grad_h_n), undefined_unless(grad_c_n),
+                          undefined_unless(grad_c), keeps_states ? grad_states : Tensor()};
+    if (duals) std::copy(std::begin(duals->grads), std::end(duals->grads), kept.begin());
+    keep_layer(kept, duals ? duals->input : input, duals ? duals->h0 : h0, duals ? duals->c0 : undefined_unless(c0),
+               duals ? duals->weights : weights, batch_sizes, lengths, reset, output, c, saved);
     context->save_for_backward(std::move(kept));
     context->set_materialize_grads(false);
     keep_kind(*context, kind);
@@ -310,30 +317,32 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
   static variable_list backward(AutogradContext* context, variable_list tangents) {
     const CellKind kind = kept_kind(*context);
     const variable_list kept = context->get_saved_variables();
-    const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
-    const Tensor &input = kept[4], &h0 = kept[5];
-    const at::TensorList weights = at::TensorList(kept).slice(14);
+    const OptionalTensor grads[] = {optional(kept[0]), optional(kept[1]), optional(kept[2]), optional(kept[3])};
+    const auto grad_states = optional(kept[4]);
+    const KeptLayer layer(kept, 5);
     OptionalTensor t_states[3];
     for (size_t i = 0; i < 3; ++i) t_states[i] = optional(tangents[i]);
     const size_t given = tangents.size() - 3;
     const std::vector<Tensor> t_weights =
-        all_or_none({tangents.begin() + 3, tangents.begin() + 3 + given}, given ? weights : at::TensorList());
+        all_or_none({tangents.begin() + 3, tangents.begin() + 3 + given}, given ? layer.weights : at::TensorList());
 
     // Tensors count here, arguments without one do not.
     size_t index = 0;
+    const auto is_wanted = [&](bool given) { return given && context->needs_input_grad(index++); };
     bool wanted[7];
-    for (size_t i = 0; i < 7; ++i) wanted[i] = kept[i].defined() && context->needs_input_grad(index++);
+    for (size_t i = 0; i < 4; ++i) wanted[i] = is_wanted(grads[i].has_value());
+    for (size_t i = 4; i < 7; ++i) wanted[i] = is_wanted(i < 6 || layer.c0);
     const OutputMask mask = {wanted[4], wanted[5], wanted[6],
-                             context->needs_input_grad({{index, index + weights.size()}})};
+                             context->needs_input_grad({{index, index + layer.weights.size()}})};
     auto [t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0, grad_weights] = backward_jvp_operator(kind).call(
-        {}, {}, {}, {}, t_states[0], t_states[1], t_states[2], t_weights, kept_or_none(0), kept_or_none(1),
-        kept_or_none(2), kept_or_none(3), input, h0, kept_or_none(6), weights, kept_or_none(7), kept_or_none(8),
-        kept_or_none(9), kept[10], kept[11], kept[12], mask, kept_or_none(13));
+        {}, {}, {}, {}, t_states[0], t_states[1], t_states[2], t_weights, grads[0], grads[1], grads[2], grads[3],
+        layer.input, layer.h0, layer.c0, layer.weights, layer.batch_sizes, layer.lengths, layer.reset, layer.output,
+        layer.c, layer.saved, mask, grad_states);
 
     variable_list result = {t_output, t_h_n, t_c_n, t_c, grad_input, grad_h0, grad_c0};
     for (size_t i = 0; i < 7; ++i)
       if (!wanted[i]) result[i] = Tensor();
-    grad_weights.resize(weights.size());
+    grad_weights.resize(layer.weights.size());
     result.insert(result.end(), grad_weights.begin(), grad_weights.end());
     // batch_sizes, lengths, reset, output, c, saved, output_mask, kind, duals, every_grad_state
     result.resize(result.size() + 10);
@@ -454,24 +463,13 @@ struct LayerJvpFunction : torch::autograd::Function<LayerJvpFunction> {
     *result = jvp_operator(kind).call(t_input, t_h0, t_c0, t_weights, input, h0, c0, weights, batch_sizes, lengths,
                                       reset, output, c, saved);
     const auto& [t_output, t_h_n, t_c_n, t_c] = *result;
-    variable_list kept = {undefined_unless(t_input),
-                          undefined_unless(t_h0),
-                          undefined_unless(t_c0),
-                          input,
-                          h0,
-                          undefined_unless(c0),
-                          undefined_unless(batch_sizes),
-                          undefined_unless(lengths),
-                          undefined_unless(reset),
-                          output,
-                          c,
-                          saved};
-    kept.insert(kept.end(), weights.begin(), weights.end());
+    variable_list kept = {undefined_unless(t_input), undefined_unless(t_h0), undefined_unless(t_c0)};
+    keep_layer(kept, input, h0, undefined_unless(c0), weights, batch_sizes, lengths, reset, output, c, saved);
     kept.insert(kept.end(), t_weights.begin(), t_weights.end());
     context->save_for_backward(std::move(kept));
     context->set_materialize_grads(false);
     keep_kind(*context, kind);
-    context->saved_data[kWeights] = static_cast<int64_t>(weights.size());
+    context->saved_data[kTangents] = static_cast<int64_t>(t_weights.size());
     return cell_info(kind).states == 2 ? variable_list{t_output, t_h_n, t_c_n, t_c} : variable_list{t_output, t_h_n};
   }
 
@@ -480,22 +478,25 @@ struct LayerJvpFunction : torch::autograd::Function<LayerJvpFunction> {
   static variable_list backward(AutogradContext* context, variable_list grads) {
     grads.resize(4);
     const CellKind kind = kept_kind(*context);
-    const size_t count = context->saved_data.at(kWeights).toInt();
+    const size_t tangents = context->saved_data.at(kTangents).toInt();
     const variable_list kept = context->get_saved_variables();
-    const auto kept_or_none = [&](size_t i) { return optional(kept[i]); };
-    const at::TensorList weights = at::TensorList(kept).slice(12, count),
-                         t_weights = at::TensorList(kept).slice(12 + count);
+    const OptionalTensor t_input = optional(kept[0]), t_h0 = optional(kept[1]), t_c0 = optional(kept[2]);
+    const KeptLayer layer(kept, 3, tangents);
+    const at::TensorList t_weights = at::TensorList(kept).slice(kept.size() - tangents);
+    const OptionalTensor of_results[] = {optional(grads[0]), optional(grads[1]), optional(grads[2]),
+                                         optional(grads[3])};
 
     // Tensors count here, arguments without one do not.
     size_t index = 0;
-    const auto needed = [&](size_t first, size_t lists) {
+    const auto needed = [&](const std::array<bool, 3>& given, size_t lists) {
       OutputMask mask{};
-      for (size_t i = 0; i < 3; ++i) mask[i] = kept[first + i].defined() && context->needs_input_grad(index++);
+      for (size_t i = 0; i < 3; ++i) mask[i] = given[i] && context->needs_input_grad(index++);
       mask[3] = lists > 0 && context->needs_input_grad({{index, index + lists}});
       index += lists;
       return mask;
     };
-    const OutputMask of_tangent = needed(0, t_weights.size()), of_layer = needed(3, count);
+    const OutputMask of_tangent = needed({t_input.has_value(), t_h0.has_value(), t_c0.has_value()}, tangents);
+    const OutputMask of_layer = needed({true, true, layer.c0.has_value()}, layer.weights.size());
     const auto any = [](const OutputMask& mask) {
       return std::any_of(mask.begin(), mask.end(), [](bool b) { return b; });
     };
@@ -510,29 +511,29 @@ struct LayerJvpFunction : torch::autograd::Function<LayerJvpFunction> {
       result.insert(result.end(), of_weights.begin(), of_weights.end());
     };
     if (any(of_tangent)) {
-      auto [input, h0, c0, of_weights] = backward_operator(kind).call(
-          optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), kept[3], kept[4],
-          kept_or_none(5), weights, kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11],
-          of_tangent, std::nullopt, {}, false);
-      append(of_tangent, input, h0, c0, of_weights, t_weights.size());
+      auto [input, h0, c0, of_weights] =
+          backward_operator(kind).call(of_results[0], of_results[1], of_results[2], of_results[3], layer.input,
+                                       layer.h0, layer.c0, layer.weights, layer.batch_sizes, layer.lengths, layer.reset,
+                                       layer.output, layer.c, layer.saved, of_tangent, std::nullopt, {}, false);
+      append(of_tangent, input, h0, c0, of_weights, tangents);
     } else {
-      append(of_tangent, {}, {}, {}, {}, t_weights.size());
+      append(of_tangent, {}, {}, {}, {}, tangents);
     }
     if (any(of_layer)) {
       auto [t_output, t_h_n, t_c_n, t_c, input, h0, c0, of_weights] = backward_jvp_operator(kind).call(
-          {}, {}, {}, {}, kept_or_none(0), kept_or_none(1), kept_or_none(2), t_weights, optional(grads[0]),
-          optional(grads[1]), optional(grads[2]), optional(grads[3]), kept[3], kept[4], kept_or_none(5), weights,
-          kept_or_none(6), kept_or_none(7), kept_or_none(8), kept[9], kept[10], kept[11], of_layer, {});
-      append(of_layer, input, h0, c0, of_weights, count);
+          {}, {}, {}, {}, t_input, t_h0, t_c0, t_weights, of_results[0], of_results[1], of_results[2], of_results[3],
+          layer.input, layer.h0, layer.c0, layer.weights, layer.batch_sizes, layer.lengths, layer.reset, layer.output,
+          layer.c, layer.saved, of_layer, {});
+      append(of_layer, input, h0, c0, of_weights, layer.weights.size());
     } else {
-      append(of_layer, {}, {}, {}, {}, count);
+      append(of_layer, {}, {}, {}, {}, layer.weights.size());
     }
     result.resize(result.size() + 8);  // batch_sizes, lengths, reset, output, c, saved, kind, result
     return result;
   }
 
  private:
-  static constexpr const char* kWeights = "weights";
+  static constexpr const char* kTangents = "tangents of weights";
 };
 
 JvpResult jvp(CellKind kind, c10::DispatchKeySet keys, const OptionalTensor& t_input, const OptionalTensor& t_h0,

@@ -187,6 +187,20 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
     benchmark = (python, "benchmarks/run.py", "--device", "cuda", "--limit", "0.1", "--json", str(folder / "cuda.json"))
     derivatives = folder / "derivatives_cuda.json"
     parallel = ("--numprocesses", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    # A kernel that hangs costs its own test alone: the worker ends, and another goes on with the next one.
+    one_by_one: tuple[str, ...] = ()
+    if parallel and importlib.util.find_spec("pytest_timeout"):
+        one_by_one = (
+            "--numprocesses",
+            "1",
+            "--max-worker-restart",
+            "4",
+            "--timeout",
+            "25",
+            "--timeout-method",
+            "thread",
+        )
+        parallel += ("--timeout", "60", "--timeout-method", "thread")
     # The interpreter's own ninja: without one, a build takes one file after the other.
     path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
     build_env = {"TORCH_CUDA_ARCH_LIST": arch, "RNNFAST_CUDA": "1", "PATH": path}
@@ -197,7 +211,13 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
         Step("self-test", (python, "-m", "rnnfast"), 15, 60, ("build",)),
         Step("hardware", (*pytest, "tests/test_cuda_hardware.py"), 30, 120),
         *(
-            Step(f"engine-{engine}", (*pytest, "tests/test_cuda_engines.py", "-k", engine), 20, 90, ("build",))
+            Step(
+                f"engine-{engine}",
+                (*pytest, *one_by_one, "tests/test_cuda_engines.py", "-k", engine),
+                20,
+                90,
+                ("build",),
+            )
             for engine in ENGINES
         ),
         Step(
@@ -207,7 +227,7 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
             150,
             ("build",),
         ),
-        Step("runtime", (*pytest, "tests/test_cuda_runtime.py"), 20, 90, ("build",)),
+        Step("runtime", (*pytest, *one_by_one, "tests/test_cuda_runtime.py"), 20, 90, ("build",)),
         Step("benchmark", (*benchmark, "--resume", "--minutes", "2"), 60, 150, ("build",)),
         Step(
             "suite",
@@ -215,6 +235,7 @@ def make_steps(arch: str, folder: Path) -> list[Step]:
             60,
             300,
             ("build",),
+            {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
         ),
         Step(
             "derivatives",

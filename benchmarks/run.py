@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -207,6 +208,28 @@ class Fatal:
             self.path.unlink()
 
 
+MOST_SECONDS = 30.0  # of a case on CUDA, which takes a few
+
+
+@contextlib.contextmanager
+def watched(device: str) -> Iterator[None]:
+    """On CUDA, end the process where a kernel hangs, and raise an error that stays with the device as one that does.
+
+    What a kernel left behind is raised by whoever asks the device next, in its own words.
+    """
+    if device != "cuda":
+        yield
+        return
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
@@ -291,7 +314,7 @@ def main() -> None:
                 continue
             bar.set_postfix_str(case.key, refresh=False)
             try:
-                with fatal.unless_it_returns(case.key):
+                with fatal.unless_it_returns(case.key), watched(args.device):
                     row = measure_case(case, args.limit, budget=args.limit)
             except DEVICE_ERRORS as error:  # no later case could run on the device
                 failures.append(f"{case.key}: {error}")

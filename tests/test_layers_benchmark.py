@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,6 +192,40 @@ def test_what_ends_a_run_is_not_tried_again(
     assert [row["key"].split()[1] for row in rows] == ["rnn", "lstm"]
     assert run_main() == ["rnn", "gru", "lstm"]  # anew
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_an_error_that_stays_with_the_device_is_raised_as_one(
+    benchmark_module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked the device next had words of its own for it."""
+    run = benchmark_module("run")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="no memory"), run.watched("cuda"):
+        raise RuntimeError("no memory")
+
+    def synchronize() -> None:
+        raise torch.AcceleratorError("illegal access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError), run.watched("cuda"):
+        raise RuntimeError("failed to launch")
+    with pytest.raises(RuntimeError, match="no memory"), run.watched("cpu"):
+        raise RuntimeError("no memory")
+
+
+def test_a_kernel_that_hangs_ends_the_process() -> None:
+    hang = "import run, time; run.MOST_SECONDS = 0.2\nwith run.watched('cuda'): pass\ntime.sleep(0.5); print('went on')"
+    done = run_python(hang)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+    done = run_python(hang.replace("pass", "time.sleep(60)"))
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=benchmarks, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_an_interrupted_case_is_tried_again(run_main: Callable[..., list[str]]) -> None:

@@ -38,8 +38,16 @@ def run(command: list[str]) -> str:
 def compile_kernels(source: Path, archs: tuple[str, ...], output: Path, *flags: str) -> str:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     warnings = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas"]
-    # torch's extensions are compiled as C++20.
-    common = ["-std=c++20", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *warnings, *codes]
+    # As torch's extensions are compiled.
+    common = [
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        "-std=c++20",
+        "-O3",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'cuda'}",
+        *warnings,
+        *codes,
+    ]
     return run([str(NVCC), "-c", *common, *flags, str(source), "-o", str(output)])
 
 

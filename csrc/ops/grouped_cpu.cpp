@@ -52,10 +52,7 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
     LayerBackward params = backward_params(g, layer, tensors);
     params.sequence = host.sequence();
     if (mask[0]) params.grad_input = rows_of(g, tensors.grad_input, 0);
-    const int threads = max_threads();
-    const cpu::EngineTable& engine = cpu::engine(params.dtype);
-    Workspace workspace(engine.backward_workspace_bytes(params, threads));
-    engine.backward(params, workspace.data(), threads);
+    run_engine(params);
     if (output_mask[3]) {
       const Tensor igates = in_order(host.sequence(), tensors.grad_igates);
       const Tensor hgates = g.info.split_gates ? in_order(host.sequence(), tensors.grad_hgates) : igates;

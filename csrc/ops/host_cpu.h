@@ -14,7 +14,24 @@
 
 namespace rnnfast::ops {
 
-inline int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+// Run the engine for the layer's dtype on the threads there are, with this thread's workspace.
+template <class Layer>
+void run_with_workspace(const Layer& layer, size_t (*cpu::EngineTable::*workspace_bytes)(const Layer&, int),
+                        void (*cpu::EngineTable::*run)(const Layer&, void*, int)) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const cpu::EngineTable& engine = cpu::engine(layer.dtype);
+  Workspace workspace((engine.*workspace_bytes)(layer, threads));
+  (engine.*run)(layer, workspace.data(), threads);
+}
+inline void run_engine(const LayerForward& layer) {
+  run_with_workspace(layer, &cpu::EngineTable::forward_workspace_bytes, &cpu::EngineTable::forward);
+}
+inline void run_engine(const LayerBackward& layer) {
+  run_with_workspace(layer, &cpu::EngineTable::backward_workspace_bytes, &cpu::EngineTable::backward);
+}
+inline void run_engine(const LayerTangent& layer) {
+  run_with_workspace(layer, &cpu::EngineTable::tangent_workspace_bytes, &cpu::EngineTable::tangent);
+}
 
 // The arrays behind a Sequence.
 class HostSequence {

@@ -27,10 +27,7 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   LayerForward params = forward_params(geometry, save, layer, tensors);
   params.noise = noise.params;
   params.sequence = host.sequence();
-  const int threads = max_threads();
-  const cpu::EngineTable& engine = cpu::engine(params.dtype);
-  Workspace workspace(engine.forward_workspace_bytes(params, threads));
-  engine.forward(params, workspace.data(), threads);
+  run_engine(params);
   return tensors.result();
 }
 
@@ -57,10 +54,7 @@ BackwardResult run_backward(const Geometry& geometry, const LayerArguments& argu
   params.sequence = host.sequence();
   if (output_mask[0]) params.grad_input = rows_of(geometry, tensors.grad_input, 0);
   if (output_mask[3]) set_weight_gradients(geometry, tensors, params);
-  const int threads = max_threads();
-  const cpu::EngineTable& engine = cpu::engine(params.dtype);
-  Workspace workspace(engine.backward_workspace_bytes(params, threads));
-  engine.backward(params, workspace.data(), threads);
+  run_engine(params);
   return tensors.result();
 }
 

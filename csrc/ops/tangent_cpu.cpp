@@ -20,12 +20,7 @@ class Cpu {
   Tensor previous_states(const Tensor& states, const Tensor& initial, int64_t d) const {
     return ops::previous_states(geometry_, sequence(), states, initial, d);
   }
-  void run(const LayerTangent& params, const TangentTensors&) const {
-    const int threads = max_threads();
-    const cpu::EngineTable& engine = cpu::engine(params.dtype);
-    Workspace workspace(engine.tangent_workspace_bytes(params, threads));
-    engine.tangent(params, workspace.data(), threads);
-  }
+  void run(const LayerTangent& params, const TangentTensors&) const { run_engine(params); }
 
  private:
   const Geometry geometry_;

@@ -261,13 +261,24 @@ def main() -> None:
         for cell in args.cell
         for threads in args.threads or (sorted({1, cores}) if args.device == "cpu" else [1])
     ]
-    rows, lines = [], []
+    rows: list[dict[str, Any]] = []
+    lines, mismatches = [], []
+    results = {
+        "commit": commit(),
+        "machine": machine(args.device),
+        "versions": {"torch": torch.__version__, "rnnfast": rnnfast.__version__},
+        "rows": rows,
+    }
     for case in tqdm(cases, unit="case", dynamic_ncols=True):
         try:
             row = measure(case, args.budget)
         except Mismatch as error:
-            raise SystemExit(f"{case}: {error}") from error
+            mismatches.append(f"{case}: {error}")
+            continue
         rows.append(row)
+        if args.json:  # at once, for what comes may not end
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
         times = [duration(row["seconds"][side]) for side in ("baseline", "rnnfast")]
         lines.append([row["derivative"], row["cell"], row["size"], case.threads, row["baseline"], *times])
         lines[-1].append(f"{row['ratio']:.2f}")
@@ -275,15 +286,8 @@ def main() -> None:
         lines[-1].append(f"{row['seconds']['baseline'] / products_time:.2f}" if products_time else "")
     headers = ["derivative", "cell", "size", "threads", "against", "it takes", "rnnfast", "ratio", "at most"]
     print(tabulate(lines, headers, disable_numparse=True))
-    if args.json:
-        results = {
-            "commit": commit(),
-            "machine": machine(args.device),
-            "versions": {"torch": torch.__version__, "rnnfast": rnnfast.__version__},
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if mismatches:
+        raise SystemExit("\n".join(mismatches))
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def main() -> None:
         print(f"    {in_words(outcome)}")
     for name in absent:
         print(f"    {name}: left out, there is no compute-sanitizer")
-    print(f"    in {folder}: gpu_check.log, gpu_check.json, cuda.json")
+    print(f"    in {folder}: gpu_check.log, gpu_check.json, cuda.json, derivatives_cuda.json")
     raise SystemExit(any(outcome.status != "passed" for outcome in outcomes))
 
 

@@ -357,7 +357,8 @@ int forward(const LayerForward& layer, const Context& context);
 size_t backward_workspace_bytes(const LayerBackward& layer);
 int backward(const LayerBackward& layer, const BackwardProducts (&products)[2], const Context& context);
 
-// Along a tangent: cells with one product a step. What is never wanted of the input and of w_ih is not read.
+// Along a tangent, in float32 and float64: cells with one product a step. The input and w_ih are not read, and saved is
+// there if S > 0. Past a length tangents of results and gradients of gates are zero.
 size_t tangent_workspace_bytes(const LayerTangent& layer);
 int tangent(const LayerTangent& layer, const Context& context);
 

@@ -299,7 +299,7 @@ def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}{suffix}", fake)
     derivatives.register(library, cell)
     if no_cuda:
-        for suffix in ("", "_backward"):
+        for suffix in ("", "_backward", "_backward_with_states", "_grouped_backward", "_jvp", "_backward_jvp"):
             library.impl(name + suffix, partial(_refuse_cuda, no_cuda), "CUDA")
 
 

@@ -371,6 +371,21 @@ def test_cuda_tensors_in_a_cpu_build(name: str) -> None:
         operator(name).redispatch(cuda, *arguments)
 
 
+@pytest.mark.skipif(not ops.missing_kernels("cuda"), reason="this extension has CUDA kernels")
+def test_derivatives_of_cuda_tensors_in_a_cpu_build() -> None:
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    of_jvp, of_backward_jvp = tangent_arguments(Sample("lstm"))
+    backward = [*backward_arguments(Sample("lstm")), [True] * 4]
+    for suffix, arguments in (
+        ("_backward_with_states", backward),
+        ("_grouped_backward", [*backward, 1]),
+        ("_jvp", of_jvp),
+        ("_backward_jvp", [*of_backward_jvp, [True] * 4]),
+    ):
+        with pytest.raises(RuntimeError, match="built without CUDA kernels: "):
+            operator(f"lstm{suffix}").redispatch(cuda, *arguments)
+
+
 # ------------------------------------------------------------------------------------------------ torch's machinery
 # Full lengths: opcheck compares `saved` too, and what that holds past a row's end is nobody's.
 OPCHECKED = [replace(sample, row_lengths=(5, 5, 5)) if sample.form == "lengths" else sample for sample in FORMS]

@@ -219,7 +219,7 @@ struct DirectionTangent {
   void* t_c_n = nullptr;  // [B, H]
 
   // backward
-  Rows grad_states;                // rows of P, as backward left them; data null: made again
+  Rows grad_states;                // rows of P, as backward left them (CPU engine only); data null: made again
   DualRows grad_output, grad_c;    // rows of P, rows of H
   DualPointer grad_h_n, grad_c_n;  // [B, P], [B, H]
   void* t_grad_h0 = nullptr;       // [B, P]

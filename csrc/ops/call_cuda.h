@@ -1,6 +1,5 @@
 // Owns: what every operator on CUDA hands to an engine beside tensors: the device's view of time, the workspace, the
-// stream, the matrix product.
-// Must not know: engines, equations.
+// stream. Must not know: engines, equations.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-// Owns: the operators on CUDA: the device's view of time, the products over all steps, the workspace, the launch of the
-// engine that the plan chose.
+// Owns: the operators on CUDA, first derivatives included: the products over all steps, the launch of the engine that
+// the plan chose.
 // Must not know: equations, loops over time, kernels.
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -42,6 +42,7 @@ HIDDEN = 128
 TOLERANCE = 1e-3  # of a result's norm: second derivatives in float32
 CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+ONLY_OF = {"gradient penalty, projection": ("lstm",)}  # where not of all cells
 Call = Callable[[], Any]
 
 
@@ -77,9 +78,9 @@ def data(case: Case, *leading: int) -> Tensor:
     )
 
 
-def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor]) -> Call:
+def gradient_penalty(library: Any, case: Case, of: Callable[[Tensor], Tensor], **options: Any) -> Call:
     """The gradient by every parameter of a penalty on the gradient by the input."""
-    module, input = layer(library, case), data(case).requires_grad_()
+    module, input = layer(library, case, **options), data(case).requires_grad_()
     parameters = list(module.parameters())
 
     def call() -> Any:
@@ -117,6 +118,10 @@ def products(case: Case, through_output: bool) -> Call:
 
 def penalties(case: Case, of: Callable[[Tensor], Tensor]) -> tuple[Call, Call, Call]:
     return gradient_penalty(nn, case, of), gradient_penalty(rnnfast, case, of), products(case, of is energy)
+
+
+def with_projection(case: Case) -> tuple[Call, ...]:
+    return tuple(gradient_penalty(library, case, critic, proj_size=HIDDEN // 2) for library in (nn, rnnfast))
 
 
 def critic(output: Tensor) -> Tensor:
@@ -197,6 +202,7 @@ FULL, NARROW, SMALL = Size(100, 16, HIDDEN), Size(100, 16, 32), Size(20, 2, 16)
 DERIVATIVES: dict[str, tuple[str, tuple[Size, ...], Callable[[Case], tuple[Call, ...]]]] = {
     "gradient penalty": ("torch.nn", (FULL, NARROW), lambda case: penalties(case, critic)),
     "gradient penalty, all steps": ("torch.nn", (FULL, NARROW), lambda case: penalties(case, energy)),
+    "gradient penalty, projection": ("torch.nn", (FULL, NARROW), with_projection),
     "jvp": (
         "formula",
         (FULL,),
@@ -258,6 +264,7 @@ def main() -> None:
         for name in args.only
         for size in DERIVATIVES[name][1]
         for cell in args.cell
+        if cell in ONLY_OF.get(name, CELLS)
         for threads in args.threads or (sorted({1, cores}) if args.device == "cpu" else [1])
     ]
     rows: list[dict[str, Any]] = []

@@ -1,9 +1,7 @@
-"""Derivatives of the operators that C++ cannot give: a formula for those without a kernel, and torch.func's transforms.
+"""Derivatives of the operators as torch.func sees them.
 
-Owns both. ``reference_*`` are derivatives of the reference formula, themselves differentiable any number of times. Each
-``torch.autograd.Function`` here is one operator as torch.func sees it: its derivatives are other operators, and vmap
-makes one call of all samples, their rows merged into one batch. Must not know which backend runs a layer, layers,
-parameters.
+Each ``torch.autograd.Function`` here is one operator: its derivatives are other operators, and vmap makes one call of
+all samples, their rows merged into one batch. Must not know which backend runs a layer, layers, parameters.
 """
 
 from __future__ import annotations
@@ -18,139 +16,9 @@ from torch import Tensor
 from torch._functorch.autograd_function import VmapInfo
 from torch.autograd import Function
 
-from . import reference
+from . import formula, reference
+from .formula import OptionalTensors, find_operator, names, or_zeros, present, vjp
 
-OptionalTensors = Sequence[Tensor | None]
-
-
-def names(cell: str) -> tuple[str, str]:
-    """The namespace of a cell's operators, and its name there."""
-    namespace, _, name = cell.rpartition("::")
-    return namespace or "rnnfast", name
-
-
-def find_operator(cell: str, suffix: str = "") -> Any:
-    namespace, name = names(cell)
-    return getattr(getattr(torch.ops, namespace), name + suffix).default
-
-
-# ------------------------------------------------------------------------------- the formula behind what has no kernel
-def reference_layer(
-    cell: str,
-    input: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    seed: Tensor | None = None,
-    noise: Sequence[float] = (),
-    layer_norm: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The layer by the reference formula, with an operator's arguments."""
-    options: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "reset": reset}
-    return reference.layer(cell, input, h0, c0, weights, seed=seed, noise=noise, layer_norm=layer_norm, **options)
-
-
-class _Formula:
-    """The layer by the reference formula, a function of its floating tensors: input, h0, c0 if there is one, weights.
-
-    Its results are those with elements: output and h_n, and of a cell with two states c_n and c.
-    """
-
-    def __init__(
-        self,
-        cell: str,
-        input: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        weights: Sequence[Tensor],
-        *others: Any,
-    ) -> None:
-        self.cell, self.others = cell, others
-        self.tensors = _present(input, h0, c0, *weights)
-        self.has_c0 = c0 is not None
-        self.results = 4 if self.has_c0 else 2
-
-    def __call__(self, input: Tensor, h0: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        c0, weights = (rest[0], rest[1:]) if self.has_c0 else (None, rest)
-        return reference_layer(self.cell, input, h0, c0, weights, *self.others)[: self.results]
-
-    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """The gradients of the floating tensors, from those of the results, absent ones zero, and the tensors."""
-        results, pull = _vjp(self, *arguments[self.results :])
-        return pull(_or_zeros(arguments[: self.results], results))  # type: ignore[no-any-return]
-
-    def tangents(self, t_input: Any, t_h0: Any, t_c0: Any, t_weights: OptionalTensors) -> tuple[Tensor, ...]:
-        """An operator's tangents as those of the floating tensors."""
-        states = (t_input, t_h0, t_c0) if self.has_c0 else (t_input, t_h0)
-        return _or_zeros((*states, *(t_weights or [None] * (len(self.tensors) - len(states)))), self.tensors)
-
-    def masked(
-        self, grads: Sequence[Tensor], output_mask: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """An operator's gradients from those of the floating tensors."""
-        nothing = grads[0].new_empty(0)
-        states, weights = (grads[:3], grads[3:]) if self.has_c0 else ((*grads[:2], nothing), grads[2:])
-        masked = (grad if wanted else nothing for grad, wanted in zip(states, output_mask[:3], strict=True))
-        return *masked, list(weights) if output_mask[3] else []  # type: ignore[return-value]
-
-
-def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp without has_aux, whose type is a union of both."""
-    results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
-    return results, pull
-
-
-def _along(
-    function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor], tangents: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The derivative of ``function`` along ``tangents``.
-
-    It is the transpose of the transposed derivative. torch.func.jvp would do it in one pass, but not inside a
-    dual_level of torch.autograd.forward_ad.
-    """
-    results, pull = _vjp(function, *primals)
-    _, push = _vjp(pull, tuple(torch.zeros_like(result) for result in results))
-    (pushed,) = push(tangents)
-    return pushed  # type: ignore[no-any-return]
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _or_zeros(tensors: OptionalTensors, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True))
-
-
-# Each takes the arguments of the operator of its name, in their order, but for what forward kept.
-def reference_backward(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads, layer, output_mask, variants = arguments[:4], arguments[4:11], arguments[11], arguments[12:]
-    formula = _Formula(cell, *layer, *variants)
-    return formula.masked(formula.backward(*grads[: formula.results], *formula.tensors), output_mask)
-
-
-def reference_jvp(cell: str, *arguments: Any) -> tuple[Tensor, ...]:
-    tangents, layer = arguments[:4], arguments[4:]
-    formula = _Formula(cell, *layer)
-    t_results = _along(formula, formula.tensors, formula.tangents(*tangents))
-    nothing = t_results[0].new_empty(0)
-    return t_results if formula.has_c0 else (*t_results, nothing, nothing)
-
-
-def reference_backward_jvp(cell: str, *arguments: Any) -> tuple[Any, ...]:
-    t_grads, tangents, grads = arguments[:4], arguments[4:8], arguments[8:12]
-    layer, output_mask = arguments[12:19], arguments[19]
-    formula = _Formula(cell, *layer)
-    t_results = reference_jvp(cell, *tangents, *layer)
-    at, along = (_or_zeros(part[: formula.results], t_results[: formula.results]) for part in (grads, t_grads))
-    t_gradients = _along(formula.backward, [*at, *formula.tensors], (*along, *formula.tangents(*tangents)))
-    return *t_results, *formula.masked(t_gradients, output_mask)
-
-
-# ------------------------------------------------------------------------------------------- transforms of torch.func
 # A Function takes tensors flat: lists spliced, None where there is none. The layer's are
 #     input, h0, c0, batch_sizes, lengths, reset, *weights
 # and before them stand what the operator takes besides, in the operator's order, but for tangents of weights, which
@@ -189,7 +57,7 @@ def _flat(layer: Sequence[Any]) -> list[Any]:
 
 def _all_or_none(tangents: OptionalTensors, of: Sequence[Tensor]) -> list[Tensor]:
     """Tangents of weights as the operators take them."""
-    return [] if all(tangent is None for tangent in tangents) else list(_or_zeros(tangents, of))
+    return [] if all(tangent is None for tangent in tangents) else list(or_zeros(tangents, of))
 
 
 def _vmap(
@@ -313,7 +181,7 @@ def _is_recorded(tensors: OptionalTensors) -> bool:
 
 
 def _requires_grad(tensors: OptionalTensors) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _present(*tensors))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present(*tensors))
 
 
 def _run_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -337,14 +205,14 @@ def _run_backward_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...
 
 def _formula_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What :func:`_run_jvp` gives, differentiable."""
-    return reference_jvp(call.cell, *_tangents(call, tensors[3:]), *call.layer(tensors[6:]))
+    return formula.jvp(call.cell, *_tangents(call, tensors[3:]), *call.layer(tensors[6:]))
 
 
 def _formula_backward_jvp(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """What :func:`_run_backward_jvp` gives, differentiable."""
     t_grads, grads, rest = tensors[:4], tensors[4:8], tensors[11:]
     arguments = (*t_grads, *_tangents(call, rest), *grads, *call.layer(rest[3:]), call.output_mask)
-    *tangents, weights = reference_backward_jvp(call.cell, *arguments)
+    *tangents, weights = formula.backward_jvp(call.cell, *arguments)
     return *tangents, *weights
 
 
@@ -455,7 +323,7 @@ class _Backward(Function):
 
 # Third derivatives: those of the formula. Its tensors are those of the operator; what forward kept has no derivative.
 def _of_formula(
-    formula: Callable[..., tuple[Tensor, ...]],
+    run: Callable[..., tuple[Tensor, ...]],
     call: _Call,
     tensors: OptionalTensors,
     chosen: Sequence[int],
@@ -466,27 +334,27 @@ def _of_formula(
         replaced = list(tensors)
         for index, value in zip(chosen, values, strict=True):
             replaced[index] = value
-        return formula(call, *replaced)
+        return run(call, *replaced)
 
-    return function, _present(*(tensors[index] for index in chosen))
+    return function, present(*(tensors[index] for index in chosen))
 
 
-def _backward_of_formula(formula: Any, kept: slice, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def _backward_of_formula(run: Any, kept: slice, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     without = range(len(tensors))[kept]
     chosen = [index for index, needed in enumerate(_needed(ctx)) if needed and index not in without]
-    function, primals = _of_formula(formula, ctx.call, tensors, chosen)
-    results, pull = _vjp(function, *primals)
-    found = dict(zip(chosen, pull(_or_zeros(grads, results)), strict=True))
+    function, primals = _of_formula(run, ctx.call, tensors, chosen)
+    results, pull = vjp(function, *primals)
+    found = dict(zip(chosen, pull(or_zeros(grads, results)), strict=True))
     return None, *(found.get(index) for index in range(len(tensors)))
 
 
-def _jvp_of_formula(formula: Any, kept: slice, ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+def _jvp_of_formula(run: Any, kept: slice, ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     without = range(len(tensors))[kept]
     along = dict(enumerate(tangents[1:]))
     chosen = [index for index, tangent in along.items() if tangent is not None and index not in without]
-    function, primals = _of_formula(formula, ctx.call, tensors, chosen)
+    function, primals = _of_formula(run, ctx.call, tensors, chosen)
     results, pushed = torch.func.jvp(function, tuple(primals), tuple(along[index] for index in chosen))  # type: ignore[misc]
     return tuple(
         None if result.dim() == 1 and not result.numel() else t for result, t in zip(results, pushed, strict=True)
@@ -576,9 +444,9 @@ def _by_formula(
     """An operator whose derivatives the kernels of transforms do not have: with noise or layer normalisation, or of
     forward mode within itself."""
     if unpack is _unpack_backward:  # but for what forward kept
-        return reference_backward(cell, *arguments[:11], arguments[14], *variants)
+        return formula.backward(cell, *arguments[:11], arguments[14], *variants)
     *layer, _ = arguments  # but for what forward is to keep
-    return *reference_layer(cell, *layer, *variants), arguments[0].new_empty(0)
+    return *formula.layer(cell, *layer, *variants), arguments[0].new_empty(0)
 
 
 def _loses_tangents(unpack: Callable[..., _Unpacked]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import derivatives, reference
+from . import derivatives, formula, reference
 from ._extension import error as extension_error
 from ._extension import extension as extension
 
@@ -61,9 +61,9 @@ def layer(
         backend: ``"auto"``, ``"reference"``, or None for what :func:`backend` chose around the call.
 
     The operators run in first and second derivatives, forward-mode ones, and the transforms of ``torch.func``. What has
-    no kernel takes the reference formula: third derivatives; second and forward-mode ones with a projection, of a cell
-    with two products a step, with noise or layer_norm; with noise or layer_norm all of ``torch.func``, and the gradient
-    of zoneout's expectation.
+    no kernel takes the reference formula: third derivatives; second and forward-mode ones of a cell with two products a
+    step, with noise or layer_norm; with noise or layer_norm all of ``torch.func``, and the gradient of zoneout's
+    expectation.
 
     Raises:
         ValueError: a dtype or a value that the operator does not take: an input of integers, batch_sizes that do not
@@ -78,14 +78,14 @@ def layer(
     else:
         _check_backend(backend)
     if backend == "reference" or extension is None:
-        return derivatives.reference_layer(
+        return formula.reference_layer(
             cell, input, h0, c0, weights, batch_sizes, lengths, reset, seed, noise, layer_norm
         )
     # torch.ops costs microseconds more than the direct way, but tracers and overrides see only what goes through it.
     if torch.compiler.is_compiling() or has_torch_function(
         (input, h0, c0, *weights, batch_sizes, lengths, reset, seed)
     ):
-        operator = derivatives.find_operator(cell)
+        operator = formula.find_operator(cell)
     else:
         operator = _direct[cell]
     output, h_n, c_n, c, _ = operator(
@@ -271,22 +271,22 @@ _libraries: dict[str, Any] = {}  # what is registered lives as long as they do
 def _register_formulas(namespace: str, qualify: Callable[[str], str]) -> None:
     """The operators of the formula; ``qualify`` makes a cell's name of that in a schema."""
 
-    def qualified(formula: Callable[..., Any], cell: str, *arguments: Any) -> Any:
-        return formula(qualify(cell), *arguments)
+    def qualified(run: Callable[..., Any], cell: str, *arguments: Any) -> Any:
+        return run(qualify(cell), *arguments)
 
     _libraries[namespace] = torch.library.Library(namespace, "IMPL")
-    for name, formula in (
-        ("reference", derivatives.reference_layer),
-        ("reference_backward", derivatives.reference_backward),
-        ("reference_jvp", derivatives.reference_jvp),
-        ("reference_backward_jvp", derivatives.reference_backward_jvp),
+    for name, run in (
+        ("reference", formula.layer),
+        ("reference_backward", formula.backward),
+        ("reference_jvp", formula.jvp),
+        ("reference_backward_jvp", formula.backward_jvp),
     ):
-        _libraries[namespace].impl(name, partial(qualified, formula), "CompositeImplicitAutograd")
+        _libraries[namespace].impl(name, partial(qualified, run), "CompositeImplicitAutograd")
 
 
 def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
     """The shapes, the transforms and, where there are no kernels for CUDA, the reason."""
-    namespace, name = derivatives.names(cell)
+    namespace, name = formula.names(cell)
     library = _libraries[namespace]
     for suffix, fake in (
         ("", partial(_fake_layer, reference.find_cell(cell).gates, saved_values)),
@@ -306,11 +306,11 @@ def _register_cell(cell: str, saved_values: int, no_cuda: str) -> None:
 def register_own_cell(cell: str, saved_values: int, form: reference.Cell, no_cuda: str) -> None:
     """Make a cell known whose library of operators has been loaded; ``cell`` is "namespace::name", ``no_cuda`` says why
     the library has no kernels for CUDA, and is empty if it has."""
-    namespace, _ = derivatives.names(cell)
+    namespace, _ = formula.names(cell)
     reference.OWN_CELLS[cell] = form
     _register_formulas(namespace, lambda name: f"{namespace}::{name}")
     _register_cell(cell, saved_values, no_cuda)
-    _direct[cell] = derivatives.find_operator(cell)
+    _direct[cell] = formula.find_operator(cell)
 
 
 if extension is not None:

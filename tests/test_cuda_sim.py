@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._pytree import tree_map_only
 
-from rnnfast import derivatives, ops, reference
+from rnnfast import formula, ops, reference
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -270,7 +270,7 @@ def compare_along(sim: driver.Simulator, sample: Sample, dtype: torch.dtype, *, 
     if not all_tangents:
         grads, t_grads, tangents = [None, *grads[1:]], [*t_grads[:3], None], [None, tangents[1], None, []]
     others = [problem.options[name] for name in ("batch_sizes", "lengths", "reset")]
-    *expected, weights = derivatives.reference_backward_jvp(
+    *expected, weights = formula.backward_jvp(
         sample.cell, *wide((*t_grads, *tangents, *grads, *problem.arguments[1:])), *others, [True] * 4
     )
     expected = [tensor for tensor in expected if tensor.dim() > 1]  # those of c have no elements where there is none
@@ -603,12 +603,12 @@ def test_operators_along_a_tangent(operators: DispatchKeySet, cell: str, dtype: 
         t_grads, tangents = along(problem)
         for t_arguments, mask in ((tangents, [True] * 4), ([None, tangents[1], None, []], [True, False, False, True])):
             got = jvp.redispatch(operators, *t_arguments, *layer, output, c, saved)
-            expected = derivatives.reference_jvp(cell, *wide(t_arguments), *wide(layer))
+            expected = formula.jvp(cell, *wide(t_arguments), *wide(layer))
             assert_close(got[: 2 * states], expected[: 2 * states], bound)
             *got, weights = backward_jvp.redispatch(
                 operators, *t_grads, *t_arguments, *grads, *layer, output, c, saved, mask, None
             )
-            *expected, expected_weights = derivatives.reference_backward_jvp(
+            *expected, expected_weights = formula.backward_jvp(
                 cell, *wide(t_grads), *wide(t_arguments), *wide(grads), *wide(layer), mask
             )
             assert_close([*got, *weights], [*expected, *expected_weights], bound)

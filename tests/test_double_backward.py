@@ -4,7 +4,7 @@ other. The modules' own gradcheck is elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from sample_inputs import CELLS, Sample, each_cell, tensors_of
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from rnnfast import ops, reference
@@ -30,12 +31,33 @@ SAMPLES = [
         (2, "lengths", True),
     )
 ] + [
-    Sample("lstm", **{**SMALL, "hidden_size": 3}, proj_size=2, directions=2, form="packed", reset=True),
     Sample("gru", **SMALL, bias=False),
     Sample("gru", **{**SMALL, "steps": 0}),
     Sample("lstm", **{**SMALL, "batch": 0}),
 ]
+PROJECTED = [
+    Sample("lstm", **{**SMALL, "hidden_size": 3, **sizes}, proj_size=2, **options)
+    for sizes, options in (
+        ({}, {}),
+        ({}, {"directions": 2, "reset": True, "bias": False}),
+        ({}, {"form": "packed", "bias": False}),
+        ({}, {"directions": 2, "form": "packed", "reset": True}),
+        ({"batch": 4}, {"form": "lengths", "reset": True}),
+        ({"batch": 4}, {"directions": 2, "form": "lengths"}),
+        ({"steps": 1, "input_size": 1}, {"directions": 2, "reset": True}),
+        ({"steps": 0}, {}),
+        ({"batch": 0}, {"directions": 2}),
+    )
+]
+SAMPLES += PROJECTED
 each_small_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+
+
+def _rebuilt(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The layer's arguments with other floating tensors."""
+    cell, _, _, c0, _ = arguments
+    states = 2 if c0 is None else 3
+    return cell, *tensors[:2], None if c0 is None else tensors[2], list(tensors[states:])
 
 
 def as_function(run: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -70,10 +92,11 @@ def test_a_graph_of_the_gradient_does_not_change_it(sample: Sample) -> None:
         assert_close(actual, wanted)
 
 
-@each_cell
-def test_third_derivative(cell: str, device: str) -> None:
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in CELLS), ("lstm", 1)])
+def test_third_derivative(cell: str, proj_size: int, device: str) -> None:
     def third(run: Callable[..., Any]) -> tuple[Tensor, ...]:
-        arguments, options = Sample(cell, **SMALL, directions=2).arguments(device=device, grad=True)
+        sample = Sample(cell, **SMALL, directions=2, proj_size=proj_size)
+        arguments, options = sample.arguments(device=device, grad=True)
         result = run(*arguments, **options)[0].square().sum()
         for _ in range(2):
             gradients = torch.autograd.grad(result, tensors_of(arguments), create_graph=True)
@@ -82,6 +105,53 @@ def test_third_derivative(cell: str, device: str) -> None:
 
     for actual, wanted in zip(third(ops.layer), third(reference.layer), strict=True):
         assert_close(actual, wanted)
+
+
+def second_derivative(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
+    """Of a loss of all results, through the norms of all gradients."""
+    loss = sum(result.float().sin().sum() for result in run(*arguments, **options))
+    gradients = torch.autograd.grad(loss, tensors_of(arguments), create_graph=True)
+    found = torch.autograd.grad(sum(g.float().square().sum() for g in gradients), tensors_of(arguments))
+    return [gradient.double() for gradient in found]
+
+
+@pytest.mark.parametrize("sample", PROJECTED, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_projection_against_the_reference(sample: Sample, dtype: torch.dtype, device: str) -> None:
+    arguments, options = sample.arguments(device=device, dtype=dtype, grad=True)
+    wide, _ = sample.arguments(device=device, grad=True)
+    for tensor, narrow in zip(tensors_of(wide), tensors_of(arguments), strict=True):
+        tensor.data = narrow.detach().double()
+    if options["reset"] is not None:
+        options["reset"].view(-1)[:1] = True  # an initial state that is not read
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    actual, wanted = (
+        second_derivative(ops.layer, arguments, options),
+        second_derivative(reference.layer, wide, options),
+    )
+    scale = max((w.abs().max().item() for w in wanted if w.numel()), default=0.0)
+    for one, other in zip(actual, wanted, strict=True):
+        assert_close(one, other, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("sample", PROJECTED, ids=lambda sample: sample.name)
+def test_a_projection_is_not_differentiated_step_by_step(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(reference, "layer", refuse)
+    arguments, options = sample.arguments(grad=True)
+    second_derivative(ops.layer, arguments, options)
+
+    def output(*values: Tensor) -> Tensor:
+        return ops.layer(*_rebuilt(arguments, values), **options)[0]
+
+    primals = tuple(tensor.detach() for tensor in tensors_of(arguments))
+    torch.func.jvp(output, primals, primals)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, tensor) for tensor in primals]
+        assert forward_ad.unpack_dual(output(*duals)).tangent is not None
+    torch.func.jvp(torch.func.grad(lambda *values: output(*values).sum()), primals, primals)
 
 
 @each_cell

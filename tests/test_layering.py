@@ -32,6 +32,7 @@ CUDA = re.compile(r"^(cuda|cublas|curand|cooperative_groups|mma|nv/|cub/|thrust/
 # A module may import those of the lower ranks.
 PACKAGE_RANKS = [
     {"reference", "_extension", "_version", "_build"},
+    {"formula"},
     {"derivatives"},
     {"ops"},
     {"functional"},

@@ -1,5 +1,5 @@
 // Owns: derivatives of the operators. First derivatives call <cell>_backward, forward-mode ones <cell>_jvp, second ones
-// <cell>_backward_jvp; what has no kernel goes through the formula of rnnfast/reference.py.
+// <cell>_backward_jvp; what has no kernel goes through the formula of rnnfast/formula.py.
 // Must not know: how an operator runs, sizes (they may be symbolic here).
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>

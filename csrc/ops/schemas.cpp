@@ -40,8 +40,7 @@ RNNFAST_DEFINE_LIBRARY(RNNFAST_LIBRARY, m) {
   RNNFAST_FOR_EACH_CELL(RNNFAST_SCHEMAS)
 #undef RNNFAST_SCHEMAS
 
-  // Derivatives by the plain-PyTorch formula, differentiable any number of times; implemented in
-  // rnnfast/derivatives.py.
+  // Derivatives that have no kernel, differentiable any number of times; implemented in rnnfast/formula.py.
   m.def("reference(str cell, " RNNFAST_LAYER_ARGUMENTS ", " RNNFAST_VARIANTS ") -> " RNNFAST_STATES ")");
   m.def("reference_backward(str cell, " RNNFAST_GRADIENT_ARGUMENTS ", " RNNFAST_LAYER_ARGUMENTS
         ", bool[4] output_mask, " RNNFAST_VARIANTS ") -> " RNNFAST_GRADIENTS ")");

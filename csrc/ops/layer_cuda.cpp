@@ -5,8 +5,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "call_cuda.h"
 #include "cuda_engine.h"
 #include "device_cuda.h"
@@ -115,22 +113,6 @@ ForwardResult forward(const Tensor& input, const Tensor& h0, const OptionalTenso
   return tensors.result();
 }
 
-// grad_w_hh [G*H] of a diagonal cell: the sum over rows of grad_hgates [N, G*H] times h_prev [N, H], in float32 for the
-// 16-bit types, some rows at a time.
-void sum_diagonal(const Tensor& grad_hgates, const Tensor& h_prev, const Tensor& grad_w_hh) {
-  constexpr int64_t kElements = int64_t{16} << 20;
-  const at::ScalarType acc = grad_w_hh.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t gates = grad_hgates.size(1) / h_prev.size(1);
-  const int64_t most = std::max<int64_t>(1, kElements / grad_hgates.size(1));
-  Tensor sum = at::zeros(grad_w_hh.sizes(), grad_w_hh.options().dtype(acc));
-  for (int64_t first = 0; first < grad_hgates.size(0); first += most) {
-    const int64_t rows = std::min(most, grad_hgates.size(0) - first);
-    const Tensor states = h_prev.narrow(0, first, rows).to(acc).repeat({1, gates});
-    sum.add_(states.mul_(grad_hgates.narrow(0, first, rows)).sum(0));
-  }
-  grad_w_hh.copy_(sum);
-}
-
 // The tensors behind BackwardProducts, [D, N, P or H]; undefined where the layer has no use for them.
 struct ProductTensors {
   ProductTensors(const Geometry& g, const Tensor& like) {
@@ -166,8 +148,11 @@ void reduce_gradients(const Geometry& g, const LayerTensors& layer, const Device
       Tensor grad = grads.w_hh->narrow(0, start, length);
       at::mm_out(grad, grad_hgates.narrow(1, start, length).t(), operand);
     };
-    g.info.diagonal ? sum_diagonal(grad_hgates, products.h_prev[d], *grads.w_hh)
-                    : grad_w_hh(0, first, products.h_prev[d]);
+    if (g.info.diagonal) {
+      grads.w_hh->copy_(sum_diagonal_product(g, products.h_prev[d], grad_hgates));
+    } else {
+      grad_w_hh(0, first, products.h_prev[d]);
+    }
     if (g.info.two_products) grad_w_hh(first, others, products.gated[d]);
     if (g.biases && !g.layer_norm) {
       at::sum_out(*grads.b_ih, grad_igates, 0);
@@ -229,6 +214,18 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   return tensors.result();
 }
 
+// For what was traced with CPU tensors and runs with CUDA ones: autograd does not call it here.
+template <CellKind kind>
+BackwardWithStatesResult backward_with_states(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                              const OptionalTensor&, const Tensor&, const Tensor&,
+                                              const OptionalTensor&, at::TensorList, const OptionalTensor&,
+                                              const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                              const Tensor&, const Tensor&, OutputMask) {
+  TORCH_CHECK(false, "rnnfast.", cell_info(kind).name,
+              "_backward_with_states: expected CPU tensors, got CUDA ones, whose engines keep no gradients of states; "
+              "trace with CUDA tensors what is to run with them");
+}
+
 // The weight gradients of each group of rows apart.
 template <CellKind kind>
 BackwardResult grouped_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
@@ -266,9 +263,10 @@ BackwardResult grouped_backward(const OptionalTensor& grad_output, const Optiona
 }  // namespace
 
 TORCH_LIBRARY_IMPL(RNNFAST_LIBRARY, CUDA, m) {
-#define RNNFAST_CUDA(name, Type)                        \
-  m.impl(#name, &forward<CellKind::name>);              \
-  m.impl(#name "_backward", &backward<CellKind::name>); \
+#define RNNFAST_CUDA(name, Type)                                                \
+  m.impl(#name, &forward<CellKind::name>);                                      \
+  m.impl(#name "_backward", &backward<CellKind::name>);                         \
+  m.impl(#name "_backward_with_states", &backward_with_states<CellKind::name>); \
   m.impl(#name "_grouped_backward", &grouped_backward<CellKind::name>);
   RNNFAST_FOR_EACH_CELL(RNNFAST_CUDA)
 #undef RNNFAST_CUDA

@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
+
 namespace rnnfast::ops {
 namespace {
 
@@ -38,6 +40,18 @@ Tensor rows_within_lengths(const Geometry& g, const OptionalTensor& lengths, con
 
 Tensor diagonal_product(const Geometry& g, const Tensor& states, const Tensor& by) {
   return states.repeat({1, g.info.gates}).mul_(by);
+}
+
+Tensor sum_diagonal_product(const Geometry& g, const Tensor& states, const Tensor& by) {
+  constexpr int64_t kElements = int64_t{16} << 20;  // at once
+  const int64_t columns = by.size(1), most = std::max<int64_t>(1, kElements / std::max<int64_t>(1, columns));
+  const at::ScalarType type = states.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor sum = at::zeros({columns}, states.options().dtype(type));
+  for (int64_t first = 0; first < states.size(0); first += most) {
+    const int64_t rows = std::min(most, states.size(0) - first);
+    sum.add_(diagonal_product(g, widen(states.narrow(0, first, rows)), by.narrow(0, first, rows)).sum(0));
+  }
+  return sum;
 }
 
 void check_groups(const Geometry& g, const Sequence& sequence, int64_t groups) {

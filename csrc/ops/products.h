@@ -18,6 +18,8 @@ Tensor rows_within_lengths(const Geometry& geometry, const OptionalTensor& lengt
 // [N, G*H], for a diagonal cell: what every gate takes of its unit's state [N, H], times `by`: w_hh [G*H], or gradients
 // of gates [N, G*H], whose sum over rows is then that of w_hh.
 Tensor diagonal_product(const Geometry& geometry, const Tensor& states, const Tensor& by);
+// Its sum over rows, [G*H], in float32 for the 16-bit types, without ever having all the products.
+Tensor sum_diagonal_product(const Geometry& geometry, const Tensor& states, const Tensor& by);
 
 // Weight gradients of groups of rows apart: row b of the batch is in group b % groups. Throws ValueError where groups
 // does not divide the rows of every step, RuntimeError for a layer whose weights are not all covered.

@@ -3,7 +3,8 @@
 // where the cell has no tangent of its own. Must not know: equations, loops over time, which device it is.
 //
 // A device is a class that is made of (geometry, arguments, tensors) for each call, and has
-//     kProjects                             whether its engine multiplies the input's tangent with W_ih
+//     kProducts                             whether its engine makes the products with the input's tangent, and those
+//                                           that give the gradients of the weights
 //     sequence(), lengths()                 time, and the lengths where the rows are, if there are any
 //     previous_states(states, initial, d)   [N, P]: the state that each step of direction d reads
 //     run(params, tensors)                  the engine, and the products that it leaves
@@ -51,7 +52,10 @@ inline DualTensor steps_pair(const OptionalTensor& value, const OptionalTensor& 
 struct TangentTensors {
   DualTensor input;  // contiguous features
   DualTensor h0, c0, output, c;
-  std::vector<DualTensor> weights;     // in the operator's order
+  std::vector<DualTensor> weights;  // in the operator's order
+  // What products outside the engine read, undefined where there are none.
+  Tensor rows;                         // [N, I] the input, zero past a row's length
+  Tensor previous[2];                  // [N, P] the state that each step of a direction reads
   Tensor t_grad_input;                 // undefined: not wanted
   std::vector<Tensor> t_grad_weights;  // none: not wanted
 };
@@ -175,9 +179,6 @@ class TangentLayer {
     return {t_.output.tangent, t_h_n_, t_c_n_, t_.c.tangent};
   }
 
-  Tensor previous(const Tensor& states, const Tensor& first, int64_t d) const {
-    return device_.previous_states(states, first, d);
-  }
   // Of a contiguous [N, G*H], which is kept alive for the engine.
   Rows gate_rows(const Tensor& gates) {
     if (!gates.defined()) return {};
@@ -191,19 +192,17 @@ class TangentLayer {
     add_term(sum, diagonal_product(g_, states, w_hh));
   }
 
-  Tensor input_rows() const { return rows_within_lengths(g_, device_.lengths(), t_.input.value); }
-
   // The parts of the gates' tangents that come from those of weights and biases, which are there all together, and from
   // the input's, unless the engine makes them.
   void add_gate_tangents(int64_t d) {
     const auto w = weights(d);
     Tensor igates, hgates;
-    if (!Device::kProjects && t_.input.tangent.defined())
+    if (!Device::kProducts && t_.input.tangent.defined())
       add_product(igates, t_.input.tangent.reshape({g_.rows, g_.input_size}), w.w_ih->value.t());
     if (w.w_ih->tangent.defined()) {
       Tensor& of_state = g_.info.split_gates ? hgates : igates;
-      add_product(igates, input_rows(), w.w_ih->tangent.t());
-      add_hidden_product(of_state, previous(t_.output.value, t_.h0.value, d), w.w_hh->tangent);
+      add_product(igates, t_.rows, w.w_ih->tangent.t());
+      add_hidden_product(of_state, t_.previous[d], w.w_hh->tangent);
       if (g_.biases) {
         igates.add_(w.b_ih->tangent);
         of_state.add_(w.b_hh->tangent);
@@ -219,9 +218,9 @@ class TangentLayer {
     for (const bool hidden : {false, true}) {
       Tensor values;
       if (hidden) {
-        add_hidden_product(values, previous(t_.output.value, t_.h0.value, d), w.w_hh->value);
+        add_hidden_product(values, t_.previous[d], w.w_hh->value);
       } else {
-        add_product(values, input_rows(), w.w_ih->value.t());
+        add_product(values, t_.rows, w.w_ih->value.t());
       }
       if (g_.biases) values.add_((hidden ? w.b_hh : w.b_ih)->value);
       (hidden ? params_.direction[d].hgates : params_.direction[d].igates) = gate_rows(values);
@@ -229,7 +228,11 @@ class TangentLayer {
   }
 
   void run() {
+    const bool products = weights(0).w_ih->tangent.defined() || !g_.info.tangent ||
+                          (!Device::kProducts && params_.backward && !t_.t_grad_weights.empty());
+    if (products) t_.rows = rows_within_lengths(g_, device_.lengths(), t_.input.value);
     for (int64_t d = 0; d < g_.directions; ++d) {
+      if (products) t_.previous[d] = device_.previous_states(t_.output.value, t_.h0.value, d);
       add_gate_tangents(d);
       if (!g_.info.tangent) add_gates(d);
     }

@@ -10,7 +10,7 @@ namespace {
 
 class Cpu {
  public:
-  static constexpr bool kProjects = true;
+  static constexpr bool kProducts = true;
 
   Cpu(const Geometry& geometry, const LayerArguments& arguments, const LayerTensors& tensors)
       : geometry_(geometry), host_(geometry, arguments, tensors), lengths_(arguments.lengths) {}

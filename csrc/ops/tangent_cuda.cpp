@@ -18,7 +18,7 @@ void check(const Geometry& g, int code) {
 
 class Cuda {
  public:
-  static constexpr bool kProjects = false;
+  static constexpr bool kProducts = false;
 
   Cuda(const Geometry& geometry, const LayerArguments& arguments, const LayerTensors& tensors)
       : g_(geometry), guard_(arguments.input.device()), time_(geometry, arguments, tensors) {}
@@ -69,13 +69,13 @@ class Cuda {
   // A gradient is a product, and its tangent the sum of two: a' b + a b'.
   void grad_weights(TangentTensors& tensors, const DualTensor& igates, const DualTensor& hgates, int64_t d) const {
     const WeightView grads(g_, tensors.t_grad_weights.data(), d);
-    at::mm_out(*grads.w_ih, igates.tangent.t(), rows_within_lengths(g_, lengths(), tensors.input.value));
+    at::mm_out(*grads.w_ih, igates.tangent.t(), tensors.rows);
     if (tensors.input.tangent.defined())
       grads.w_ih->addmm_(igates.value.t(), rows_within_lengths(g_, lengths(), tensors.input.tangent));
-    const Tensor h = previous_states(tensors.output.value, tensors.h0.value, d);
+    const Tensor& h = tensors.previous[d];
     const Tensor t_h = previous_states(tensors.output.tangent, tensors.h0.tangent, d);
     if (g_.info.diagonal) {
-      grads.w_hh->copy_(diagonal_product(g_, h, hgates.tangent).add_(diagonal_product(g_, t_h, hgates.value)).sum(0));
+      grads.w_hh->copy_(sum_diagonal_product(g_, h, hgates.tangent).add_(sum_diagonal_product(g_, t_h, hgates.value)));
     } else {
       at::mm_out(*grads.w_hh, hgates.tangent.t(), h);
       grads.w_hh->addmm_(hgates.value.t(), t_h);

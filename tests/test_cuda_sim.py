@@ -657,6 +657,16 @@ def test_operators_return_the_gradients_asked_for(operators: DispatchKeySet) -> 
         assert [*(tensor.numel() > 0 for tensor in states), len(weights) > 0] == mask
 
 
+def test_operators_keep_no_gradients_of_states(operators: DispatchKeySet) -> None:
+    problem = Problem(Sample("gru"), torch.float32)
+    arguments = [*problem.arguments[1:], None, None, None]
+    output, _, _, c, saved = torch.ops.rnnfast.gru.default.redispatch(operators, *arguments, driver.GATES)
+    with pytest.raises(RuntimeError, match="gru_backward_with_states: expected CPU tensors, got CUDA ones"):
+        torch.ops.rnnfast.gru_backward_with_states.default.redispatch(
+            operators, *[*problem.grads, None, None][:4], *arguments, output, c, saved, [True] * 4
+        )
+
+
 def test_operators_refuse_lengths_above_the_steps(operators: DispatchKeySet) -> None:
     sample = Sample("gru", form="lengths", row_lengths=(1, 9, 2))
     arguments, options = sample.arguments()

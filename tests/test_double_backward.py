@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -152,6 +153,15 @@ def test_a_projection_is_not_differentiated_step_by_step(sample: Sample, monkeyp
         duals = [forward_ad.make_dual(tensor, tensor) for tensor in primals]
         assert forward_ad.unpack_dual(output(*duals)).tangent is not None
     torch.func.jvp(torch.func.grad(lambda *values: output(*values).sum()), primals, primals)
+
+
+@each_cell
+@pytest.mark.parametrize("save", [1, 2])
+def test_second_derivative_from_what_forward_kept(cell: str, save: int, device: str) -> None:
+    arguments, options = Sample(cell, directions=2, form="lengths", reset=True).arguments(device=device, grad=True)
+    actual = second_derivative(partial(ops.layer, save=save), arguments, options)
+    for one, other in zip(actual, second_derivative(reference.layer, arguments, options), strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @each_cell

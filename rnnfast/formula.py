@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from . import reference
@@ -30,9 +31,29 @@ def find_operator(cell: str, suffix: str = "") -> Any:
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp without has_aux, whose type is a union of both."""
-    results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
-    return results, pull
+    """torch.func.vjp, by autograd alone where no transform and no forward mode is active: it costs less, and does not
+    forbid saved-tensor hooks. ``function`` returns a tuple of tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
+        return results, pull
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A primal may have been made of another, whose gradient is not to go through it.
+        own = [primal.view_as(primal) if primal.requires_grad else primal.detach() for primal in primals]
+        of_own = function(*(tensor.requires_grad_() for tensor in own))
+
+    def pull_back(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pairs = [(result, grad) for result, grad in zip(of_own, grads, strict=True) if result.requires_grad]
+        return torch.autograd.grad(
+            [result for result, _ in pairs],
+            own,
+            [grad for _, grad in pairs],
+            create_graph=torch.is_grad_enabled(),
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    return of_own if recorded else tuple(result.detach() for result in of_own), pull_back
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:
@@ -52,9 +73,8 @@ def _along(
     dual_level of torch.autograd.forward_ad.
     """
     results, pull = vjp(function, *primals)
-    _, push = vjp(pull, tuple(torch.zeros_like(result) for result in results))
-    (pushed,) = push(tangents)
-    return pushed  # type: ignore[no-any-return]
+    _, push = vjp(lambda *grads: pull(grads), *(torch.zeros_like(result) for result in results))
+    return push(tangents)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------- operators' arguments
@@ -130,8 +150,25 @@ class _Form:
 
         What the mask does not want may be zero.
         """
-        results, pull = vjp(self, *arguments[self.results :])
-        return pull(or_zeros(arguments[: self.results], results))  # type: ignore[no-any-return]
+        tensors = arguments[self.results :]
+        wanted = [index for index in range(len(tensors)) if self.wants(index)]
+
+        if not wanted:
+            return tuple(torch.zeros_like(tensor) for tensor in tensors)
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            replaced = list(tensors)
+            for index, value in zip(wanted, values, strict=True):
+                replaced[index] = value
+            return self(*replaced)
+
+        results, pull = vjp(function, *(tensors[index] for index in wanted))
+        found = dict(zip(wanted, pull(or_zeros(arguments[: self.results], results)), strict=True))
+        return or_zeros([found.get(index) for index in range(len(tensors))], tensors)
+
+    def wants(self, index: int) -> bool:
+        """Whether the mask wants the gradient of a floating tensor."""
+        return self.output_mask[index if index < 2 + self.has_c0 else 3]
 
     def jvp(self, tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tangents of the results, from those of the floating tensors."""

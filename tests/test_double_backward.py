@@ -14,6 +14,7 @@ import torch
 from sample_inputs import CELLS, Sample, each_cell, tensors_of
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
 from torch.testing import assert_close
 
 from rnnfast import ops, reference
@@ -153,6 +154,18 @@ def test_a_projection_is_not_differentiated_step_by_step(sample: Sample, monkeyp
         duals = [forward_ad.make_dual(tensor, tensor) for tensor in primals]
         assert forward_ad.unpack_dual(output(*duals)).tangent is not None
     torch.func.jvp(torch.func.grad(lambda *values: output(*values).sum()), primals, primals)
+
+
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_second_derivative_inside_saved_tensor_hooks(proj_size: int, layer_norm: bool) -> None:
+    sample = Sample("lstm", proj_size=proj_size, layer_norm=layer_norm)
+    arguments, options = sample.arguments(grad=True)
+    options["layer_norm"] = layer_norm
+    expected = second_derivative(ops.layer, arguments, options)
+    with save_on_cpu():
+        actual = second_derivative(ops.layer, arguments, options)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @each_cell

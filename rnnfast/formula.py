@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from . import reference
@@ -31,15 +30,14 @@ def find_operator(cell: str, suffix: str = "") -> Any:
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp, by autograd alone where no transform and no forward mode is active: it costs less, and does not
-    forbid saved-tensor hooks. ``function`` returns a tuple of tensors."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    """torch.func.vjp, by autograd alone where no transform is active: it costs less, and does not forbid saved-tensor
+    hooks. ``function`` returns a tuple of tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
         return results, pull
-    recorded = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A primal may have been made of another, whose gradient is not to go through it.
-        own = [primal.view_as(primal) if primal.requires_grad else primal.detach() for primal in primals]
+        # A primal may have been made of another, whose gradient is not to go through it. Views keep tangents.
+        own = [primal.view_as(primal) for primal in primals]
         of_own = function(*(tensor.requires_grad_() for tensor in own))
 
     def pull_back(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -53,7 +51,7 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
             materialize_grads=True,
         )
 
-    return of_own if recorded else tuple(result.detach() for result in of_own), pull_back
+    return of_own, pull_back
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:

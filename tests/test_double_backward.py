@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.testing import assert_close
 
-from rnnfast import ops, reference
+from rnnfast import formula, ops, reference
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="the extension is not built, so there are no operators")
 
@@ -166,6 +166,44 @@ def test_second_derivative_inside_saved_tensor_hooks(proj_size: int, layer_norm:
     with save_on_cpu():
         actual = second_derivative(ops.layer, arguments, options)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(("cell", "proj_size"), [("lstm", 0), ("lstm", 3), ("gru_reset_before", 0)])
+def test_tangents_of_a_gradient(cell: str, proj_size: int) -> None:
+    """Forward mode over an operator's backward, where what has a tangent requires no gradient."""
+    arguments, options = Sample(cell, directions=2, proj_size=proj_size, reset=True).arguments()
+    others = [options[name] for name in ("batch_sizes", "lengths", "reset")]
+    forward, backward = (getattr(torch.ops.rnnfast, cell + suffix).default for suffix in ("", "_backward"))
+
+    incoming = forward(*arguments[1:], *others, 2)[0]
+
+    def gradients(step: float, tangents: bool = False) -> list[Tensor]:
+        moved = [p + step * p.cos() for p in tensors_of(arguments)]
+        output, _, _, c, saved = forward(*_rebuilt(arguments, moved)[1:], *others, 2)
+        if tangents:
+            moved = [forward_ad.make_dual(p, p.cos()) for p in moved]
+        layer = [*_rebuilt(arguments, moved)[1:], *others]
+        *states, weights = backward(incoming, None, None, None, *layer, output, c, saved, [True] * 4)
+        return [gradient for gradient in (*states, *weights) if gradient.numel()]
+
+    with forward_ad.dual_level():
+        actual = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients(0.0, tangents=True)]
+    h = 1e-5
+    for one, plus, minus in zip(actual, gradients(h), gradients(-h), strict=True):
+        assert_close(one, (plus - minus) / (2 * h), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_the_formula_of_what_nobody_wants(cell: str) -> None:
+    """The tangents of the results alone."""
+    arguments, options = Sample(cell, proj_size=2 if cell == "lstm" else 0).arguments()
+    of_layer = [*arguments[1:], *(options[name] for name in ("batch_sizes", "lengths", "reset"))]
+    tangents = [arguments[1], None, None, []]
+    *results, weights = formula.backward_jvp(cell, *[None] * 4, *tangents, *[None] * 4, *of_layer, [False] * 4)
+    for one, other in zip(results, formula.jvp(cell, *tangents, *of_layer), strict=False):
+        assert_close(one, other)
+    assert weights == []
+    assert not any(gradient.numel() for gradient in results[4:])
 
 
 @each_cell

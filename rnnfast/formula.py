@@ -1,6 +1,6 @@
 """The formula: derivatives of the operators that have no kernel, themselves differentiable any number of times.
 
-Of most layers it is torch.func's of the reference. A layer with a projection is one without between two products over
+Of most layers it is that of the reference. A layer with a projection is one without between two products over
 all steps, so that its derivatives are the operators' of that one. Must not know transforms, backends, parameters.
 """
 

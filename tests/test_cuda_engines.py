@@ -17,7 +17,7 @@ from test_cuda_runtime import warm_up
 from test_plan import HOPPER
 from torch import Tensor
 
-from rnnfast import ops
+from rnnfast import ops, reference
 
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="the plan is in the extension")
 needs_gpu = pytest.mark.skipif(
@@ -351,6 +351,21 @@ def test_a_small_call(engine: str) -> None:
         gradients = problem.backward(results)
     problem.check_results(results)
     problem.check_gradients(gradients, results[0])
+
+
+def second_derivatives(run: Callable[..., Any], cell: str, device: str) -> list[Tensor]:
+    arguments, options = Sample(cell, directions=2, reset=True).arguments(device=device, grad=True)
+    inputs = tensors_of(arguments)
+    output = run(*arguments, **options)[0]
+    gradients = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
+    return [g.cpu() for g in torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("cell", ["lstm", "gru", "indrnn_tanh"])
+def test_a_small_call_along_a_tangent(cell: str) -> None:
+    expected = second_derivatives(reference.layer, cell, "cpu")
+    torch.testing.assert_close(second_derivatives(ops.layer, cell, "cuda"), expected)
 
 
 @needs_gpu
